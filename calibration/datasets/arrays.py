@@ -1,0 +1,180 @@
+"""Arrays: ``.npz`` (arrays by input name, or one array for the single input) and ``.npy`` (the single input)."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calibration.datasets.preprocess import Preprocess, normalized, shown
+from calibration.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from calibration.datasets.dataset import InputSpec
+
+# Arrays under one of these names are labels unless the model has an input of that name.
+LABEL_NAMES = ("labels", "label", "targets", "target", "y")
+
+
+@dataclass(frozen=True, eq=False)
+class Arrays:
+    """A data set held as arrays, one per input, first axis the sample."""
+
+    stored: dict[str, NDArray[Any]]
+    inputs: tuple[InputSpec, ...]
+    preprocess: Preprocess | None
+    labels: NDArray[np.integer] | None
+    digest: str
+    source: str
+
+    def __len__(self) -> int:
+        return len(next(iter(self.stored.values())))
+
+    def read(self, indices: NDArray[np.intp]) -> dict[str, NDArray[Any]]:
+        """Return the samples at ``indices``, checked against the model's inputs."""
+        return {spec.name: self._fitted(spec, self.stored[spec.name][indices]) for spec in self.inputs}
+
+    def _fitted(self, spec: InputSpec, values: NDArray[Any]) -> NDArray[Any]:
+        if self.preprocess is not None and spec.dtype.kind == "f" and values.ndim > 1:
+            scale = 1.0 if self.preprocess.scale is None else self.preprocess.scale
+            values = normalized(values, self.preprocess, scale, self.preprocess.layout)
+        values = cast_to(spec, values, self.source)
+        check_shape(spec, values, self.source)
+        check_finite(spec, values, self.source)
+        return values
+
+
+def open_npz(
+    path: Path, inputs: Sequence[InputSpec], preprocess: Preprocess | None, labels: Path | None
+) -> Arrays:
+    """Open an ``.npz``: arrays under the inputs' names, or a single array under any name for a model with a single input.
+
+    Raises:
+        DataError: If the file cannot be read, an input has no array, or an array is nobody's.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            found = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be read as .npz ({error})", "write it with numpy.savez") from error
+    names = {spec.name for spec in inputs}
+    label_name = next((name for name in LABEL_NAMES if name in found and name not in names), None)
+    stored_labels = found.pop(label_name) if label_name else None
+    if not found:
+        raise DataError(f"{path} holds no data", "put one array per model input into it")
+    if len(inputs) == 1 and len(found) == 1 and not names & set(found):
+        found = {inputs[0].name: next(iter(found.values()))}
+    for spec in inputs:
+        if spec.name not in found:
+            there = ", ".join(f"'{name}'" for name in sorted(found))
+            raise DataError(f"{path} has no array for input '{spec.name}' (it holds {there})", "name the array after the input")
+    if extra := sorted(set(found) - names):
+        raise DataError(
+            f"{path} holds '{extra[0]}', which is no input of the model (inputs: {', '.join(sorted(names))})",
+            f"remove it, or call the labels one of {', '.join(LABEL_NAMES)}",
+        )
+    return checked(path, found, inputs, preprocess, read_labels(labels) if labels else stored_labels)
+
+
+def open_npy(
+    path: Path, inputs: Sequence[InputSpec], preprocess: Preprocess | None, labels: Path | None
+) -> Arrays:
+    """Open an ``.npy`` for a model with a single input; the file is mapped, not read.
+
+    Raises:
+        DataError: If the file cannot be read, or the model has several inputs.
+    """
+    if len(inputs) != 1:
+        names = ", ".join(spec.name for spec in inputs)
+        raise DataError(f"{path} holds one array and the model has inputs {names}", "give an .npz with one array per input")
+    try:
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} cannot be read as .npy ({error})", "write it with numpy.save") from error
+    return checked(path, {inputs[0].name: values}, inputs, preprocess, read_labels(labels) if labels else None)
+
+
+def checked(
+    path: Path,
+    stored: dict[str, NDArray[Any]],
+    inputs: Sequence[InputSpec],
+    preprocess: Preprocess | None,
+    labels: NDArray[Any] | None,
+) -> Arrays:
+    """Return the data set after checking that every array has the same, positive number of samples."""
+    for name, values in stored.items():
+        if values.ndim == 0 or len(values) == 0:
+            raise DataError(f"{path} is empty: array '{name}' has shape {list(values.shape)}", "give at least one sample")
+    counts = {name: len(values) for name, values in stored.items()}
+    if len(set(counts.values())) > 1:
+        raise DataError(f"{path} holds arrays of different lengths: {counts}", "the first axis of each is the sample")
+    if labels is not None and len(labels) < next(iter(counts.values())):
+        raise DataError(f"{path} has {next(iter(counts.values()))} samples and {len(labels)} labels", "give one label a sample")
+    return Arrays(stored, tuple(inputs), preprocess, labels, digest_of(stored), str(path))
+
+
+def read_labels(path: Path) -> NDArray[Any]:
+    """Read labels from an ``.npy`` file."""
+    if path.suffix != ".npy":
+        raise DataError(f"the labels {path} of array data are not an .npy file", "save them with numpy.save")
+    try:
+        return np.asarray(np.load(path, allow_pickle=False))
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} cannot be read as .npy ({error})", "write it with numpy.save") from error
+
+
+def cast_to(spec: InputSpec, values: NDArray[Any], source: str) -> NDArray[Any]:
+    """Return values in the input's dtype: floats become the input's float type, integers widen; nothing else is converted.
+
+    Raises:
+        DataError: If the stored dtype is of another kind than the input's, or wider than an integer input.
+    """
+    if values.dtype == spec.dtype:
+        return np.ascontiguousarray(values)
+    floats = values.dtype.kind == "f" and spec.dtype.kind == "f"
+    if floats or (values.dtype.kind in "iub" and spec.dtype.kind in "iu" and np.can_cast(values.dtype, spec.dtype)):
+        return np.ascontiguousarray(values, dtype=spec.dtype)
+    remedy = "convert the array"
+    if values.dtype == np.uint8 and spec.dtype.kind == "f":
+        remedy = "convert the array, or say how its pixels become floats (--scale, --mean, --std, --layout)"
+    raise DataError(f"input '{spec.name}' takes {spec.dtype} and {source} holds {values.dtype}", remedy)
+
+
+def check_shape(spec: InputSpec, values: NDArray[Any], source: str) -> None:
+    """Raise DataError where an array's shape (beyond the sample axis) does not fit the input."""
+    fits = values.ndim == len(spec.shape) and all(
+        size is None or size == have for size, have in zip(spec.shape[1:], values.shape[1:], strict=True)
+    )
+    if not fits:
+        have = ["?", *values.shape[1:]]
+        raise DataError(
+            f"input '{spec.name}' takes shape {shown(spec)} and {source} gives [{', '.join(map(str, have))}]",
+            "reshape the data (first axis: the sample), or set --layout, --size or --crop for images",
+        )
+
+
+def check_finite(spec: InputSpec, values: NDArray[Any], source: str) -> None:
+    """Raise DataError where values are not finite."""
+    if values.dtype.kind != "f" or np.isfinite(values).all():
+        return
+    nans, infs = int(np.isnan(values).sum()), int(np.isinf(values).sum())
+    raise DataError(f"{source} holds {nans} NaN and {infs} infinite values for input '{spec.name}'", "clean the data")
+
+
+def digest_of(stored: dict[str, NDArray[Any]]) -> str:
+    """Return the sha256 over names, dtypes, shapes and bytes of the arrays, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(stored):
+        values = stored[name]
+        digest.update(f"{name}\0{values.dtype.str}\0{values.shape}\0".encode())
+        for part in np.array_split(values, max(1, values.nbytes >> 26)):
+            digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()

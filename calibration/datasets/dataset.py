@@ -1,0 +1,102 @@
+"""What every reader gives: a counted, re-readable set of samples, and the batches drawn from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from calibration.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+# Large enough to keep the cores busy, small enough that the activations of one batch are no burden.
+DEFAULT_BATCH = 32
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of a model.
+
+    Attributes:
+        name: Its name.
+        dtype: The numpy dtype that it takes.
+        shape: Its dimensions; None where a dimension is free.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | None, ...]
+
+
+class Dataset(Protocol):
+    """Samples on disk. The first axis of every array that it gives is the sample."""
+
+    labels: NDArray[np.integer] | None
+    digest: str
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        ...
+
+    def read(self, indices: NDArray[np.intp]) -> dict[str, NDArray[Any]]:
+        """Return the samples at ``indices``, preprocessed, by input name."""
+        ...
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which samples of a data set are used, in which order.
+
+    Attributes:
+        samples: How many; None for all.
+        shuffle: Whether they are drawn at random (a seeded permutation) rather than from the front. None: at random where only a
+            part is used, so that a folder sorted by class does not give the first class alone.
+        seed: The seed of the permutation.
+    """
+
+    samples: int | None = None
+    shuffle: bool | None = None
+    seed: int = 0
+
+
+def select(count: int, selection: Selection) -> NDArray[np.intp]:
+    """Return the indices of the chosen samples among ``count``.
+
+    Raises:
+        DataError: If more samples are asked for than there are.
+    """
+    wanted = count if selection.samples is None else selection.samples
+    if wanted > count:
+        raise DataError(f"{wanted} samples were asked for and the data holds {count}", "lower --samples")
+    if wanted < 1:
+        raise DataError("no sample was asked for", "--samples takes a number of at least 1")
+    shuffle = wanted < count if selection.shuffle is None else selection.shuffle
+    if not shuffle:
+        return np.arange(wanted, dtype=np.intp)
+    return np.random.default_rng(selection.seed).permutation(count)[:wanted].astype(np.intp)
+
+
+def fitted_batch(inputs: tuple[InputSpec, ...], wanted: int | None) -> int:
+    """Return the batch size to run a model with: what it fixes, else what is wanted, else the default.
+
+    Raises:
+        DataError: If the model fixes another batch size than the one wanted.
+    """
+    fixed = {spec.shape[0] for spec in inputs if spec.shape and spec.shape[0] is not None}
+    if not fixed:
+        return wanted or DEFAULT_BATCH
+    size = max(size for size in fixed if size is not None)
+    if wanted not in (None, size):
+        raise DataError(f"the model takes batches of {size}, not of {wanted}", "leave out --batch")
+    return size
+
+
+def batches(dataset: Dataset, indices: NDArray[np.intp], size: int) -> Iterator[dict[str, NDArray[Any]]]:
+    """Yield the chosen samples in batches of ``size``; the last one may be smaller."""
+    for start in range(0, len(indices), size):
+        yield dataset.read(indices[start : start + size])

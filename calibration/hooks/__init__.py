@@ -1,0 +1,1 @@
+"""Hooks run a float model and hand every asked tensor to its observer."""

@@ -1,0 +1,93 @@
+"""Run an ONNX model with ONNX Runtime, on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calibration.datasets.dataset import InputSpec
+from calibration.errors import RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(int16)": "int16",
+    "tensor(int8)": "int8",
+    "tensor(uint64)": "uint64",
+    "tensor(uint32)": "uint32",
+    "tensor(uint16)": "uint16",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+}
+
+
+class Runner:
+    """A model loaded into ONNX Runtime.
+
+    Args:
+        model: A model's bytes, or the path of its file.
+        threads: Threads within an operator; 0 lets ONNX Runtime choose.
+        what: What to call the model in errors.
+
+    Raises:
+        RunError: If ONNX Runtime refuses the model.
+    """
+
+    def __init__(self, model: bytes | Path, threads: int = 0, what: str = "the model") -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 4
+        self.what = what
+        try:
+            self.session = onnxruntime.InferenceSession(
+                str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # noqa: BLE001 - the runtime raises a dozen unrelated types
+            raise RunError(f"ONNX Runtime refuses {what} ({first_line(error)})") from error
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """The model's inputs."""
+        specs = []
+        for node in self.session.get_inputs():
+            if node.type not in DTYPES:
+                raise RunError(f"input '{node.name}' of {self.what} has the type {node.type}", "only tensors can be fed")
+            shape = tuple(size if isinstance(size, int) and size > 0 else None for size in node.shape)
+            specs.append(InputSpec(node.name, np.dtype(DTYPES[node.type]), shape))
+        return tuple(specs)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the model's outputs."""
+        return tuple(node.name for node in self.session.get_outputs())
+
+    def run(self, feeds: dict[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+        """Run one batch and return the asked outputs (all of them by default) by name.
+
+        Raises:
+            RunError: If ONNX Runtime fails.
+        """
+        names = list(outputs) if outputs is not None else list(self.outputs)
+        try:
+            return dict(zip(names, self.session.run(names, feeds), strict=True))
+        except Exception as error:  # noqa: BLE001 - the runtime raises a dozen unrelated types
+            raise RunError(f"ONNX Runtime fails while running {self.what} ({first_line(error)})") from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the telling part of a runtime's message: its last line, without the source position."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[-1] if lines else type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."

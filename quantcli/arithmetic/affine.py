@@ -1,0 +1,197 @@
+"""Affine quantization: real = scale · (q − zero_point) (docs/arithmetic.md, section 2).
+
+The scheme is that of Jacob et al. 2018 (arXiv 1712.05877, section 2.1) with the rounding and saturation of ONNX QuantizeLinear.
+A scale is float32 from birth, because that is what a model file stores: everything derived from it (zero points,
+multipliers, integers) is computed in float64 from the float32 value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quantcli.arithmetic.rounding import half_even
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# The product of two scales must stay a normal float32 (2^-126), so no scale is smaller than its square root.
+SMALLEST_SCALE = np.float32(2.0**-63)
+# |bias| stays below 2^30, so that bias and products together stay inside int32 (docs/arithmetic.md, equation 9).
+LARGEST_BIAS = 2**30
+
+
+@dataclass(frozen=True)
+class IntegerType:
+    """An integer type on a grid: ``qmin`` … ``qmax``.
+
+    Attributes:
+        name: The storage type, as numpy and ONNX spell it (``uint8``, ``int8``, ``int32``).
+        narrow: Whether the lowest value is left out, so that the grid is symmetric about zero (int8: −127 … 127).
+    """
+
+    name: str
+    narrow: bool = False
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The numpy dtype that stores the values."""
+        return np.dtype(self.name)
+
+    @property
+    def qmin(self) -> int:
+        """The lowest value of the grid."""
+        return int(np.iinfo(self.dtype).min) + (1 if self.narrow else 0)
+
+    @property
+    def qmax(self) -> int:
+        """The highest value of the grid."""
+        return int(np.iinfo(self.dtype).max)
+
+
+def affine_parameters(lo: float, hi: float, integer: IntegerType) -> tuple[np.float32, int]:
+    """Return scale and zero point that map the range [lo, hi] onto the grid (equations 2 and 3).
+
+    The range is widened to hold zero, so that real zero is always exact; a range of zero width gets scale 1.
+
+    Args:
+        lo: The lowest real value.
+        hi: The highest real value.
+        integer: The grid.
+
+    Raises:
+        ValueError: If a bound is not finite or the bounds are the wrong way round.
+    """
+    lo, hi = with_zero(lo, hi)
+    if lo == hi:
+        return np.float32(1.0), min(max(0, integer.qmin), integer.qmax)
+    scale = float32_scale((hi - lo) / (integer.qmax - integer.qmin))
+    zero_point = int(half_even(np.float64(integer.qmin - lo / float(scale))))
+    return scale, min(max(zero_point, integer.qmin), integer.qmax)
+
+
+def symmetric_parameters(lo: float, hi: float, integer: IntegerType) -> tuple[np.float32, int]:
+    """Return the scale, with zero point 0, that maps [−a, a] onto the grid, a the larger magnitude (equation 4).
+
+    Raises:
+        ValueError: If a bound is not finite, the bounds are the wrong way round, or the grid is unsigned.
+    """
+    if integer.qmin >= 0:
+        raise ValueError(f"a symmetric range needs a signed type, not {integer.name}")
+    lo, hi = with_zero(lo, hi)
+    largest = max(-lo, hi)
+    return (float32_scale(largest / integer.qmax) if largest else np.float32(1.0)), 0
+
+
+def symmetric_scales(largest: NDArray[np.floating], integer: IntegerType) -> NDArray[np.float32]:
+    """Return one symmetric scale per channel from the channels' largest magnitudes (equation 4).
+
+    A channel of zeros gets scale 1: any scale represents it, and 1 cannot be mistaken for a measurement.
+
+    Args:
+        largest: The largest magnitude of each channel, shape (channels,).
+        integer: A signed grid.
+    """
+    scales = np.maximum((largest.astype(np.float64) / integer.qmax).astype(np.float32), SMALLEST_SCALE)
+    return np.where(largest == 0, np.float32(1.0), scales).astype(np.float32)
+
+
+def scales_wide_enough_for_bias(
+    scales: NDArray[np.float32], bias: NDArray[np.floating], input_scale: np.float32
+) -> NDArray[np.float32]:
+    """Widen weight scales until every bias at S_x·S_w stays within ±2^30 (equation 9).
+
+    Args:
+        scales: Weight scales, shape (channels,) or (1,).
+        bias: The real biases, shape (channels,).
+        input_scale: S_x.
+
+    Returns:
+        Weight scales of the same shape, each at least what it was.
+    """
+    needed = np.abs(bias.astype(np.float64)) / (float(input_scale) * LARGEST_BIAS)
+    if scales.size == 1:
+        needed = needed.max(keepdims=True)
+    # One step up, because the rounding to float32 may have gone down.
+    needed32 = np.nextafter(needed.astype(np.float32), np.float32(np.inf))
+    return np.where(needed > scales, needed32, scales).astype(np.float32)
+
+
+def with_zero(lo: float, hi: float) -> tuple[float, float]:
+    """Widen [lo, hi] to hold zero: the one place where lo ≤ 0 ≤ hi is enforced (equation 1).
+
+    Raises:
+        ValueError: If a bound is not finite or the bounds are the wrong way round.
+    """
+    if not (np.isfinite(lo) and np.isfinite(hi)):
+        raise ValueError(f"a range must be finite, not [{lo}, {hi}]")
+    if lo > hi:
+        raise ValueError(f"the range [{lo}, {hi}] is the wrong way round")
+    return min(float(lo), 0.0), max(float(hi), 0.0)
+
+
+def float32_scale(scale: float) -> np.float32:
+    """Return a positive scale as the float32 that is stored, never below ``SMALLEST_SCALE``."""
+    with np.errstate(over="ignore"):
+        stored = np.float32(scale)
+    if not np.isfinite(stored):
+        stored = np.finfo(np.float32).max
+    return max(stored, SMALLEST_SCALE)
+
+
+def quantize(
+    values: NDArray[Any], scale: NDArray[np.float32], zero_point: NDArray[Any], integer: IntegerType, axis: int | None
+) -> NDArray[Any]:
+    """Quantize reals: q = clamp(round(real / scale) + zero_point), ties to even (equation 5; ONNX QuantizeLinear).
+
+    Args:
+        values: Reals of any shape.
+        scale: One scale, or one per channel.
+        zero_point: One zero point, or one per channel.
+        integer: The grid, whose dtype the result has.
+        axis: The channel axis, or None for one scale.
+    """
+    scale64 = along_axis(np.atleast_1d(scale).astype(np.float64), values.ndim, axis)
+    offset = along_axis(np.atleast_1d(zero_point).astype(np.float64), values.ndim, axis)
+    q = half_even(values.astype(np.float64) / scale64) + offset
+    return np.clip(q, integer.qmin, integer.qmax).astype(integer.dtype)
+
+
+def dequantize(
+    q: NDArray[Any], scale: NDArray[np.float32], zero_point: NDArray[Any], axis: int | None
+) -> NDArray[np.float32]:
+    """Return real = scale · (q − zero_point) in float32 (equation 6; ONNX DequantizeLinear).
+
+    Args:
+        q: Integers of any shape.
+        scale: One scale, or one per channel.
+        zero_point: One zero point, or one per channel.
+        axis: The channel axis, or None for one scale.
+    """
+    offset = along_axis(np.atleast_1d(zero_point).astype(np.int64), q.ndim, axis)
+    scale32 = along_axis(np.atleast_1d(scale).astype(np.float32), q.ndim, axis)
+    return (q.astype(np.int64) - offset).astype(np.float32) * scale32
+
+
+def along_axis(per_channel: NDArray[Any], ndim: int, axis: int | None) -> NDArray[Any]:
+    """Shape a per-channel vector so that it broadcasts along ``axis`` of an array of ``ndim`` dimensions."""
+    if axis is None:
+        return per_channel.reshape(())
+    shape = [1] * ndim
+    shape[axis] = -1
+    return per_channel.reshape(shape)
+
+
+def fixed_parameters(lo: float, hi: float, integer: IntegerType, symmetric: bool) -> tuple[np.float32, int]:
+    """Return the parameters of an output whose range its operator fixes (equation 7).
+
+    The scale is a power of two for the ranges [0, 1] and [−1, 1]; ``hi`` itself lies one step above the grid and saturates, as in
+    the TFLite quantization specification (softmax and logistic: 1/256; tanh: 1/128).
+    """
+    steps = integer.qmax - integer.qmin + 1
+    if symmetric:
+        return float32_scale(2.0 * max(-lo, hi) / steps), 0
+    scale = float32_scale((hi - lo) / steps)
+    return scale, int(half_even(np.float64(integer.qmin - lo / float(scale))))

@@ -1,0 +1,22 @@
+"""Rounding of reals to the integer grid (docs/arithmetic.md, section 1)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def half_even(values: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Round to the nearest integer, ties to the even one (ONNX QuantizeLinear; IEEE 754 roundTiesToEven).
+
+    Args:
+        values: Reals of any shape.
+
+    Returns:
+        The rounded values in the dtype they came in.
+    """
+    return np.rint(values)

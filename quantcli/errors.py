@@ -1,0 +1,59 @@
+"""The exception tree of quantcli; the command line turns each into its exit code in one place.
+
+::
+
+    ReportedError (calibration.errors)   exit code 1
+    ├── DataError, RunError, StatisticsError
+    └── QuantcliError                    1  failed
+        ├── ModelError                   1  a model that cannot be loaded or is not ours to convert
+        ├── PlanError                    1  no plan can be made
+        ├── OutputError                  1  the output cannot be written, or failed its self-check
+        ├── UsageError                   2  the request contradicts itself
+        │   └── RecipeError              2  a recipe or target file that cannot be used
+        ├── ThresholdMissed              4  a threshold was missed; the files are written
+        └── StrictError                  5  --strict found what it forbids
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from calibration.errors import ReportedError
+
+
+class QuantcliError(ReportedError):
+    """The root of everything that quantcli itself reports."""
+
+
+class ModelError(QuantcliError):
+    """The model cannot be loaded, or is not one that can be converted."""
+
+
+class PlanError(QuantcliError):
+    """No plan can be made from the model, the statistics and the recipe."""
+
+
+class OutputError(QuantcliError):
+    """An output cannot be written, or what was written does not work."""
+
+
+class UsageError(QuantcliError):
+    """The request contradicts itself."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class RecipeError(UsageError):
+    """A recipe or target file cannot be read, or says something that has no meaning."""
+
+
+class ThresholdMissed(QuantcliError):  # noqa: N818 - the verdict of a check, not a malfunction
+    """A threshold was missed; what was to be written is written all the same."""
+
+    exit_code: ClassVar[int] = 4
+
+
+class StrictError(QuantcliError):
+    """``--strict`` was asked for, and something that it forbids was found."""
+
+    exit_code: ClassVar[int] = 5

@@ -1,0 +1,1 @@
+"""Evaluate a quantized model: metrics, layer-by-layer comparison, latency."""

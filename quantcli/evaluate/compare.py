@@ -1,0 +1,81 @@
+"""Layer by layer: how much of the signal each quantized tensor still carries, and where it was lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from calibration.hooks.onnxruntime import Runner
+from quantcli.evaluate.metrics import Difference
+from quantcli.fold import fold
+from quantcli.probe import with_outputs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
+    from quantcli.sidecar import Sidecar
+
+
+@dataclass(frozen=True)
+class LayerSqnr:
+    """One layer's output against the float model's.
+
+    Attributes:
+        name: The layer's name.
+        operator: Its type.
+        output: The tensor.
+        sqnr: Its SQNR in dB.
+        lost: By how many dB it lies below the worst of the layer's inputs; 0 where it does not.
+    """
+
+    name: str
+    operator: str
+    output: str
+    sqnr: float
+    lost: float
+
+
+def layer_sqnrs(
+    model: ir.Model, quantized: bytes, sidecar: Sidecar, batches: Iterable[dict[str, NDArray[Any]]]
+) -> list[LayerSqnr]:
+    """Return the SQNR of every layer's first output, in graph order.
+
+    Args:
+        model: The float model as it was loaded.
+        quantized: The quantized model's bytes.
+        sidecar: Its sidecar.
+        batches: Inputs by name.
+    """
+    reals = {name: tensor.reals for name, tensor in sidecar.tensors.items() if tensor.role == "activation"}
+    float_runner = Runner(with_outputs(fold(model), reals))
+    written = ir.from_proto(parsed(quantized))
+    quantized_runner = Runner(with_outputs(written, reals.values()))
+    inputs = {spec.name for spec in float_runner.inputs}
+    differences = {name: Difference() for name in reals}
+    for feeds in batches:
+        expected = {**feeds, **float_runner.run(feeds, [name for name in reals if name not in inputs])}
+        found = quantized_runner.run(feeds, list(reals.values()))
+        for name, real in reals.items():
+            differences[name].update(expected[name], found[real])
+    layers = []
+    for layer in sidecar.layers:
+        sqnr = differences[layer.outputs[0]].sqnr
+        before = min((differences[name].sqnr for name in layer.inputs if name in differences), default=sqnr)
+        layers.append(LayerSqnr(layer.name, layer.operator, layer.outputs[0], sqnr, max(0.0, before - sqnr)))
+    return layers
+
+
+def parsed(data: bytes) -> Any:  # noqa: ANN401 - a protobuf message, which onnx types as Any
+    """Return the protobuf message of a model's bytes."""
+    import onnx
+
+    return onnx.load_from_string(data)
+
+
+def worst(layers: list[LayerSqnr], count: int = 3) -> list[LayerSqnr]:
+    """Return the layers that lost most, most first."""
+    return sorted(layers, key=lambda layer: (-layer.lost, layer.sqnr))[:count]

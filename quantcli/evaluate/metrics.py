@@ -1,0 +1,116 @@
+"""Metrics, accumulated batch by batch: those of labels (top1, top5) and those against the float model (sqnr, mse, psnr, cosine)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calibration.errors import DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+LABEL_METRICS = {"top1": 1, "top5": 5}
+FLOAT_METRICS = ("sqnr", "mse", "psnr", "cosine")
+METRICS = (*LABEL_METRICS, *FLOAT_METRICS)
+UNITS = {"top1": "%", "top5": "%", "sqnr": "dB", "psnr": "dB", "mse": "", "cosine": ""}
+
+
+@dataclass
+class TopK:
+    """The share of samples whose label is among the k highest scores, in percent.
+
+    Attributes:
+        k: How many scores count.
+    """
+
+    k: int
+    hits: int = 0
+    samples: int = 0
+
+    def update(self, scores: NDArray[Any], labels: NDArray[np.integer]) -> None:
+        """Count a batch: scores of shape (N, classes), labels of shape (N,).
+
+        Equal scores rank by their position, as argmax has it.
+
+        Raises:
+            DataError: If the scores are not one row of classes per sample, or a label is no class.
+        """
+        if scores.ndim != 2 or len(scores) != len(labels):
+            raise DataError(f"top{self.k} needs scores of shape [samples, classes], not {list(scores.shape)}", "choose --metric sqnr")
+        if labels.min() < 0 or labels.max() >= scores.shape[1]:
+            raise DataError(f"a label lies outside 0 … {scores.shape[1] - 1}", "number the classes as the model does")
+        best = np.argsort(-scores.astype(np.float64), axis=1, kind="stable")[:, : self.k]
+        self.hits += int((best == labels[:, None]).any(axis=1).sum())
+        self.samples += len(labels)
+
+    @property
+    def percent(self) -> float:
+        """The metric so far."""
+        return 100.0 * self.hits / self.samples if self.samples else math.nan
+
+
+@dataclass
+class Difference:
+    """Sums from which every comparison of a result with its reference follows; all in float64."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+    product: float = 0.0
+    energy: float = 0.0
+    peak: float = 0.0
+    elements: int = 0
+
+    def update(self, reference: NDArray[Any], result: NDArray[Any]) -> None:
+        """Count a batch; both arrays have the same shape."""
+        x, y = reference.astype(np.float64), result.astype(np.float64)
+        self.signal += float(np.square(x).sum())
+        self.noise += float(np.square(x - y).sum())
+        self.product += float((x * y).sum())
+        self.energy += float(np.square(y).sum())
+        self.peak = max(self.peak, float(np.abs(x).max(initial=0.0)))
+        self.elements += x.size
+
+    @property
+    def sqnr(self) -> float:
+        """Signal to quantization noise, 10·log10(Σx² / Σ(x−y)²), in dB; infinite where nothing differs."""
+        return decibels(self.signal, self.noise)
+
+    @property
+    def mse(self) -> float:
+        """The mean squared error."""
+        return self.noise / self.elements if self.elements else math.nan
+
+    @property
+    def psnr(self) -> float:
+        """Peak signal to noise, 10·log10(max|x|² / MSE), in dB."""
+        return decibels(self.peak**2, self.mse)
+
+    @property
+    def cosine(self) -> float:
+        """The cosine of the angle between reference and result."""
+        scale = math.sqrt(self.signal * self.energy)
+        return self.product / scale if scale else math.nan
+
+
+def decibels(signal: float, noise: float) -> float:
+    """Return 10·log10(signal / noise)."""
+    if noise == 0:
+        return math.inf
+    return 10.0 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+@dataclass
+class Comparison:
+    """A model's outputs against the float model's, output by output."""
+
+    outputs: dict[str, Difference] = field(default_factory=dict)
+
+    def update(self, reference: dict[str, NDArray[Any]], result: dict[str, NDArray[Any]]) -> None:
+        """Count a batch of outputs; those that are not real numbers are left out."""
+        for name, values in reference.items():
+            if values.dtype.kind == "f" and name in result and result[name].shape == values.shape:
+                self.outputs.setdefault(name, Difference()).update(values, result[name])

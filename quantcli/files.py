@@ -1,0 +1,84 @@
+"""Output files appear whole or not at all: written under a temporary name in their folder, renamed when everything is right."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantcli.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass
+class Staged:
+    """Files that wait under temporary names."""
+
+    waiting: list[tuple[Path, Path]] = field(default_factory=list)
+
+    def write(self, path: Path, data: bytes) -> Path:
+        """Write ``data`` for ``path`` and return the temporary file, which has the same suffix and folder.
+
+        Raises:
+            OutputError: If the folder cannot be written to.
+        """
+        temporary: str | None = None
+        try:
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+            self.waiting.append((Path(temporary), path))
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
+            Path(temporary).chmod(0o666 & ~current_umask())
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written ({error.strerror or error})", "choose another -o") from error
+        return Path(temporary)
+
+
+@contextlib.contextmanager
+def staged() -> Iterator[Staged]:
+    """Give a place to write to; on leaving without an error the files take their names, else they vanish.
+
+    Raises:
+        OutputError: If a file cannot take its name.
+    """
+    files = Staged()
+    try:
+        yield files
+        for temporary, path in files.waiting:
+            try:
+                temporary.replace(path)
+            except OSError as error:
+                raise OutputError(f"{path} cannot be written ({error.strerror or error})", "choose another -o") from error
+    finally:
+        for temporary, _ in files.waiting:
+            temporary.unlink(missing_ok=True)
+
+
+def check_output(output: Path, *inputs: Path | None) -> None:
+    """Check, before any work is done, that an output may take its name.
+
+    Raises:
+        UsageError: If it is one of the inputs, or a folder.
+        OutputError: If its folder is missing or cannot be written to.
+    """
+    for source in inputs:
+        if source is not None and output.resolve() == Path(source).resolve():
+            raise UsageError(f"the output {output} is also an input", "choose another -o: an input is never overwritten")
+    if output.is_dir():
+        raise UsageError(f"the output {output} is a folder", "name a file")
+    if not output.parent.is_dir():
+        raise OutputError(f"{output} cannot be written (there is no folder {output.parent})", "make the folder first")
+    if not os.access(output.parent, os.W_OK):
+        raise OutputError(f"{output} cannot be written (no permission in {output.parent})", "choose another -o")
+
+
+def current_umask() -> int:
+    """Return the process's umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

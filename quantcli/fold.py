@@ -1,0 +1,215 @@
+"""Float-preserving rewrites: constants, identities, BatchNorm. Surviving tensors keep their names.
+
+onnx_ir's passes and onnxscript's optimizer and rules do what they know how to do; what is left for quantization's sake (a
+BatchNorm that could not be folded, Gemm's factors, biases that several layers share) is done here.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from quantcli.errors import ModelError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# QuantizeLinear and DequantizeLinear know an axis from operator set 13 on; older models are lifted to 17, which every runtime
+# of the last years reads.
+OLDEST_OPSET, LIFTED_OPSET = 13, 17
+# What a constant expression may cost to evaluate ahead, in elements: weights may be sliced and joined, nothing may explode.
+FOLD_LIMIT = 1 << 26
+# Operators of models that have been quantized before.
+QUANTIZED = frozenset({
+    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger",
+    "QLinearAdd", "QGemm", "MatMulNBits", "DynamicQuantizeMatMul",
+})  # fmt: skip
+
+
+def fold(model: ir.Model) -> ir.Model:
+    """Return a folded copy of a float model; the model itself is left as it is.
+
+    Raises:
+        ModelError: If the model is quantized already, or its operator set cannot be lifted.
+    """
+    quantized = next((node for node in model.graph.all_nodes() if node.op_type in QUANTIZED), None)
+    if quantized is not None:
+        raise ModelError(f"the model is quantized already (it holds {quantized.op_type})", "convert the float model")
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)
+    folded = model.clone()
+    passes.RemoveInitializersFromInputsPass()(folded)
+    passes.InlinePass()(folded)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(folded)
+    lift_opset(folded)
+    simplify(folded)
+    for node in list(folded.graph):
+        if node.op_type == "BatchNormalization" and node.domain == "":
+            split_batch_norm(node)
+        elif node.op_type == "Gemm" and node.domain == "":
+            absorb_gemm_factors(node)
+    own_biases(folded)
+    passes.RemoveUnusedNodesPass()(folded)
+    passes.RemoveUnusedOpsetsPass()(folded)
+    passes.TopologicalSortPass()(folded)
+    passes.NameFixPass()(folded)
+    passes.ShapeInferencePass()(folded)
+    passes.ClearMetadataAndDocStringPass()(folded)
+    return folded
+
+
+def lift_opset(model: ir.Model) -> None:
+    """Lift a model of an operator set below 13 to 17.
+
+    Raises:
+        ModelError: If an operator has no counterpart there.
+    """
+    version = model.opset_imports.get("", LIFTED_OPSET)
+    if version >= OLDEST_OPSET:
+        return
+    from onnxscript import version_converter
+
+    try:
+        version_converter.convert_version(model, LIFTED_OPSET, fallback=True)
+    except Exception as error:
+        raise ModelError(f"the model's operator set {version} cannot be lifted to {LIFTED_OPSET} ({error})") from error
+    if model.opset_imports.get("") != LIFTED_OPSET:
+        raise ModelError(f"the model's operator set {version} cannot be lifted to {LIFTED_OPSET}", "export it again, newer")
+
+
+def simplify(model: ir.Model) -> None:
+    """Evaluate constant expressions, drop what does nothing, and fold BatchNorm and padding into convolutions."""
+    from onnxscript import optimizer, rewriter
+    from onnxscript.rewriter.rules import common as rules
+
+    chosen = [
+        rules.add_0_rule,
+        rules.sub_0_rule,
+        rules.mul_by_1_rule,
+        rules.div_by_1_rule,
+        rules.dropout_zero_rule,
+        rules.dropout_inference_rule,
+        rules.no_op_cast_rule,
+        rules.no_op_transpose_rule,
+        rules.no_op_expand_rule,
+        rules.transpose_transpose_rule,
+        rules.reshape_reshape_rule,
+        rules.unsqueeze_unsqueeze_rule,
+        rules.collapse_slice_rule,
+        rules.successive_relu_rule,
+        rules.successive_clip_rule,
+        rules.successive_clip_relu_rule,
+        rules.successive_relu_clip_rule,
+        rules.normalize_pad_format_conv_rule,
+        rules.fuse_pad_into_conv_rule,
+        rules.fuse_batchnorm_into_conv_rule,
+        rules.fuse_batchnorm_into_conv_transpose_rule,
+        rules.fuse_batchnorm_into_gemm_rule,
+        rules.matmul_add_to_gemm_rule,
+        rules.remove_optional_bias_from_conv_rule,
+        rules.remove_optional_bias_from_conv_transpose_rule,
+        rules.remove_optional_bias_from_gemm_rule,
+    ]
+    for _ in range(3):
+        before = [node.op_identifier() for node in model.graph.all_nodes()]
+        optimizer.fold_constants(
+            model,
+            onnx_shape_inference=True,
+            input_size_limit=FOLD_LIMIT,
+            output_size_limit=FOLD_LIMIT,
+            should_fold=lambda node: True if node.op_type == "ConstantOfShape" else None,
+        )
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        passes.IdentityEliminationPass()(model)
+        passes.RemoveUnusedNodesPass()(model)
+        rewriter.rewrite(model, pattern_rewrite_rules=chosen)
+        passes.RemoveUnusedNodesPass()(model)
+        if before == [node.op_identifier() for node in model.graph.all_nodes()]:
+            break
+
+
+def split_batch_norm(node: ir.Node) -> None:
+    """Replace a BatchNormalization that follows no layer by Mul and Add: y = x·(γ/σ) + (β − μ·γ/σ), σ = √(var + ε).
+
+    Left alone where its parameters are not constant, the rank of its input is unknown, or it is in training mode.
+    """
+    x, *parameters = node.inputs
+    constants = [constant(value) for value in parameters]
+    if x is None or x.shape is None or any(c is None for c in constants) or len(node.outputs) != 1:
+        return
+    gamma, beta, mean, variance = (np.asarray(c, dtype=np.float64) for c in constants)
+    epsilon = node.attributes.get_float("epsilon", 1e-5)
+    if node.attributes.get_int("training_mode", 0) or x.dtype != ir.DataType.FLOAT:
+        return
+    factor = gamma / np.sqrt(variance + epsilon)
+    shape = (-1,) + (1,) * (len(x.shape) - 2)
+    graph, output = node.graph, node.outputs[0]
+    if not isinstance(graph, ir.Graph):
+        return
+    factor_value = add_constant(graph, f"{output.name}_factor", factor.reshape(shape).astype(np.float32))
+    addend_value = add_constant(graph, f"{output.name}_addend", (beta - mean * factor).reshape(shape).astype(np.float32))
+    product = ir.node("Mul", [x, factor_value], name=f"{node.name or output.name}_mul")
+    product.outputs[0].name = f"{output.name}_scaled"
+    product.outputs[0].shape, product.outputs[0].type = output.shape, output.type
+    addition = ir.node("Add", [product.outputs[0], addend_value], name=f"{node.name or output.name}_add")
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [product, addition], [output], [addition.outputs[0]])
+
+
+def absorb_gemm_factors(node: ir.Node) -> None:
+    """Make Gemm's factors 1 by multiplying alpha into a constant B and beta into a constant C, and C a vector."""
+    alpha, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
+    graph = node.graph
+    weight, bias = constant(node.inputs[1]), constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    if weight is None or weight.dtype != np.float32 or not isinstance(graph, ir.Graph):
+        return
+    if alpha != 1.0:
+        node.replace_input_with(1, add_constant(graph, f"{node.inputs[1].name}_scaled", weight * np.float32(alpha)))  # type: ignore[union-attr]
+        node.attributes["alpha"] = ir.AttrFloat32("alpha", 1.0)
+    if bias is None:
+        return
+    columns = weight.shape[0 if node.attributes.get_int("transB", 0) else 1]
+    is_row = bias.ndim < 2 or bias.shape[0] == 1
+    if is_row and (beta != 1.0 or bias.shape != (columns,)):
+        row = np.broadcast_to(bias.reshape(-1), (columns,)) * np.float32(beta)
+        node.replace_input_with(2, add_constant(graph, f"{node.inputs[2].name}_row", row))  # type: ignore[union-attr]
+        node.attributes["beta"] = ir.AttrFloat32("beta", 1.0)
+
+
+def own_biases(model: ir.Model) -> None:
+    """Give every layer a bias of its own: an integer bias has the scale of its layer, so no two layers can share one."""
+    taken: set[ir.Value] = set()
+    for node in model.graph:
+        if node.op_type not in {"Conv", "ConvTranspose", "Gemm"} or len(node.inputs) < 3 or node.domain:
+            continue
+        bias = node.inputs[2]
+        values = constant(bias)
+        if bias is None or values is None:
+            continue
+        if bias in taken or len(bias.uses()) > 1:
+            bias = add_constant(model.graph, f"{bias.name}_{node.name or node.outputs[0].name}", values)
+            node.replace_input_with(2, bias)
+        taken.add(bias)
+
+
+def constant(value: ir.Value | None) -> NDArray[np.generic] | None:
+    """Return the array of a constant of the graph; None for anything that is computed, fed, or absent."""
+    if value is None or value.const_value is None or value.is_graph_input() or value.producer() is not None:
+        return None
+    return value.const_value.numpy()
+
+
+def add_constant(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
+    """Register an array under ``name``, or with a number behind it where a constant has that name, and return its value."""
+    unique, number = name, 1
+    while unique in graph.initializers:
+        number += 1
+        unique = f"{name}_{number}"
+    array = np.require(array, requirements="C")
+    tensor = ir.tensor(array, name=unique)
+    value = ir.Value(name=unique, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value

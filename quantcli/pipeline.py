@@ -1,0 +1,403 @@
+"""The stages in order: load → fold → calibrate → plan → quantize → write → check. Read this file first.
+
+`calibrate`, `convert` and `evaluate` are the Python API; the commands of the same names only parse and print.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calibration import statistics as statistics_file
+from calibration.collect import collect
+from calibration.datasets import Dataset, batches, fitted_batch, open_dataset, select
+from calibration.errors import DataError, StatisticsError
+from calibration.hooks.onnxruntime import Runner
+from calibration.statistics import Statistics
+from quantcli import sidecar as sidecar_file
+from quantcli.errors import OutputError, StrictError, UsageError
+from quantcli.evaluate.compare import LayerSqnr, layer_sqnrs, worst
+from quantcli.evaluate.latency import Latency, measure
+from quantcli.evaluate.metrics import LABEL_METRICS, METRICS, Comparison, TopK
+from quantcli.files import check_output, staged
+from quantcli.fold import fold
+from quantcli.load import LoadedModel, load
+from quantcli.placement import place
+from quantcli.plan import Plan, make_plan
+from quantcli.probe import model_bytes, with_outputs
+from quantcli.quantize import quantize
+from quantcli.recipe import Recipe, resolve_target
+from quantcli.sidecar import FileEntry, Sidecar
+from quantcli.write import onnx_qdq
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+# Below this a self-check warns: the quantized output is then more noise than most uses bear.
+LOW_SQNR = 10.0
+
+Progress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Report nothing."""
+    del stage, done, total
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """What the written model did on calibration samples.
+
+    Attributes:
+        samples: How many samples were run.
+        sqnr: The SQNR of every real output against the float model, in dB.
+        suspects: Where an output lies below 10 dB, the layers that lost most.
+    """
+
+    samples: int
+    sqnr: dict[str, float]
+    suspects: tuple[LayerSqnr, ...]
+
+    @property
+    def low(self) -> bool:
+        """Whether an output is below 10 dB."""
+        return any(value < LOW_SQNR for value in self.sqnr.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """What a conversion wrote.
+
+    Attributes:
+        model: The quantized model's path.
+        sidecar_path: The sidecar's path.
+        sidecar: The sidecar.
+        plan: The plan that both follow.
+        check: The self-check.
+    """
+
+    model: Path
+    sidecar_path: Path
+    sidecar: Sidecar
+    plan: Plan
+    check: SelfCheck
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A quantized model's worth.
+
+    Attributes:
+        metric: The metric's name.
+        samples: How many samples were run.
+        quantized: The quantized model's metric.
+        reference: The float model's metric; None without a float model, or where the metric compares with it.
+        sqnr: The SQNR of every real output against the float model, in dB.
+        latency: Float and quantized latency; None where it was not measured.
+        size: The quantized model's bytes.
+        reference_size: The float model's bytes; None without one.
+        layers: Every layer's SQNR, in graph order; empty where it was not asked for.
+    """
+
+    metric: str
+    samples: int
+    quantized: float
+    reference: float | None
+    sqnr: dict[str, float]
+    latency: Latency | None
+    size: int
+    reference_size: int | None
+    layers: tuple[LayerSqnr, ...]
+
+    @property
+    def drop(self) -> float | None:
+        """Float minus quantized, in the metric's points; None without a float figure."""
+        return None if self.reference is None else self.reference - self.quantized
+
+
+def calibrate(
+    model: Path | str,
+    data: Path | str,
+    output: Path | str | None = None,
+    recipe: Recipe | None = None,
+    labels: Path | str | None = None,
+    split: str | None = None,
+    progress: Progress = silent,
+) -> Statistics:
+    """Run calibration data through a float model and return (and save) the statistics of the tensors that a plan needs.
+
+    Args:
+        model: An ``.onnx`` or ``.pt2`` file.
+        data: An ``.npz`` or ``.npy`` file, or a folder of images.
+        output: Where to save the statistics; None to only return them.
+        recipe: What the user wants; None for the defaults.
+        labels: A CSV that names the image files (its labels are not needed here).
+        split: Keep only the CSV's rows of this split.
+        progress: Called with the stage, the samples done and their total.
+
+    Raises:
+        ReportedError: If anything given cannot be used; nothing is written then.
+    """
+    recipe = recipe or Recipe()
+    model, data = Path(model), Path(data)
+    if output is not None:
+        check_output(Path(output), model, data)
+    resolve_target(recipe)
+    source = load(model)
+    statistics = observe(source, fold(source.graph), data, recipe, labels, split, progress)
+    if output is not None:
+        with staged() as files:
+            files.write(Path(output), statistics_file.serialized(statistics))
+    return statistics
+
+
+def observe(
+    source: LoadedModel,
+    folded: ir.Model,
+    data: Path,
+    recipe: Recipe,
+    labels: Path | str | None,
+    split: str | None,
+    progress: Progress,
+) -> Statistics:
+    """Return the statistics of a folded model's tensors over a data set."""
+    tensors = place(folded, recipe).observed()
+    runner = Runner(with_outputs(folded, tensors), what=source.name)
+    dataset = open_dataset(data, runner.inputs, recipe.preprocess, Path(labels) if labels else None, split)
+    indices = select(len(dataset), recipe.data.selection)
+    batch = fitted_batch(runner.inputs, recipe.data.batch)
+    seen, kept, samples = collect(
+        runner,
+        tensors,
+        dataset,
+        indices,
+        batch,
+        recipe.activation.observer,
+        lambda done: progress("calibrate", done, len(indices)),
+    )
+    return Statistics(
+        source.sha256,
+        dataset.digest,
+        asdict(recipe.preprocess) if recipe.preprocess else {},
+        samples,
+        recipe.activation.observer,
+        seen,
+        kept,
+    )
+
+
+def convert(
+    model: Path | str,
+    output: Path | str,
+    statistics: Statistics | Path | str | None = None,
+    data: Path | str | None = None,
+    recipe: Recipe | None = None,
+    labels: Path | str | None = None,
+    split: str | None = None,
+    strict: bool = False,
+    progress: Progress = silent,
+) -> Conversion:
+    """Quantize a float model and write the quantized model and its sidecar (same name, ``.json``).
+
+    Args:
+        model: An ``.onnx`` or ``.pt2`` file.
+        output: The quantized model, ``.onnx``.
+        statistics: What `calibrate` returned or saved.
+        data: Calibration data, where there are no statistics.
+        recipe: What the user wants; None for the defaults.
+        labels: A CSV that names the image files of the data.
+        split: Keep only the CSV's rows of this split.
+        strict: Refuse where an operator stays float or a weight channel is dead.
+        progress: Called with the stage, the samples done and their total.
+
+    Raises:
+        ReportedError: If anything given cannot be used, or the written model does not work; nothing is written then.
+    """
+    recipe = recipe or Recipe()
+    model, output = Path(model), Path(output)
+    if (statistics is None) == (data is None):
+        raise UsageError("convert needs either statistics or calibration data", "give --stats or --data")
+    if output.suffix != ".onnx":
+        raise UsageError(f"the output {output} is of no known kind", "name it .onnx")
+    sidecar_path = output.with_suffix(".json")
+    sources = [model, Path(data) if data else None, Path(statistics) if isinstance(statistics, (str, Path)) else None]
+    for path in (output, sidecar_path):
+        check_output(path, *sources)
+    resolve_target(recipe)
+    source = load(model)
+    folded = fold(source.graph)
+    if data is not None:
+        found = observe(source, folded, Path(data), recipe, labels, split, progress)
+    elif isinstance(statistics, Statistics):
+        found = statistics
+    else:
+        found = statistics_file.load(Path(str(statistics)))
+    check_belongs(found, source)
+    plan = make_plan(folded, found, recipe)
+    if strict:
+        check_strict(plan)
+    quantized = quantize(folded, plan)
+    written = model_bytes(onnx_qdq.write(quantized))
+    entry = FileEntry(output.name, hashlib.sha256(written).hexdigest(), len(written))
+    sidecar = sidecar_file.describe(quantized, source, entry, found, recipe)
+    progress("check", 0, 1)
+    check = self_check(source, written, sidecar, found)
+    with staged() as files:
+        files.write(output, written)
+        files.write(sidecar_path, sidecar_file.encode(sidecar))
+    return Conversion(output, sidecar_path, sidecar, plan, check)
+
+
+def check_belongs(statistics: Statistics, source: LoadedModel) -> None:
+    """Raise StatisticsError where the statistics were made from another model."""
+    if statistics.model_sha256 != source.sha256:
+        raise StatisticsError(
+            f"the statistics belong to another model (sha256 {statistics.model_sha256[:12]}…, "
+            f"{source.name} has {source.sha256[:12]}…)",
+            "calibrate this model",
+        )
+
+
+def check_strict(plan: Plan) -> None:
+    """Raise StrictError where an operator stays float or a weight channel holds nothing but zeros."""
+    if plan.floats:
+        first = plan.floats[0]
+        more = f" and {len(plan.floats) - 1} more" if len(plan.floats) > 1 else ""
+        raise StrictError(f"{first.operator} '{first.name}'{more} would stay float: {first.reason}", "exit code 5 is --strict")
+    for name, channels in plan.dead_channels.items():
+        raise StrictError(f"the weight '{name}' has dead channels: {', '.join(map(str, channels))}", "prune them")
+
+
+def self_check(source: LoadedModel, written: bytes, sidecar: Sidecar, statistics: Statistics) -> SelfCheck:
+    """Load what was written, run it on calibration samples, and compare it with the float model.
+
+    Raises:
+        OutputError: If an output that is finite in float is not finite any more.
+        RunError: If the runtime refuses what was written.
+    """
+    feeds = statistics.check_inputs
+    reference = Runner(source.runnable, what=source.name).run(feeds)
+    result = Runner(written, what="the quantized model").run(feeds)
+    for name, values in result.items():
+        real = values.dtype.kind == "f"
+        if real and np.isfinite(reference[name]).all() and not np.isfinite(values).all():
+            raise OutputError(f"output '{name}' of the quantized model is not finite", "please report this, with the model")
+    comparison = Comparison()
+    comparison.update(reference, result)
+    sqnr = {name: difference.sqnr for name, difference in comparison.outputs.items()}
+    suspects: tuple[LayerSqnr, ...] = ()
+    if any(value < LOW_SQNR for value in sqnr.values()):
+        suspects = tuple(worst(layer_sqnrs(source.graph, written, sidecar, [feeds])))
+    return SelfCheck(len(next(iter(feeds.values()))), sqnr, suspects)
+
+
+def evaluate(
+    quantized: Path | str,
+    data: Path | str,
+    reference: Path | str | None = None,
+    metric: str | None = None,
+    recipe: Recipe | None = None,
+    labels: Path | str | None = None,
+    split: str | None = None,
+    latency: bool = True,
+    layers: bool = False,
+    threads: int = 1,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Evaluate a quantized model on data, beside the float model it came from.
+
+    Args:
+        quantized: The quantized model, ``.onnx``.
+        data: Evaluation data.
+        reference: The float model, ``.onnx`` or ``.pt2``.
+        metric: A key of `METRICS`; None for top1 where there are labels, else sqnr.
+        recipe: Where the preprocessing stands; None for the defaults.
+        labels: Labels, where the data does not carry them.
+        split: Keep only the labels' rows of this split.
+        latency: Whether to measure latency.
+        layers: Whether to compare layer by layer (the sidecar must stand beside the model).
+        threads: Threads within an operator while latency is measured.
+        progress: Called with the stage, the samples done and their total.
+
+    Raises:
+        ReportedError: If anything given cannot be used, or the metric needs what is not there.
+    """
+    recipe = recipe or Recipe()
+    quantized, data = Path(quantized), Path(data)
+    candidate = load(quantized)
+    runner = Runner(candidate.runnable, what=candidate.name)
+    source = load(Path(reference)) if reference is not None else None
+    float_runner = Runner(source.runnable, what=source.name) if source is not None else None
+    dataset = open_dataset(data, runner.inputs, recipe.preprocess, Path(labels) if labels else None, split)
+    metric = metric or ("top1" if dataset.labels is not None else "sqnr")
+    check_metric(metric, dataset, source)
+    indices = select(len(dataset), recipe.data.selection)
+    batch = fitted_batch(runner.inputs, recipe.data.batch)
+    tops = [TopK(LABEL_METRICS.get(metric, 1)) for _ in range(2)]
+    comparison = Comparison()
+    first: dict[str, NDArray[Any]] = {}
+    for start, feeds in zip(range(0, len(indices), batch), batches(dataset, indices, batch), strict=True):
+        rows = indices[start : start + batch]
+        first = first or feeds
+        result = run_padded(runner, feeds, batch)
+        expected = run_padded(float_runner, feeds, batch) if float_runner is not None else {}
+        comparison.update(expected, result)
+        if metric in LABEL_METRICS and dataset.labels is not None:
+            for top, outputs, model in ((tops[0], result, runner), (tops[1], expected, float_runner)):
+                if model is not None:
+                    top.update(outputs[model.outputs[0]], dataset.labels[rows])
+        progress("evaluate", start + len(rows), len(indices))
+    if metric in LABEL_METRICS:
+        value, reference_value = tops[0].percent, tops[1].percent if source is not None else None
+    else:
+        value, reference_value = getattr(next(iter(comparison.outputs.values())), metric), None
+    timing = None
+    if latency and source is not None:
+        progress("latency", 0, 1)
+        one = first if any(spec.shape and spec.shape[0] for spec in runner.inputs) else {k: v[:1] for k, v in first.items()}
+        timing = measure(Runner(source.runnable, threads), Runner(candidate.runnable, threads), one, threads)
+    found: list[LayerSqnr] = []
+    if layers and source is not None:
+        beside = sidecar_file.read(quantized.with_suffix(".json"))
+        kept = {name: values if batch == len(values) else values[:batch] for name, values in first.items()}
+        found = layer_sqnrs(source.graph, quantized.read_bytes(), beside, [kept])
+    return Evaluation(
+        metric,
+        len(indices),
+        value,
+        reference_value,
+        {name: difference.sqnr for name, difference in comparison.outputs.items()},
+        timing,
+        candidate.size,
+        source.size if source is not None else None,
+        tuple(found),
+    )
+
+
+def check_metric(metric: str, dataset: Dataset, source: LoadedModel | None) -> None:
+    """Raise where a metric is unknown or needs labels or a float model that are not there."""
+    if metric not in METRICS:
+        raise UsageError(f"there is no metric '{metric}'", f"known: {', '.join(METRICS)}")
+    if metric in LABEL_METRICS and dataset.labels is None:
+        raise DataError(
+            f"the metric {metric} needs labels and the data has none",
+            "put an array 'labels' into the .npz, give --labels, or sort the images into class folders",
+        )
+    if metric not in LABEL_METRICS and source is None:
+        raise UsageError(f"the metric {metric} compares with the float model and none was given", "add --float MODEL")
+
+
+def run_padded(runner: Runner, feeds: dict[str, NDArray[Any]], batch: int) -> dict[str, NDArray[Any]]:
+    """Run a batch; where the model fixes its batch size and the last batch is short, fill it up and cut the outputs again."""
+    count = len(next(iter(feeds.values())))
+    fixed = any(spec.shape and spec.shape[0] is not None for spec in runner.inputs)
+    if not fixed or count == batch:
+        return runner.run(feeds)
+    filled = {name: np.concatenate([values, np.repeat(values[-1:], batch - count, axis=0)]) for name, values in feeds.items()}
+    return {name: values[:count] if len(values) == batch else values for name, values in runner.run(filled).items()}

@@ -1,0 +1,306 @@
+"""The plan: every number of the quantized model, decided before anything is changed, as one frozen, printable value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from calibration.ranges import RANGES
+from quantcli.arithmetic.affine import (
+    IntegerType,
+    affine_parameters,
+    fixed_parameters,
+    quantize,
+    scales_wide_enough_for_bias,
+    symmetric_parameters,
+    symmetric_scales,
+)
+from quantcli.arithmetic.fixed_point import fixed_point
+from quantcli.errors import PlanError
+from quantcli.fold import constant
+from quantcli.placement import FloatLayer, PlacedLayer, Placement, place
+from quantcli.recipe import resolve_target
+from quantcli.rules import Arithmetic, Operand
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from calibration.statistics import Statistics
+    from quantcli.recipe import Recipe
+    from quantcli.targets import Target
+
+INT32 = IntegerType("int32")
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """The parameters of one quantized tensor: real = scale · (q − zero_point).
+
+    Attributes:
+        name: The tensor's name in the float model.
+        role: ``activation``, ``constant`` (an operand that does not change), ``weight`` or ``bias``.
+        integer: The grid.
+        scale: One scale, or one per channel; each is a float32 value.
+        zero_point: As many zero points.
+        axis: The channel axis; None for one scale.
+        lo: The lowest real value of the range that was to be covered, one or per channel.
+        hi: The highest.
+        samples: From how many calibration samples the range was seen; 0 for constants and for ranges that an operator fixes.
+        same_as: The tensor whose parameters this one shares.
+        dead: The channels that hold nothing but zeros.
+    """
+
+    name: str
+    role: str
+    integer: IntegerType
+    scale: tuple[float, ...]
+    zero_point: tuple[int, ...]
+    axis: int | None
+    lo: tuple[float, ...]
+    hi: tuple[float, ...]
+    samples: int = 0
+    same_as: str | None = None
+    dead: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Multiplier:
+    """Real multipliers as integers: M = M0 · 2^-n, one or one per output channel.
+
+    Attributes:
+        operand: The operand that it rescales; None where it belongs to the whole accumulator.
+        real: The real values, computed in float64 from the float32 scales.
+        multiplier: M0.
+        shift: n.
+    """
+
+    operand: str | None
+    real: tuple[float, ...]
+    multiplier: tuple[int, ...]
+    shift: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One integer layer.
+
+    Attributes:
+        name: The node's name.
+        operator: Its type.
+        arithmetic: What its integers do (`quantcli.rules.Arithmetic`).
+        inputs: The operands that have parameters, in order; the bias last.
+        outputs: The outputs.
+        absorbed: The names of the activation nodes that became the clamp.
+        multipliers: How the accumulator or each operand is rescaled.
+        rounding: How a product with a multiplier is rounded.
+        clamp: The lowest and highest output integer.
+    """
+
+    name: str
+    operator: str
+    arithmetic: Arithmetic
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    absorbed: tuple[str, ...]
+    multipliers: tuple[Multiplier, ...]
+    rounding: str
+    clamp: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that was decided.
+
+    Attributes:
+        target: The target, with the recipe's wishes laid over it.
+        tensors: By name.
+        layers: In graph order.
+        floats: What stays float and why, in graph order.
+    """
+
+    target: Target
+    tensors: dict[str, TensorPlan]
+    layers: tuple[LayerPlan, ...]
+    floats: tuple[FloatLayer, ...]
+
+    @property
+    def dead_channels(self) -> dict[str, tuple[int, ...]]:
+        """The all-zero channels of every weight that has any."""
+        return {name: tensor.dead for name, tensor in self.tensors.items() if tensor.dead}
+
+
+def make_plan(model: ir.Model, statistics: Statistics, recipe: Recipe) -> Plan:
+    """Decide every number.
+
+    Args:
+        model: The folded model.
+        statistics: What calibration saw of it.
+        recipe: What the user wants.
+
+    Raises:
+        PlanError: If nothing can be quantized, or the statistics lack a tensor.
+        RecipeError, UsageError: If the recipe's target or patterns have no meaning for the model.
+    """
+    target = resolve_target(recipe)
+    placement = place(model, recipe)
+    tensors = plan_activations(placement, statistics, recipe, target)
+    tensors.update(plan_weights(placement, tensors, target))
+    tensors.update(plan_biases(placement, tensors))
+    layers = tuple(plan_layer(layer, tensors, target) for layer in placement.layers)
+    return Plan(target, tensors, layers, placement.floats)
+
+
+def plan_activations(
+    placement: Placement, statistics: Statistics, recipe: Recipe, target: Target
+) -> dict[str, TensorPlan]:
+    """Return the parameters of every activation and constant operand."""
+    integer = IntegerType(target.activation.dtype)
+    parameters = symmetric_parameters if target.activation.symmetric else affine_parameters
+    constants = {
+        str(value.name): values
+        for layer in placement.layers
+        for _, value, kind in layer.operands()
+        if kind is Operand.OWN and (values := constant(value)) is not None
+    }
+    tensors: dict[str, TensorPlan] = {}
+    for name in dict.fromkeys(placement.owner.values()):
+        role, samples = "activation", 0
+        if name in placement.fixed:
+            lo, hi = placement.fixed[name]
+            scale, zero_point = fixed_parameters(lo, hi, integer, target.activation.symmetric)
+        else:
+            if name in constants:
+                role, lo, hi = "constant", float(constants[name].min()), float(constants[name].max())  # type: ignore[attr-defined]
+            elif name in statistics.tensors:
+                lo, hi = RANGES[recipe.activation.range](statistics.tensors[name])
+                samples = statistics.samples
+            else:
+                raise PlanError(
+                    f"the statistics hold nothing about tensor '{name}'",
+                    "calibrate again with this recipe, or check that the data reaches that part of the model",
+                )
+            scale, zero_point = parameters(lo, hi, integer)
+        tensors[name] = TensorPlan(name, role, integer, (float(scale),), (zero_point,), None, (lo,), (hi,), samples)
+    for name, source in placement.owner.items():
+        if name != source:
+            root = tensors[source]
+            tensors[name] = TensorPlan(
+                name, "activation", integer, root.scale, root.zero_point, None, root.lo, root.hi, root.samples, source
+            )
+    return tensors
+
+
+def plan_weights(
+    placement: Placement, activations: dict[str, TensorPlan], target: Target
+) -> dict[str, TensorPlan]:
+    """Return the parameters of every weight: symmetric, per channel where the target and every use of it agree."""
+    integer = IntegerType(target.weight.dtype, narrow=True)
+    uses: dict[str, list[tuple[PlacedLayer, NDArray[np.float32]]]] = {}
+    for layer in placement.layers:
+        for _, value, kind in layer.operands():
+            if kind is Operand.WEIGHT:
+                uses.setdefault(str(value.name), []).append((layer, np.asarray(constant(value), dtype=np.float32)))
+    tensors = {}
+    for name, users in uses.items():
+        values = users[0][1]
+        axes = {layer.rule.weight_axis(layer.node) for layer, _ in users}
+        axis = axes.pop() if len(axes) == 1 and target.weight.per_channel else None
+        channels = values.reshape(1, -1) if axis is None else np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
+        lo, hi = channels.min(axis=1), channels.max(axis=1)
+        largest = np.maximum(-lo, hi)
+        scales = symmetric_scales(largest, integer)
+        for layer, _ in users:
+            if (bias := bias_of(layer)) is not None:
+                input_scale = np.float32(activations[str(layer.node.inputs[0].name)].scale[0])  # type: ignore[union-attr]
+                scales = scales_wide_enough_for_bias(scales, bias, input_scale)
+        tensors[name] = TensorPlan(
+            name,
+            "weight",
+            integer,
+            tuple(float(s) for s in scales),
+            (0,) * len(scales),
+            axis,
+            tuple(float(v) for v in lo),
+            tuple(float(v) for v in hi),
+            dead=tuple(int(i) for i in np.flatnonzero(largest == 0)),
+        )
+    return tensors
+
+
+def plan_biases(placement: Placement, tensors: dict[str, TensorPlan]) -> dict[str, TensorPlan]:
+    """Return the parameters of every bias: int32 at S_x·S_w (equation 8)."""
+    biases = {}
+    for layer in placement.layers:
+        values = bias_of(layer)
+        if values is None:
+            continue
+        x, weight = (tensors[str(value.name)] for value in layer.node.inputs[:2] if value is not None)
+        scales = tuple(float(np.float32(np.float32(x.scale[0]) * np.float32(s))) for s in weight.scale)
+        name = str(layer.node.inputs[2].name)  # type: ignore[union-attr]
+        axis = 0 if weight.axis is not None else None
+        bounds = tuple(float(v) for v in values) if axis == 0 else ()
+        lo, hi = (bounds, bounds) if bounds else ((float(values.min()),), (float(values.max()),))
+        biases[name] = TensorPlan(name, "bias", INT32, scales, (0,) * len(scales), axis, lo, hi)
+    return biases
+
+
+def plan_layer(layer: PlacedLayer, tensors: dict[str, TensorPlan], target: Target) -> LayerPlan:
+    """Return a layer's multipliers and clamp."""
+    inputs = tuple(str(value.name) for _, value, _ in layer.operands())
+    output = tensors[str(layer.output.name)]
+    scales = {name: np.array(tensors[name].scale, dtype=np.float64) for name in inputs}
+    reals: list[tuple[str | None, NDArray[np.float64]]] = []
+    if layer.rule.arithmetic in {Arithmetic.ACCUMULATE, Arithmetic.PRODUCT}:
+        reals = [(None, scales[inputs[0]] * scales[inputs[1]] / output.scale[0])]
+    elif layer.rule.arithmetic in {Arithmetic.SUM, Arithmetic.RESCALE}:
+        reals = [(name, scales[name] / output.scale[0]) for name in inputs]
+    multipliers = []
+    for operand, real in reals:
+        multiplier, shift = fixed_point(real, target.multiplier.bits)
+        multipliers.append(
+            Multiplier(operand, tuple(real.tolist()), tuple(multiplier.tolist()), tuple(shift.tolist()))
+        )
+    return LayerPlan(
+        str(layer.node.name),
+        layer.node.op_type,
+        layer.rule.arithmetic,
+        inputs,
+        tuple(str(value.name) for value in layer.outputs),
+        tuple(str(node.name) for node in layer.absorbed),
+        tuple(multipliers),
+        target.multiplier.rounding,
+        clamp_of(layer, output),
+    )
+
+
+def clamp_of(layer: PlacedLayer, output: TensorPlan) -> tuple[int, int]:
+    """Return the lowest and highest output integer: the grid, narrowed by the absorbed activations (equation 12)."""
+    lowest, highest = output.integer.qmin, output.integer.qmax
+    for node in layer.absorbed:
+        bounds = np.array(activation_bounds(node), dtype=np.float64)
+        finite = np.clip(bounds, -3.0e38, 3.0e38)
+        low, high = quantize(
+            finite, np.float32(output.scale), np.array(output.zero_point), output.integer, None
+        ).tolist()
+        lowest, highest = max(lowest, low), min(highest, high)
+    return lowest, highest
+
+
+def activation_bounds(node: ir.Node) -> tuple[float, float]:
+    """Return the real bounds that a Relu or Clip enforces; infinite where it has none."""
+    if node.op_type == "Relu":
+        return 0.0, float("inf")
+    bounds = [constant(value) if value is not None else None for value in (*node.inputs[1:], None, None)][:2]
+    low, high = (float(bound.item()) if bound is not None else None for bound in bounds)
+    return (-float("inf") if low is None else low), (float("inf") if high is None else high)
+
+
+def bias_of(layer: PlacedLayer) -> NDArray[np.floating] | None:
+    """Return the bias of a layer, one value per output channel; None where it has none."""
+    for _, value, kind in layer.operands():
+        if kind is Operand.BIAS:
+            return np.asarray(constant(value), dtype=np.float32).reshape(-1)
+    return None

@@ -1,0 +1,36 @@
+"""Probes: a model's bytes for the runtime, with inner tensors among its outputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from quantcli.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# Protocol buffers hold less than 2 GiB.
+LARGEST_MODEL = 2**31 - 1
+
+
+def model_bytes(model: ir.Model) -> bytes:
+    """Return a model as the bytes of an ONNX file; the same model gives the same bytes.
+
+    Raises:
+        ModelError: If it is too large for one file.
+    """
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    if weights > LARGEST_MODEL:
+        raise ModelError(f"the model holds {weights >> 20} MB of weights, more than one file can", "2 GB is the limit for now")
+    return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+
+
+def with_outputs(model: ir.Model, names: Iterable[str]) -> bytes:
+    """Return the bytes of a model that also gives the named tensors; inputs among them are left to the caller."""
+    probed = model.clone()
+    given = {value.name for value in (*probed.graph.inputs, *probed.graph.outputs)}
+    wanted = {name for name in names if name not in given}
+    probed.graph.outputs.extend(v for node in probed.graph for v in node.outputs if v.name in wanted)
+    return model_bytes(probed)

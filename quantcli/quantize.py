@@ -1,0 +1,92 @@
+"""Quantize: the plan's numbers applied to the model's constants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quantcli.arithmetic import affine, tables
+from quantcli.errors import PlanError
+from quantcli.fold import constant
+from quantcli.plan import INT32, activation_bounds
+from quantcli.rules import Arithmetic
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from quantcli.plan import LayerPlan, Plan, TensorPlan
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedModel:
+    """A model in integers.
+
+    Attributes:
+        model: The folded float model that the plan speaks of; it is not changed.
+        plan: The plan.
+        constants: Weights, biases and constant operands as integers, by the names of the float tensors.
+        tables: The lookup table of every table layer, by the layer's name: one entry per input integer, from qmin up.
+    """
+
+    model: ir.Model
+    plan: Plan
+    constants: dict[str, NDArray[Any]]
+    tables: dict[str, NDArray[Any]]
+
+
+def quantize(model: ir.Model, plan: Plan) -> QuantizedModel:
+    """Return the integers of every constant of the plan, and its tables.
+
+    Raises:
+        PlanError: If a bias does not fit int32 (the plan widens scales so that it does).
+    """
+    nodes = {str(node.name): node for node in model.graph}
+    constants = {
+        name: quantized_constant(tensor, np.asarray(constant(model.graph.initializers[name])))
+        for name, tensor in plan.tensors.items()
+        if tensor.role != "activation"
+    }
+    found = {
+        layer.name: layer_table(layer, nodes[layer.name], plan)
+        for layer in plan.layers
+        if layer.arithmetic is Arithmetic.TABLE
+    }
+    return QuantizedModel(model, plan, constants, found)
+
+
+def quantized_constant(tensor: TensorPlan, values: NDArray[Any]) -> NDArray[Any]:
+    """Return a constant as integers of its planned type."""
+    if tensor.role == "bias":
+        # A bias stands at S_x·S_w; dividing in float64 by the stored float32 product keeps model and sidecar one network.
+        scale = affine.along_axis(np.array(tensor.scale, dtype=np.float64), 1, tensor.axis)
+        q = np.rint(values.reshape(-1).astype(np.float64) / scale)
+        if np.abs(q).max(initial=0) > INT32.qmax:
+            raise PlanError(f"the bias '{tensor.name}' does not fit int32 at its scale", "exclude its layer")
+        return q.astype(np.int32)
+    return affine.quantize(
+        values, np.array(tensor.scale, dtype=np.float32), np.array(tensor.zero_point), tensor.integer, tensor.axis
+    )
+
+
+def layer_table(layer: LayerPlan, node: ir.Node, plan: Plan) -> NDArray[Any]:
+    """Return the lookup table of an element-wise layer."""
+    x, y = plan.tensors[layer.inputs[0]], plan.tensors[layer.outputs[0]]
+    parameters = table_parameters(node)
+    return tables.table(
+        layer.operator,
+        parameters,
+        (x.integer, np.float32(x.scale[0]), x.zero_point[0]),
+        (y.integer, np.float32(y.scale[0]), y.zero_point[0]),
+    )
+
+
+def table_parameters(node: ir.Node) -> dict[str, float]:
+    """Return the attributes that an element-wise function reads, with ONNX's defaults."""
+    if node.op_type == "Clip":
+        low, high = activation_bounds(node)
+        return {"min": low, "max": high}
+    defaults = {"LeakyRelu": {"alpha": 0.01}, "HardSigmoid": {"alpha": 0.2, "beta": 0.5}}.get(node.op_type, {})
+    return {key: node.attributes.get_float(key, default) for key, default in defaults.items()}

@@ -1,0 +1,127 @@
+"""The recipe: what the user wants. A small TOML file; every entry has a flag on the command line that goes before it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from calibration.datasets.dataset import Selection
+from calibration.datasets.preprocess import Preprocess
+from quantcli.errors import RecipeError
+from quantcli.targets import DEFAULT_TARGET, ActivationType, MultiplierBits, Rounding, Target, load_target
+
+
+Format = TypeVar("Format", bound=msgspec.Struct)
+
+
+class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which samples calibrate, and in which batches (section ``[data]``)."""
+
+    samples: int | None = None
+    batch: int | None = None
+    shuffle: bool | None = None
+    seed: int = 0
+
+    @property
+    def selection(self) -> Selection:
+        """The samples as the readers want them."""
+        return Selection(self.samples, self.shuffle, self.seed)
+
+
+class Activation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How activations are quantized (section ``[activation]``); None leaves it to the target."""
+
+    observer: Literal["minmax"] = "minmax"
+    range: Literal["minmax"] = "minmax"
+    dtype: ActivationType | None = None
+    symmetric: bool | None = None
+
+
+class Weight(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How weights are quantized (section ``[weight]``); None leaves it to the target."""
+
+    per_channel: bool | None = None
+
+
+class Multiplier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How multipliers are made (section ``[multiplier]``); None leaves it to the target."""
+
+    bits: MultiplierBits | None = None
+    rounding: Rounding | None = None
+
+
+class Layers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which layers are quantized (section ``[layers]``).
+
+    Patterns are those of a shell (``*``, ``?``, ``[…]``) and are matched against the layers' names; ``op:Conv`` matches
+    operators instead. A pattern that matches nothing is an error.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the user wants, whole."""
+
+    target: str = DEFAULT_TARGET
+    data: Data = Data()
+    preprocess: Preprocess | None = None
+    activation: Activation = Activation()
+    weight: Weight = Weight()
+    multiplier: Multiplier = Multiplier()
+    layers: Layers = Layers()
+
+
+def read_recipe(path: Path | None, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Return the recipe of a TOML file with the command line's entries laid over it.
+
+    Args:
+        path: The file; None for an empty recipe.
+        overrides: Entries by section, as the file would spell them; None values are left out.
+
+    Raises:
+        RecipeError: If the file cannot be read, or an entry is unknown or of the wrong kind.
+    """
+    document: dict[str, Any] = {}
+    if path is not None:
+        try:
+            document = msgspec.toml.decode(path.read_bytes())
+        except (msgspec.DecodeError, OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path} is not a recipe ({error})", "it is a TOML file: docs/recipes.md") from error
+    for section, value in (overrides or {}).items():
+        if isinstance(value, dict):
+            given = {key: entry for key, entry in value.items() if entry is not None}
+            if given:
+                document[section] = {**document.get(section, {}), **given}
+        elif value is not None:
+            document[section] = value
+    try:
+        return msgspec.convert(document, Recipe)
+    except (msgspec.ValidationError, ValueError, TypeError) as error:
+        raise RecipeError(f"{path or 'the command line'} asks for something unknown ({error})", "see docs/recipes.md") from error
+
+
+def resolve_target(recipe: Recipe) -> Target:
+    """Return the recipe's target with the recipe's own wishes laid over it.
+
+    Raises:
+        RecipeError: If there is no such target, or the wishes contradict each other.
+    """
+    target = load_target(recipe.target)
+    activation = overlaid(target.activation, dtype=recipe.activation.dtype, symmetric=recipe.activation.symmetric)
+    if activation.symmetric and activation.dtype.startswith("u"):
+        raise RecipeError(f"symmetric activations of {activation.dtype} have no zero point 0", "use int8, or make them affine")
+    return msgspec.structs.replace(
+        target,
+        activation=activation,
+        weight=overlaid(target.weight, per_channel=recipe.weight.per_channel),
+        multiplier=overlaid(target.multiplier, bits=recipe.multiplier.bits, rounding=recipe.multiplier.rounding),
+    )
+
+
+def overlaid(base: Format, **wishes: Any) -> Format:
+    """Return a copy of ``base`` with every wish that is not None."""
+    return msgspec.structs.replace(base, **{key: wish for key, wish in wishes.items() if wish is not None})

@@ -1,0 +1,211 @@
+"""RULES: for each operator, how every operand gets its parameters, and what arithmetic its integers do.
+
+An operand is *own* (parameters from its own statistics), *weight* (a constant with symmetric parameters per channel), *bias*
+(derived: S_x·S_w), or plain (indices, shapes: not quantized). An output is *own*, *same* as the first operand's, or *fixed* by the
+operator. Anything without a row stays float. docs/operators.md is generated from this table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from quantcli.fold import constant
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Operand(Enum):
+    """How an operand or an output gets its parameters."""
+
+    OWN = "own"
+    WEIGHT = "weight"
+    BIAS = "bias"
+    PLAIN = "plain"
+    SAME = "same as the first operand"
+    FIXED = "fixed"
+
+
+class Arithmetic(Enum):
+    """What a layer does with integers, and so which multipliers it needs (docs/arithmetic.md, section 5)."""
+
+    ACCUMULATE = "accumulate"  # y = M·Σ(x−z_x)(w−z_w) + z_y, M = S_x·S_w/S_y
+    PRODUCT = "product"  # y = M·(a−z_a)(b−z_b) + z_y, M = S_a·S_b/S_y
+    SUM = "sum"  # y = M_a·(a−z_a) ± M_b·(b−z_b) + z_y, M_i = S_i/S_y
+    RESCALE = "rescale"  # y = M_i·(x−z_i) + z_y, M_i = S_i/S_y (a mean divides by its count first)
+    TABLE = "table"  # y = table[x]
+    SOFTMAX = "softmax"  # y = softmax over an axis, output fixed
+    MOVE = "move"  # y = x, elsewhere
+
+
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One operator's row.
+
+    Attributes:
+        arithmetic: What its integers do.
+        inputs: How each operand gets its parameters, by position; the last one repeats for variadic operators.
+        output: How the output gets its parameters.
+        variadic: Whether the last entry of ``inputs`` repeats.
+        fixed: The real range of a fixed output.
+        weight_axis: The axis of a weight's output channels.
+        refuses: Checks that name a reason for staying float.
+    """
+
+    arithmetic: Arithmetic
+    inputs: tuple[Operand, ...]
+    output: Operand = Operand.OWN
+    variadic: bool = False
+    fixed: tuple[float, float] | None = None
+    weight_axis: Callable[[ir.Node], int | None] = field(default=lambda _: None)
+    refuses: tuple[Callable[[ir.Node], str | None], ...] = ()
+
+    def operand(self, position: int) -> Operand:
+        """Return how the operand at a position gets its parameters."""
+        if position < len(self.inputs):
+            return self.inputs[position]
+        return self.inputs[-1] if self.variadic else Operand.PLAIN
+
+    @property
+    def absorbs(self) -> bool:
+        """Whether a Relu or Clip behind the operator can become its clamp."""
+        return self.arithmetic in {Arithmetic.ACCUMULATE, Arithmetic.PRODUCT, Arithmetic.SUM, Arithmetic.RESCALE}
+
+
+def conv_axis(node: ir.Node) -> int | None:
+    """Return the axis of a convolution's output channels: weights are (M, C/group, kernel…)."""
+    del node
+    return 0
+
+
+def conv_transpose_axis(node: ir.Node) -> int | None:
+    """Return the axis of a transposed convolution's output channels (C, M/group, kernel…); none of its own in groups."""
+    return 1 if node.attributes.get_int("group", 1) == 1 else None
+
+
+def gemm_axis(node: ir.Node) -> int | None:
+    """Return the axis of Gemm's output columns in B."""
+    return 0 if node.attributes.get_int("transB", 0) else 1
+
+
+def matmul_axis(node: ir.Node) -> int | None:
+    """Return the axis of MatMul's output columns in a constant matrix B; none for stacks of matrices."""
+    matrix = node.inputs[1]
+    return 1 if matrix is not None and matrix.shape is not None and len(matrix.shape) == 2 else None
+
+
+def needs_constant_weight(node: ir.Node) -> str | None:
+    """Refuse weights that are computed while the model runs."""
+    return None if constant(node.inputs[1]) is not None else "its weight is not constant"
+
+
+def needs_vector_bias(node: ir.Node) -> str | None:
+    """Refuse a bias that is computed, or is not one value per output channel."""
+    if len(node.inputs) < 3 or node.inputs[2] is None:
+        return None
+    bias = constant(node.inputs[2])
+    if bias is None:
+        return "its bias is not constant"
+    return None if bias.ndim == 1 and bias.size > 1 or bias.size == 1 else "its bias is not one value per channel"
+
+
+def needs_plain_gemm(node: ir.Node) -> str | None:
+    """Refuse Gemm with factors or a transposed first operand that folding could not remove."""
+    if node.attributes.get_int("transA", 0):
+        return "its first operand is transposed"
+    factors = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
+    has_bias = len(node.inputs) > 2 and node.inputs[2] is not None
+    return None if factors[0] == 1.0 and (factors[1] == 1.0 or not has_bias) else "alpha or beta is not 1"
+
+
+def needs_single_output(node: ir.Node) -> str | None:
+    """Refuse MaxPool that also returns where the maxima were."""
+    used = [v for v in node.outputs[1:] if v.uses() or v.is_graph_output()]
+    return "its second output is used" if used else None
+
+
+def needs_constant_bounds(node: ir.Node) -> str | None:
+    """Refuse Clip whose bounds are computed while the model runs."""
+    bounds = [value for value in node.inputs[1:] if value is not None]
+    return None if all(constant(value) is not None for value in bounds) else "its bounds are not constant"
+
+
+def needs_interpolation_within(node: ir.Node) -> str | None:
+    """Refuse resizing that can leave the range of its input."""
+    mode = node.attributes.get_string("mode", "nearest")
+    if mode == "cubic":
+        return "cubic interpolation leaves the range of its input"
+    if node.attributes.get_string("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize":
+        return "it fills what lies outside with a value of its own"
+    return None
+
+
+def needs_zero_padding(node: ir.Node) -> str | None:
+    """Refuse constant padding with anything but zero, which every range holds exactly."""
+    if node.attributes.get_string("mode", "constant") != "constant" or len(node.inputs) < 3 or node.inputs[2] is None:
+        return None
+    value = constant(node.inputs[2])
+    return None if value is not None and not np.any(value) else "it pads with a value other than zero"
+
+
+OWN, WEIGHT, BIAS, SAME, PLAIN = Operand.OWN, Operand.WEIGHT, Operand.BIAS, Operand.SAME, Operand.PLAIN
+
+TABLE_RULE = Rule(Arithmetic.TABLE, (OWN,))
+MOVE_RULE = Rule(Arithmetic.MOVE, (OWN,), SAME)
+MEAN_RULE = Rule(Arithmetic.RESCALE, (OWN,))
+
+RULES: dict[str, Rule] = {
+    "Conv": Rule(
+        Arithmetic.ACCUMULATE,
+        (OWN, WEIGHT, BIAS),
+        weight_axis=conv_axis,
+        refuses=(needs_constant_weight, needs_vector_bias),
+    ),
+    "ConvTranspose": Rule(
+        Arithmetic.ACCUMULATE,
+        (OWN, WEIGHT, BIAS),
+        weight_axis=conv_transpose_axis,
+        refuses=(needs_constant_weight, needs_vector_bias),
+    ),
+    "Gemm": Rule(
+        Arithmetic.ACCUMULATE,
+        (OWN, WEIGHT, BIAS),
+        weight_axis=gemm_axis,
+        refuses=(needs_constant_weight, needs_vector_bias, needs_plain_gemm),
+    ),
+    "MatMul": Rule(Arithmetic.ACCUMULATE, (OWN, WEIGHT), weight_axis=matmul_axis),
+    "Add": Rule(Arithmetic.SUM, (OWN, OWN)),
+    "Sub": Rule(Arithmetic.SUM, (OWN, OWN)),
+    "Mul": Rule(Arithmetic.PRODUCT, (OWN, OWN)),
+    "Relu": TABLE_RULE,
+    "Clip": Rule(Arithmetic.TABLE, (OWN,), refuses=(needs_constant_bounds,)),
+    "LeakyRelu": TABLE_RULE,
+    "HardSwish": TABLE_RULE,
+    "HardSigmoid": TABLE_RULE,
+    "Sigmoid": Rule(Arithmetic.TABLE, (OWN,), Operand.FIXED, fixed=(0.0, 1.0)),
+    "Tanh": Rule(Arithmetic.TABLE, (OWN,), Operand.FIXED, fixed=(-1.0, 1.0)),
+    "Softmax": Rule(Arithmetic.SOFTMAX, (OWN,), Operand.FIXED, fixed=(0.0, 1.0)),
+    "AveragePool": MEAN_RULE,
+    "GlobalAveragePool": MEAN_RULE,
+    "ReduceMean": MEAN_RULE,
+    "Concat": Rule(Arithmetic.RESCALE, (OWN,), variadic=True),
+    "MaxPool": Rule(Arithmetic.MOVE, (OWN,), SAME, refuses=(needs_single_output,)),
+    "Split": MOVE_RULE,
+    "Reshape": MOVE_RULE,
+    "Flatten": MOVE_RULE,
+    "Transpose": MOVE_RULE,
+    "Squeeze": MOVE_RULE,
+    "Unsqueeze": MOVE_RULE,
+    "Slice": MOVE_RULE,
+    "Gather": MOVE_RULE,
+    "DepthToSpace": MOVE_RULE,
+    "Pad": Rule(Arithmetic.MOVE, (OWN,), SAME, refuses=(needs_zero_padding,)),
+    "Resize": Rule(Arithmetic.MOVE, (OWN,), SAME, refuses=(needs_interpolation_within,)),
+}

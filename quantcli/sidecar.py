@@ -1,0 +1,204 @@
+"""The sidecar: every integer of the quantized model as JSON, with a published, versioned schema (docs/sidecar.md)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from quantcli.errors import ModelError
+from quantcli.recipe import Recipe
+from quantcli.targets import Target
+from quantcli.write.onnx_qdq import tensor_names
+
+if TYPE_CHECKING:
+    from calibration.statistics import Statistics
+    from quantcli.load import LoadedModel
+    from quantcli.plan import LayerPlan, TensorPlan
+    from quantcli.quantize import QuantizedModel
+
+VERSION = 1
+SCHEMA_FILE = Path(__file__).parent / "sidecar.schema.json"
+
+
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=False):
+    """Anything in the sidecar: fixed once read, and nothing unknown in it."""
+
+
+class FileEntry(Entry, frozen=True):
+    """A model file: its name without its folder, its sha256 and its size."""
+
+    name: str
+    sha256: str
+    bytes: int
+
+
+class CalibrationEntry(Entry, frozen=True):
+    """Where the ranges come from."""
+
+    data_sha256: str
+    samples: int
+    observer: str
+    synthetic: bool
+    preprocess: dict[str, Any]
+
+
+class TensorEntry(Entry, frozen=True):
+    """One quantized tensor: real = scale · (q − zero_point), q in ``dtype`` from qmin to qmax."""
+
+    role: Literal["activation", "constant", "weight", "bias"]
+    dtype: Literal["uint8", "int8", "int32"]
+    qmin: int
+    qmax: int
+    scale: list[float]
+    zero_point: list[int]
+    axis: int | None
+    lo: list[float]
+    hi: list[float]
+    samples: int
+    same_as: str | None
+    dead_channels: list[int]
+    integers: str
+    reals: str
+
+
+class MultiplierEntry(Entry, frozen=True):
+    """M = multiplier · 2^-shift, one or one per output channel; ``operand`` null: of the accumulator."""
+
+    operand: str | None
+    real: list[float]
+    multiplier: list[int]
+    shift: list[int]
+
+
+class LayerEntry(Entry, frozen=True):
+    """One integer layer."""
+
+    name: str
+    operator: str
+    arithmetic: Literal["accumulate", "product", "sum", "rescale", "table", "softmax", "move"]
+    inputs: list[str]
+    outputs: list[str]
+    absorbed: list[str]
+    multipliers: list[MultiplierEntry]
+    rounding: Literal["single", "double", "half_even", "floor"]
+    clamp: tuple[int, int]
+    table: list[int] | None
+
+
+class FloatEntry(Entry, frozen=True):
+    """One operator that stays float, and why."""
+
+    name: str
+    operator: str
+    reason: str
+
+
+class Sidecar(Entry, frozen=True):
+    """The whole document."""
+
+    format: Literal["quantcli-sidecar"]
+    version: Literal[1]
+    producer: str
+    float_model: FileEntry
+    model: FileEntry
+    opset: int
+    calibration: CalibrationEntry
+    target: Target
+    recipe: Recipe
+    tensors: dict[str, TensorEntry]
+    layers: list[LayerEntry]
+    float_layers: list[FloatEntry]
+
+
+def describe(
+    quantized: QuantizedModel, source: LoadedModel, output: FileEntry, statistics: Statistics, recipe: Recipe
+) -> Sidecar:
+    """Return the sidecar of a written model."""
+    from quantcli import __version__
+
+    plan = quantized.plan
+    names = tensor_names(quantized)
+    return Sidecar(
+        "quantcli-sidecar",
+        VERSION,
+        f"quantcli {__version__}",
+        FileEntry(source.name, source.sha256, source.size),
+        output,
+        quantized.model.opset_imports[""],
+        CalibrationEntry(
+            statistics.data_sha256, statistics.samples, statistics.observer, False, statistics.preprocess
+        ),
+        plan.target,
+        msgspec.structs.replace(recipe, target=plan.target.name),
+        {name: tensor_entry(tensor, names[name]) for name, tensor in plan.tensors.items()},
+        [layer_entry(layer, quantized) for layer in plan.layers],
+        [FloatEntry(layer.name, layer.operator, layer.reason) for layer in plan.floats],
+    )
+
+
+def tensor_entry(tensor: TensorPlan, names: dict[str, str]) -> TensorEntry:
+    """Return a tensor's entry."""
+    return TensorEntry(
+        tensor.role,  # type: ignore[arg-type]
+        tensor.integer.name,  # type: ignore[arg-type]
+        tensor.integer.qmin,
+        tensor.integer.qmax,
+        list(tensor.scale),
+        list(tensor.zero_point),
+        tensor.axis,
+        list(tensor.lo),
+        list(tensor.hi),
+        tensor.samples,
+        tensor.same_as,
+        list(tensor.dead),
+        names["integers"],
+        names["reals"],
+    )
+
+
+def layer_entry(layer: LayerPlan, quantized: QuantizedModel) -> LayerEntry:
+    """Return a layer's entry."""
+    table = quantized.tables.get(layer.name)
+    return LayerEntry(
+        layer.name,
+        layer.operator,
+        layer.arithmetic.value,
+        list(layer.inputs),
+        list(layer.outputs),
+        list(layer.absorbed),
+        [MultiplierEntry(m.operand, list(m.real), list(m.multiplier), list(m.shift)) for m in layer.multipliers],
+        layer.rounding,  # type: ignore[arg-type]
+        layer.clamp,
+        table.tolist() if table is not None else None,
+    )
+
+
+def encode(sidecar: Sidecar) -> bytes:
+    """Return the file's bytes: indented, lists of numbers on one line, floats in the shortest form that reads back exactly."""
+    text = msgspec.json.format(msgspec.json.encode(sidecar), indent=2).decode()
+    return re.sub(r"\[[-+.\deE,\s]*\]", lambda match: re.sub(r"\s+", " ", match[0]), text).encode() + b"\n"
+
+
+def read(path: Path) -> Sidecar:
+    """Read a sidecar.
+
+    Raises:
+        ModelError: If it cannot be read, or is not a sidecar of this version.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Sidecar)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ModelError(f"{path} is not a sidecar of version {VERSION} ({error})", "convert the model again") from error
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema (draft 2020-12) of the document, made from the types above."""
+    document = msgspec.json.schema(Sidecar)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"quantcli sidecar, version {VERSION}",
+        **document,
+    }

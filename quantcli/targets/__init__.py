@@ -1,0 +1,77 @@
+"""Targets: what a runtime can do, as small TOML files; those in this folder are known by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from quantcli.errors import RecipeError
+
+FOLDER = Path(__file__).parent
+DEFAULT_TARGET = "ort-x86"
+
+ActivationType = Literal["uint8", "int8"]
+Rounding = Literal["single", "double", "half_even", "floor"]
+MultiplierBits = Literal[8, 16, 32]
+
+
+class ActivationFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How activations are quantized: per tensor, affine or symmetric."""
+
+    dtype: ActivationType
+    symmetric: bool
+
+
+class WeightFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How weights are quantized: symmetric int8, narrow range (−127 … 127)."""
+
+    dtype: Literal["int8"]
+    symmetric: Literal[True]
+    per_channel: bool
+
+
+class MultiplierFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How real multipliers become integers: the width of M0, and how the product is rounded (docs/arithmetic.md)."""
+
+    bits: MultiplierBits
+    rounding: Rounding
+
+
+class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a runtime can do.
+
+    Attributes:
+        name: What ``--target`` calls it.
+        description: One line for people.
+        activation: The form of activations.
+        weight: The form of weights.
+        multiplier: The form of multipliers.
+    """
+
+    name: str
+    description: str
+    activation: ActivationFormat
+    weight: WeightFormat
+    multiplier: MultiplierFormat
+
+
+def known() -> list[str]:
+    """Return the names of the targets that come with quantcli."""
+    return sorted(file.stem for file in FOLDER.glob("*.toml"))
+
+
+def load_target(name: str) -> Target:
+    """Return a target by its name, or from a TOML file of one's own.
+
+    Raises:
+        RecipeError: If there is no such target, or the file does not describe one.
+    """
+    file = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
+    if not file.is_file() or (not name.endswith(".toml") and name not in known()):
+        raise RecipeError(f"there is no target '{name}'", f"known: {', '.join(known())}; or give a .toml file")
+    try:
+        return msgspec.toml.decode(file.read_bytes(), type=Target)
+    except (msgspec.DecodeError, OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file} does not describe a target ({error})", "compare it with docs/recipes.md") from error

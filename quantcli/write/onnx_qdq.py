@@ -1,0 +1,148 @@
+"""Write ONNX with QuantizeLinear/DequantizeLinear: integers for the constants, a pair behind every quantized activation.
+
+Names: inputs, outputs and every tensor that still exists keep theirs. Around a quantized tensor ``t`` stand ``t_quantized`` (the
+integers) and ``t_dequantized`` (what its readers get); of a graph output ``t`` the readers' side is ``t`` itself, and what is
+computed before rounding is ``t_unrounded``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from quantcli.fold import add_constant
+
+if TYPE_CHECKING:
+    from quantcli.plan import LayerPlan, TensorPlan
+    from quantcli.quantize import QuantizedModel
+
+
+def write(quantized: QuantizedModel) -> ir.Model:
+    """Return the quantized model as ONNX in QDQ form."""
+    model = quantized.model.clone()
+    model.producer_name, model.producer_version = "quantcli", ""
+    Writer(quantized, model.graph).write()
+    return model
+
+
+def tensor_names(quantized: QuantizedModel) -> dict[str, dict[str, str]]:
+    """Return for every planned tensor the names of its integers and of its dequantized reals in the written model."""
+    outputs = {value.name for value in quantized.model.graph.outputs}
+    return {
+        name: {"integers": f"{name}_quantized", "reals": name if name in outputs else f"{name}_dequantized"}
+        for name in quantized.plan.tensors
+    }
+
+
+class Writer:
+    """One graph being rewritten."""
+
+    def __init__(self, quantized: QuantizedModel, graph: ir.Graph) -> None:
+        self.quantized = quantized
+        self.plan = quantized.plan
+        self.graph = graph
+        self.names = tensor_names(quantized)
+        self.nodes = {str(node.name): node for node in graph}
+        self.constants: dict[str, ir.Value] = {}
+        self.parameters: dict[str, tuple[ir.Value, ir.Value | None]] = {}
+
+    def write(self) -> None:
+        """Rewrite the graph."""
+        for layer in self.plan.layers:
+            self.drop_absorbed(layer)
+        for layer in self.plan.layers:
+            self.quantize_constants(layer)
+        values = {str(value.name): value for value in self.graph.inputs}
+        values.update({str(value.name): value for node in self.graph for value in node.outputs})
+        for name, tensor in self.plan.tensors.items():
+            if tensor.role == "activation":
+                self.quantize_activation(tensor, values[name])
+        used = {value for node in self.graph.all_nodes() for value in node.inputs if value is not None}
+        for name, value in list(self.graph.initializers.items()):
+            if value not in used and not value.is_graph_output():
+                del self.graph.initializers[name]
+
+    def drop_absorbed(self, layer: LayerPlan) -> None:
+        """Remove activations that saturation does already: those behind a layer whose clamp is its whole grid."""
+        grid = self.plan.tensors[layer.outputs[0]].integer
+        if layer.clamp != (grid.qmin, grid.qmax):
+            return
+        for name in layer.absorbed:
+            node = self.nodes[name]
+            before, after = node.inputs[0], node.outputs[0]
+            assert before is not None  # noqa: S101 - a Relu or Clip without an operand has no rule
+            kept, shape, dtype = after.name, after.shape, after.type
+            ir.convenience.replace_all_uses_with(after, before, replace_graph_outputs=True)
+            self.graph.remove(node, safe=True)
+            before.name, before.shape, before.type = kept, shape, dtype
+
+    def quantize_constants(self, layer: LayerPlan) -> None:
+        """Put integers and a DequantizeLinear in place of a layer's weight, bias and constant operands."""
+        node = self.nodes[layer.name]
+        for position, value in enumerate(node.inputs):
+            name = value.name if value is not None else None
+            tensor = self.plan.tensors.get(name) if name is not None else None
+            if tensor is None or tensor.role == "activation" or value is None or not value.is_initializer():
+                continue
+            node.replace_input_with(position, self.dequantized_constant(tensor, value, node))
+
+    def dequantized_constant(self, tensor: TensorPlan, value: ir.Value, reader: ir.Node) -> ir.Value:
+        """Return the dequantized value of a constant, made at its first reader."""
+        integers, reals = self.names[tensor.name]["integers"], self.names[tensor.name]["reals"]
+        if tensor.name in self.constants:
+            return self.constants[tensor.name]
+        array = self.quantized.constants[tensor.name]
+        stored = add_constant(self.graph, integers, array)
+        node = self.dequantize_node(tensor, stored, reals)
+        node.outputs[0].shape, node.outputs[0].type = ir.Shape(array.shape), value.type
+        self.graph.insert_before(reader, node)
+        self.constants[tensor.name] = node.outputs[0]
+        return node.outputs[0]
+
+    def quantize_activation(self, tensor: TensorPlan, value: ir.Value) -> None:
+        """Put a QuantizeLinear/DequantizeLinear pair between an activation and all its readers."""
+        names = self.names[tensor.name]
+        is_output = value.is_graph_output()
+        scale, zero_point = self.parameter_values(tensor)
+        to_integer = ir.node("QuantizeLinear", [value, scale, zero_point], name=f"{tensor.name}_QuantizeLinear")
+        stored = to_integer.outputs[0]
+        stored.name, stored.shape = names["integers"], value.shape
+        stored.type = ir.TensorType(ir.DataType.from_numpy(tensor.integer.dtype))
+        to_real = self.dequantize_node(tensor, stored, names["reals"])
+        to_real.outputs[0].shape, to_real.outputs[0].type = value.shape, value.type
+        if is_output:
+            value.name = f"{tensor.name}_unrounded"
+        ir.convenience.replace_all_uses_with(value, to_real.outputs[0], replace_graph_outputs=True)
+        to_integer.replace_input_with(0, value)
+        producer = value.producer()
+        if producer is None:
+            first = self.graph[0]
+            self.graph.insert_before(first, [to_integer, to_real])
+        else:
+            self.graph.insert_after(producer, [to_integer, to_real])
+
+    def dequantize_node(self, tensor: TensorPlan, stored: ir.Value, reals: str) -> ir.Node:
+        """Return the DequantizeLinear that gives a tensor's reals."""
+        scale, zero_point = self.parameter_values(tensor)
+        inputs = [stored, scale] if zero_point is None else [stored, scale, zero_point]
+        attributes = {"axis": tensor.axis} if tensor.axis is not None else {}
+        node = ir.node("DequantizeLinear", inputs, attributes, name=f"{tensor.name}_DequantizeLinear")
+        node.outputs[0].name = reals
+        return node
+
+    def parameter_values(self, tensor: TensorPlan) -> tuple[ir.Value, ir.Value | None]:
+        """Return scale and zero point as constants of the graph, shared by all tensors that share parameters."""
+        owner = tensor.same_as or tensor.name
+        if owner not in self.parameters:
+            scale = np.array(tensor.scale, dtype=np.float32)
+            zero_point = np.array(tensor.zero_point, dtype=tensor.integer.dtype)
+            shape: tuple[int, ...] = () if tensor.axis is None else (-1,)
+            self.parameters[owner] = (
+                add_constant(self.graph, f"{owner}_scale", scale.reshape(shape)),
+                None
+                if tensor.role == "bias"
+                else add_constant(self.graph, f"{owner}_zero_point", zero_point.reshape(shape)),
+            )
+        return self.parameters[owner]
