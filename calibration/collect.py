@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from calibration.datasets.dataset import batches
 from calibration.errors import DataError
 from calibration.observers import OBSERVERS
@@ -14,6 +12,7 @@ from calibration.statistics import TensorStatistics
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from calibration.datasets.dataset import Dataset
@@ -61,7 +60,9 @@ def collect(
     done = 0
     for feeds in batches(dataset, indices[:usable], batch):
         if not kept:
-            kept = {name: values[: max(CHECK_SAMPLES, batch) if fixed else CHECK_SAMPLES] for name, values in feeds.items()}
+            kept = {
+                name: values[: max(CHECK_SAMPLES, batch) if fixed else CHECK_SAMPLES] for name, values in feeds.items()
+            }
         computed = {**feeds, **runner.run(feeds, asked)}
         for name, counter in seen.items():
             try:

@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 __all__ = ["Conversion", "Evaluation", "Recipe", "__version__", "calibrate", "convert", "evaluate", "read_recipe"]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401
+def __getattr__(name: str) -> Any:
     """Import the API when it is asked for, so that ``quantcli --help`` stays light."""
     if name in {"Recipe", "read_recipe"}:
         from quantcli import recipe

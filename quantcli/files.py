@@ -53,7 +53,9 @@ def staged() -> Iterator[Staged]:
             try:
                 temporary.replace(path)
             except OSError as error:
-                raise OutputError(f"{path} cannot be written ({error.strerror or error})", "choose another -o") from error
+                raise OutputError(
+                    f"{path} cannot be written ({error.strerror or error})", "choose another -o"
+                ) from error
     finally:
         for temporary, _ in files.waiting:
             temporary.unlink(missing_ok=True)
@@ -68,7 +70,9 @@ def check_output(output: Path, *inputs: Path | None) -> None:
     """
     for source in inputs:
         if source is not None and output.resolve() == Path(source).resolve():
-            raise UsageError(f"the output {output} is also an input", "choose another -o: an input is never overwritten")
+            raise UsageError(
+                f"the output {output} is also an input", "choose another -o: an input is never overwritten"
+            )
     if output.is_dir():
         raise UsageError(f"the output {output} is a folder", "name a file")
     if not output.parent.is_dir():

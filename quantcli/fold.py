@@ -78,7 +78,9 @@ def lift_opset(model: ir.Model) -> None:
     except Exception as error:
         raise ModelError(f"the model's operator set {version} cannot be lifted to {LIFTED_OPSET} ({error})") from error
     if model.opset_imports.get("") != LIFTED_OPSET:
-        raise ModelError(f"the model's operator set {version} cannot be lifted to {LIFTED_OPSET}", "export it again, newer")
+        raise ModelError(
+            f"the model's operator set {version} cannot be lifted to {LIFTED_OPSET}", "export it again, newer"
+        )
 
 
 def simplify(model: ir.Model) -> None:
@@ -151,7 +153,9 @@ def split_batch_norm(node: ir.Node) -> None:
     if not isinstance(graph, ir.Graph):
         return
     factor_value = add_constant(graph, f"{output.name}_factor", factor.reshape(shape).astype(np.float32))
-    addend_value = add_constant(graph, f"{output.name}_addend", (beta - mean * factor).reshape(shape).astype(np.float32))
+    addend_value = add_constant(
+        graph, f"{output.name}_addend", (beta - mean * factor).reshape(shape).astype(np.float32)
+    )
     product = ir.node("Mul", [x, factor_value], name=f"{node.name or output.name}_mul")
     product.outputs[0].name = f"{output.name}_scaled"
     product.outputs[0].shape, product.outputs[0].type = output.shape, output.type

@@ -15,7 +15,7 @@ import numpy as np
 
 from calibration import statistics as statistics_file
 from calibration.collect import collect
-from calibration.datasets import Dataset, batches, fitted_batch, open_dataset, select
+from calibration.datasets import Dataset, Selection, batches, fitted_batch, open_dataset, select
 from calibration.errors import DataError, StatisticsError
 from calibration.hooks.onnxruntime import Runner
 from calibration.statistics import Statistics
@@ -170,15 +170,15 @@ def observe(
     tensors = place(folded, recipe).observed()
     runner = Runner(with_outputs(folded, tensors), what=source.name)
     dataset = open_dataset(data, runner.inputs, recipe.preprocess, Path(labels) if labels else None, split)
-    indices = select(len(dataset), recipe.data.selection)
-    batch = fitted_batch(runner.inputs, recipe.data.batch)
+    indices = select(len(dataset), recipe.calibration.selection)
+    batch = fitted_batch(runner.inputs, recipe.calibration.batch)
     seen, kept, samples = collect(
         runner,
         tensors,
         dataset,
         indices,
         batch,
-        recipe.activation.observer,
+        recipe.calibration.observer,
         lambda done: progress("calibrate", done, len(indices)),
     )
     return Statistics(
@@ -186,7 +186,7 @@ def observe(
         dataset.digest,
         asdict(recipe.preprocess) if recipe.preprocess else {},
         samples,
-        recipe.activation.observer,
+        recipe.calibration.observer,
         seen,
         kept,
     )
@@ -269,7 +269,9 @@ def check_strict(plan: Plan) -> None:
     if plan.floats:
         first = plan.floats[0]
         more = f" and {len(plan.floats) - 1} more" if len(plan.floats) > 1 else ""
-        raise StrictError(f"{first.operator} '{first.name}'{more} would stay float: {first.reason}", "exit code 5 is --strict")
+        raise StrictError(
+            f"{first.operator} '{first.name}'{more} would stay float: {first.reason}", "exit code 5 is --strict"
+        )
     for name, channels in plan.dead_channels.items():
         raise StrictError(f"the weight '{name}' has dead channels: {', '.join(map(str, channels))}", "prune them")
 
@@ -287,7 +289,9 @@ def self_check(source: LoadedModel, written: bytes, sidecar: Sidecar, statistics
     for name, values in result.items():
         real = values.dtype.kind == "f"
         if real and np.isfinite(reference[name]).all() and not np.isfinite(values).all():
-            raise OutputError(f"output '{name}' of the quantized model is not finite", "please report this, with the model")
+            raise OutputError(
+                f"output '{name}' of the quantized model is not finite", "please report this, with the model"
+            )
     comparison = Comparison()
     comparison.update(reference, result)
     sqnr = {name: difference.sqnr for name, difference in comparison.outputs.items()}
@@ -305,6 +309,8 @@ def evaluate(
     recipe: Recipe | None = None,
     labels: Path | str | None = None,
     split: str | None = None,
+    selection: Selection | None = None,
+    batch: int | None = None,
     latency: bool = True,
     layers: bool = False,
     threads: int = 1,
@@ -320,6 +326,8 @@ def evaluate(
         recipe: Where the preprocessing stands; None for the defaults.
         labels: Labels, where the data does not carry them.
         split: Keep only the labels' rows of this split.
+        selection: Which samples; all by default.
+        batch: The batch size; None for the model's own, or 32.
         latency: Whether to measure latency.
         layers: Whether to compare layer by layer (the sidecar must stand beside the model).
         threads: Threads within an operator while latency is measured.
@@ -337,8 +345,8 @@ def evaluate(
     dataset = open_dataset(data, runner.inputs, recipe.preprocess, Path(labels) if labels else None, split)
     metric = metric or ("top1" if dataset.labels is not None else "sqnr")
     check_metric(metric, dataset, source)
-    indices = select(len(dataset), recipe.data.selection)
-    batch = fitted_batch(runner.inputs, recipe.data.batch)
+    indices = select(len(dataset), selection or Selection())
+    batch = fitted_batch(runner.inputs, batch)
     tops = [TopK(LABEL_METRICS.get(metric, 1)) for _ in range(2)]
     comparison = Comparison()
     first: dict[str, NDArray[Any]] = {}
@@ -360,7 +368,11 @@ def evaluate(
     timing = None
     if latency and source is not None:
         progress("latency", 0, 1)
-        one = first if any(spec.shape and spec.shape[0] for spec in runner.inputs) else {k: v[:1] for k, v in first.items()}
+        one = (
+            first
+            if any(spec.shape and spec.shape[0] for spec in runner.inputs)
+            else {k: v[:1] for k, v in first.items()}
+        )
         timing = measure(Runner(source.runnable, threads), Runner(candidate.runnable, threads), one, threads)
     found: list[LayerSqnr] = []
     if layers and source is not None:
@@ -399,5 +411,7 @@ def run_padded(runner: Runner, feeds: dict[str, NDArray[Any]], batch: int) -> di
     fixed = any(spec.shape and spec.shape[0] is not None for spec in runner.inputs)
     if not fixed or count == batch:
         return runner.run(feeds)
-    filled = {name: np.concatenate([values, np.repeat(values[-1:], batch - count, axis=0)]) for name, values in feeds.items()}
+    filled = {
+        name: np.concatenate([values, np.repeat(values[-1:], batch - count, axis=0)]) for name, values in feeds.items()
+    }
     return {name: values[:count] if len(values) == batch else values for name, values in runner.run(filled).items()}

@@ -168,7 +168,11 @@ def why_float(node: ir.Node, excluded: dict[ir.Node, str]) -> str | None:
     """Return why an operator cannot become an integer layer, as far as it alone can tell; None if it can."""
     rule = RULES.get(node.op_type) if node.domain in {"", "ai.onnx"} else None
     if rule is None:
-        return "no rule for this operator" if node.domain in {"", "ai.onnx"} else f"an operator of the domain {node.domain}"
+        return (
+            "no rule for this operator"
+            if node.domain in {"", "ai.onnx"}
+            else f"an operator of the domain {node.domain}"
+        )
     if node in excluded:
         return excluded[node]
     if node.inputs[0] is None or len(node.outputs) == 0:

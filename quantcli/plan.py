@@ -193,9 +193,7 @@ def plan_activations(
     return tensors
 
 
-def plan_weights(
-    placement: Placement, activations: dict[str, TensorPlan], target: Target
-) -> dict[str, TensorPlan]:
+def plan_weights(placement: Placement, activations: dict[str, TensorPlan], target: Target) -> dict[str, TensorPlan]:
     """Return the parameters of every weight: symmetric, per channel where the target and every use of it agree."""
     integer = IntegerType(target.weight.dtype, narrow=True)
     uses: dict[str, list[tuple[PlacedLayer, NDArray[np.float32]]]] = {}
@@ -208,7 +206,9 @@ def plan_weights(
         values = users[0][1]
         axes = {layer.rule.weight_axis(layer.node) for layer, _ in users}
         axis = axes.pop() if len(axes) == 1 and target.weight.per_channel else None
-        channels = values.reshape(1, -1) if axis is None else np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
+        channels = (
+            values.reshape(1, -1) if axis is None else np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
+        )
         lo, hi = channels.min(axis=1), channels.max(axis=1)
         largest = np.maximum(-lo, hi)
         scales = symmetric_scales(largest, integer)
@@ -260,9 +260,7 @@ def plan_layer(layer: PlacedLayer, tensors: dict[str, TensorPlan], target: Targe
     multipliers = []
     for operand, real in reals:
         multiplier, shift = fixed_point(real, target.multiplier.bits)
-        multipliers.append(
-            Multiplier(operand, tuple(real.tolist()), tuple(multiplier.tolist()), tuple(shift.tolist()))
-        )
+        multipliers.append(Multiplier(operand, tuple(real.tolist()), tuple(multiplier.tolist()), tuple(shift.tolist())))
     return LayerPlan(
         str(layer.node.name),
         layer.node.op_type,

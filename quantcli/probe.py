@@ -21,9 +21,13 @@ def model_bytes(model: ir.Model) -> bytes:
     Raises:
         ModelError: If it is too large for one file.
     """
-    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    weights = sum(
+        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
+    )
     if weights > LARGEST_MODEL:
-        raise ModelError(f"the model holds {weights >> 20} MB of weights, more than one file can", "2 GB is the limit for now")
+        raise ModelError(
+            f"the model holds {weights >> 20} MB of weights, more than one file can", "2 GB is the limit for now"
+        )
     return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 
 

@@ -12,17 +12,17 @@ from calibration.datasets.preprocess import Preprocess
 from quantcli.errors import RecipeError
 from quantcli.targets import DEFAULT_TARGET, ActivationType, MultiplierBits, Rounding, Target, load_target
 
-
 Format = TypeVar("Format", bound=msgspec.Struct)
 
 
-class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which samples calibrate, and in which batches (section ``[data]``)."""
+class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which samples calibrate, in which batches, and what is counted (section ``[calibration]``)."""
 
     samples: int | None = None
     batch: int | None = None
     shuffle: bool | None = None
     seed: int = 0
+    observer: Literal["minmax"] = "minmax"
 
     @property
     def selection(self) -> Selection:
@@ -33,7 +33,6 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Activation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How activations are quantized (section ``[activation]``); None leaves it to the target."""
 
-    observer: Literal["minmax"] = "minmax"
     range: Literal["minmax"] = "minmax"
     dtype: ActivationType | None = None
     symmetric: bool | None = None
@@ -67,7 +66,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the user wants, whole."""
 
     target: str = DEFAULT_TARGET
-    data: Data = Data()
+    calibration: Calibration = Calibration()
     preprocess: Preprocess | None = None
     activation: Activation = Activation()
     weight: Weight = Weight()
@@ -101,7 +100,9 @@ def read_recipe(path: Path | None, overrides: dict[str, Any] | None = None) -> R
     try:
         return msgspec.convert(document, Recipe)
     except (msgspec.ValidationError, ValueError, TypeError) as error:
-        raise RecipeError(f"{path or 'the command line'} asks for something unknown ({error})", "see docs/recipes.md") from error
+        raise RecipeError(
+            f"{path or 'the command line'} asks for something unknown ({error})", "see docs/recipes.md"
+        ) from error
 
 
 def resolve_target(recipe: Recipe) -> Target:
@@ -113,7 +114,9 @@ def resolve_target(recipe: Recipe) -> Target:
     target = load_target(recipe.target)
     activation = overlaid(target.activation, dtype=recipe.activation.dtype, symmetric=recipe.activation.symmetric)
     if activation.symmetric and activation.dtype.startswith("u"):
-        raise RecipeError(f"symmetric activations of {activation.dtype} have no zero point 0", "use int8, or make them affine")
+        raise RecipeError(
+            f"symmetric activations of {activation.dtype} have no zero point 0", "use int8, or make them affine"
+        )
     return msgspec.structs.replace(
         target,
         activation=activation,

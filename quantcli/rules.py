@@ -12,12 +12,13 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 
 from quantcli.fold import constant
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import onnx_ir as ir
 
 
 class Operand(Enum):
@@ -41,8 +42,6 @@ class Arithmetic(Enum):
     TABLE = "table"  # y = table[x]
     SOFTMAX = "softmax"  # y = softmax over an axis, output fixed
     MOVE = "move"  # y = x, elsewhere
-
-
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def needs_vector_bias(node: ir.Node) -> str | None:
     bias = constant(node.inputs[2])
     if bias is None:
         return "its bias is not constant"
-    return None if bias.ndim == 1 and bias.size > 1 or bias.size == 1 else "its bias is not one value per channel"
+    return None if (bias.ndim == 1 and bias.size > 1) or bias.size == 1 else "its bias is not one value per channel"
 
 
 def needs_plain_gemm(node: ir.Node) -> str | None:

@@ -128,9 +128,7 @@ def describe(
         FileEntry(source.name, source.sha256, source.size),
         output,
         quantized.model.opset_imports[""],
-        CalibrationEntry(
-            statistics.data_sha256, statistics.samples, statistics.observer, False, statistics.preprocess
-        ),
+        CalibrationEntry(statistics.data_sha256, statistics.samples, statistics.observer, False, statistics.preprocess),
         plan.target,
         msgspec.structs.replace(recipe, target=plan.target.name),
         {name: tensor_entry(tensor, names[name]) for name, tensor in plan.tensors.items()},
@@ -191,7 +189,9 @@ def read(path: Path) -> Sidecar:
     try:
         return msgspec.json.decode(path.read_bytes(), type=Sidecar)
     except (OSError, msgspec.DecodeError) as error:
-        raise ModelError(f"{path} is not a sidecar of version {VERSION} ({error})", "convert the model again") from error
+        raise ModelError(
+            f"{path} is not a sidecar of version {VERSION} ({error})", "convert the model again"
+        ) from error
 
 
 def schema() -> dict[str, Any]:

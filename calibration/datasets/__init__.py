@@ -47,4 +47,6 @@ def open_dataset(
         return arrays.open_npz(path, inputs, preprocess, labels)
     if path.suffix == ".npy":
         return arrays.open_npy(path, inputs, preprocess, labels)
-    raise DataError(f"{path} is not a kind of data that can be read", "give an .npz or .npy file, or a folder of images")
+    raise DataError(
+        f"{path} is not a kind of data that can be read", "give an .npz or .npy file, or a folder of images"
+    )

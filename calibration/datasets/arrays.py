@@ -52,9 +52,7 @@ class Arrays:
         return values
 
 
-def open_npz(
-    path: Path, inputs: Sequence[InputSpec], preprocess: Preprocess | None, labels: Path | None
-) -> Arrays:
+def open_npz(path: Path, inputs: Sequence[InputSpec], preprocess: Preprocess | None, labels: Path | None) -> Arrays:
     """Open an ``.npz``: arrays under the inputs' names, or a single array under any name for a model with a single input.
 
     Raises:
@@ -75,7 +73,9 @@ def open_npz(
     for spec in inputs:
         if spec.name not in found:
             there = ", ".join(f"'{name}'" for name in sorted(found))
-            raise DataError(f"{path} has no array for input '{spec.name}' (it holds {there})", "name the array after the input")
+            raise DataError(
+                f"{path} has no array for input '{spec.name}' (it holds {there})", "name the array after the input"
+            )
     if extra := sorted(set(found) - names):
         raise DataError(
             f"{path} holds '{extra[0]}', which is no input of the model (inputs: {', '.join(sorted(names))})",
@@ -84,9 +84,7 @@ def open_npz(
     return checked(path, found, inputs, preprocess, read_labels(labels) if labels else stored_labels)
 
 
-def open_npy(
-    path: Path, inputs: Sequence[InputSpec], preprocess: Preprocess | None, labels: Path | None
-) -> Arrays:
+def open_npy(path: Path, inputs: Sequence[InputSpec], preprocess: Preprocess | None, labels: Path | None) -> Arrays:
     """Open an ``.npy`` for a model with a single input; the file is mapped, not read.
 
     Raises:
@@ -94,7 +92,9 @@ def open_npy(
     """
     if len(inputs) != 1:
         names = ", ".join(spec.name for spec in inputs)
-        raise DataError(f"{path} holds one array and the model has inputs {names}", "give an .npz with one array per input")
+        raise DataError(
+            f"{path} holds one array and the model has inputs {names}", "give an .npz with one array per input"
+        )
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -112,12 +112,16 @@ def checked(
     """Return the data set after checking that every array has the same, positive number of samples."""
     for name, values in stored.items():
         if values.ndim == 0 or len(values) == 0:
-            raise DataError(f"{path} is empty: array '{name}' has shape {list(values.shape)}", "give at least one sample")
+            raise DataError(
+                f"{path} is empty: array '{name}' has shape {list(values.shape)}", "give at least one sample"
+            )
     counts = {name: len(values) for name, values in stored.items()}
     if len(set(counts.values())) > 1:
         raise DataError(f"{path} holds arrays of different lengths: {counts}", "the first axis of each is the sample")
     if labels is not None and len(labels) < next(iter(counts.values())):
-        raise DataError(f"{path} has {next(iter(counts.values()))} samples and {len(labels)} labels", "give one label a sample")
+        raise DataError(
+            f"{path} has {next(iter(counts.values()))} samples and {len(labels)} labels", "give one label a sample"
+        )
     return Arrays(stored, tuple(inputs), preprocess, labels, digest_of(stored), str(path))
 
 

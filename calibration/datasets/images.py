@@ -44,7 +44,9 @@ class Images:
         """Return the images at ``indices`` as one float32 array."""
         decoded = [self._decoded(self.files[i]) for i in indices]
         if len({image.shape for image in decoded}) > 1:
-            raise DataError(f"the images under {self.files[0].parent} differ in size", "set --size, or --size and --crop")
+            raise DataError(
+                f"the images under {self.files[0].parent} differ in size", "set --size, or --size and --crop"
+            )
         scale = 1.0 / 255.0 if self.preprocess.scale is None else self.preprocess.scale
         values = normalized(np.stack(decoded), self.preprocess, scale, self.layout)
         if self.preprocess.color == "BGR":
@@ -72,7 +74,9 @@ def open_images(
         DataError: If there are no images, the model does not take images, or the labels do not fit the files.
     """
     if len(inputs) != 1 or inputs[0].dtype.kind != "f":
-        raise DataError(f"{folder} is a folder of images and the model does not have a single float input", "give an .npz")
+        raise DataError(
+            f"{folder} is a folder of images and the model does not have a single float input", "give an .npz"
+        )
     layout = image_layout(inputs[0], preprocess)
     height, width, channels = image_geometry(inputs[0], layout)
     mode = "L" if preprocess.color == "L" or channels == 1 else "RGB"
@@ -111,7 +115,9 @@ def labelled(folder: Path, labels: Path, split: str | None) -> tuple[tuple[Path,
         raise DataError(f"{labels} cannot be read as CSV ({error})", "give columns file and label") from error
     needed = {"file", "label"} | ({"split"} if split is not None else set())
     if not rows or not needed <= set(rows[0]):
-        raise DataError(f"{labels} lacks rows or one of the columns {', '.join(sorted(needed))}", "name them in its first line")
+        raise DataError(
+            f"{labels} lacks rows or one of the columns {', '.join(sorted(needed))}", "name them in its first line"
+        )
     if split is not None:
         rows = [row for row in rows if row["split"] == split]
         if not rows:
@@ -121,12 +127,16 @@ def labelled(folder: Path, labels: Path, split: str | None) -> tuple[tuple[Path,
     for row in rows:
         file = folder / row["file"]
         if not file.resolve().is_relative_to(root) or not file.is_file():
-            raise DataError(f"{labels} names {row['file']}, which is not under {folder}", "paths are relative to the folder")
+            raise DataError(
+                f"{labels} names {row['file']}, which is not under {folder}", "paths are relative to the folder"
+            )
         files.append(file)
     try:
         return tuple(files), np.array([int(row["label"]) for row in rows], dtype=np.int64)
     except ValueError as error:
-        raise DataError(f"{labels} holds a label that is not an integer ({error})", "number the classes from 0") from error
+        raise DataError(
+            f"{labels} holds a label that is not an integer ({error})", "number the classes from 0"
+        ) from error
 
 
 def digest_of(folder: Path, files: tuple[Path, ...]) -> str:

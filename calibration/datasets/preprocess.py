@@ -61,7 +61,9 @@ def image_layout(spec: InputSpec, preprocess: Preprocess) -> str:
         raise DataError(f"input '{spec.name}' of shape {shown(spec)} is not a batch of images", "give the data as .npz")
     first, last = spec.shape[1] in (1, 3, 4), spec.shape[3] in (1, 3, 4)
     if first == last:
-        raise DataError(f"input '{spec.name}' of shape {shown(spec)} does not show where its channels are", "set --layout")
+        raise DataError(
+            f"input '{spec.name}' of shape {shown(spec)} does not show where its channels are", "set --layout"
+        )
     return "NCHW" if first else "NHWC"
 
 
@@ -89,7 +91,9 @@ def resized(image: Image, preprocess: Preprocess, model_size: tuple[int, int] | 
         height, width = as_pair(preprocess.crop)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         if left < 0 or top < 0:
-            raise DataError(f"a crop of {height}x{width} is larger than the image of {image.height}x{image.width}", "set --size")
+            raise DataError(
+                f"a crop of {height}x{width} is larger than the image of {image.height}x{image.width}", "set --size"
+            )
         image = image.crop((left, top, left + width, top + height))
     return image
 

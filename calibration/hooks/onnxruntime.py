@@ -54,7 +54,7 @@ class Runner:
             self.session = onnxruntime.InferenceSession(
                 str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # noqa: BLE001 - the runtime raises a dozen unrelated types
+        except Exception as error:
             raise RunError(f"ONNX Runtime refuses {what} ({first_line(error)})") from error
 
     @property
@@ -63,7 +63,9 @@ class Runner:
         specs = []
         for node in self.session.get_inputs():
             if node.type not in DTYPES:
-                raise RunError(f"input '{node.name}' of {self.what} has the type {node.type}", "only tensors can be fed")
+                raise RunError(
+                    f"input '{node.name}' of {self.what} has the type {node.type}", "only tensors can be fed"
+                )
             shape = tuple(size if isinstance(size, int) and size > 0 else None for size in node.shape)
             specs.append(InputSpec(node.name, np.dtype(DTYPES[node.type]), shape))
         return tuple(specs)
@@ -82,7 +84,7 @@ class Runner:
         names = list(outputs) if outputs is not None else list(self.outputs)
         try:
             return dict(zip(names, self.session.run(names, feeds), strict=True))
-        except Exception as error:  # noqa: BLE001 - the runtime raises a dozen unrelated types
+        except Exception as error:
             raise RunError(f"ONNX Runtime fails while running {self.what} ({first_line(error)})") from error
 
 

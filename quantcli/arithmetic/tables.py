@@ -78,4 +78,6 @@ def table(
     integers = np.arange(grid.qmin, grid.qmax + 1, dtype=np.int64)
     reals = float(scale) * (integers - zero_point).astype(np.float64)
     out_grid, out_scale, out_zero_point = y
-    return quantize(FUNCTIONS[operator](reals, parameters), np.asarray(out_scale), np.asarray(out_zero_point), out_grid, None)
+    return quantize(
+        FUNCTIONS[operator](reals, parameters), np.asarray(out_scale), np.asarray(out_zero_point), out_grid, None
+    )

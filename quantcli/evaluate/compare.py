@@ -69,7 +69,7 @@ def layer_sqnrs(
     return layers
 
 
-def parsed(data: bytes) -> Any:  # noqa: ANN401 - a protobuf message, which onnx types as Any
+def parsed(data: bytes) -> Any:
     """Return the protobuf message of a model's bytes."""
     import onnx
 

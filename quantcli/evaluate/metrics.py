@@ -40,7 +40,10 @@ class TopK:
             DataError: If the scores are not one row of classes per sample, or a label is no class.
         """
         if scores.ndim != 2 or len(scores) != len(labels):
-            raise DataError(f"top{self.k} needs scores of shape [samples, classes], not {list(scores.shape)}", "choose --metric sqnr")
+            raise DataError(
+                f"top{self.k} needs scores of shape [samples, classes], not {list(scores.shape)}",
+                "choose --metric sqnr",
+            )
         if labels.min() < 0 or labels.max() >= scores.shape[1]:
             raise DataError(f"a label lies outside 0 … {scores.shape[1] - 1}", "number the classes as the model does")
         best = np.argsort(-scores.astype(np.float64), axis=1, kind="stable")[:, : self.k]

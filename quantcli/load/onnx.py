@@ -20,7 +20,7 @@ def load_onnx(path: Path) -> tuple[ir.Model, list[Path]]:
     """
     try:
         model = ir.load(path)
-    except Exception as error:  # noqa: BLE001 - the protobuf parsers raise their own unrelated types
+    except Exception as error:
         raise ModelError(f"{path} is not an ONNX model, or is cut short", "export or copy it again") from error
     if not model.opset_imports or model.graph.num_nodes() == 0:
         raise ModelError(f"{path} holds no model: it has no operators", "export it again")
@@ -41,7 +41,9 @@ def external_files(model: ir.Model, path: Path) -> list[Path]:
                 files.add((folder / str(value.const_value.location)).resolve())
     for file in sorted(files):
         if not file.is_relative_to(folder):
-            raise ModelError(f"{path} keeps external data outside its folder ({file.name})", "move the data beside the model")
+            raise ModelError(
+                f"{path} keeps external data outside its folder ({file.name})", "move the data beside the model"
+            )
         if not file.is_file():
             raise ModelError(f"{path} keeps weights in {file.name}, which is not there", "put it beside the model")
     return sorted(files)

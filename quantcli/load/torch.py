@@ -31,8 +31,10 @@ def load_pt2(path: Path) -> tuple[ir.Model, bytes]:
     try:
         with quiet():
             program = torch.export.load(path)
-    except Exception as error:  # noqa: BLE001 - torch raises whatever its readers raise
-        raise ModelError(f"{path} is not an exported program, or is cut short", "save it with torch.export.save") from error
+    except Exception as error:
+        raise ModelError(
+            f"{path} is not an exported program, or is cut short", "save it with torch.export.save"
+        ) from error
     try:
         with quiet():
             exported = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=OPSET)
@@ -54,7 +56,11 @@ def quiet() -> Iterator[None]:
     """Keep the exporter's progress prints and warnings away from the user's terminal."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
         logger.setLevel(logging.ERROR)
         try:

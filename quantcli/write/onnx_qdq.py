@@ -86,9 +86,9 @@ class Writer:
             tensor = self.plan.tensors.get(name) if name is not None else None
             if tensor is None or tensor.role == "activation" or value is None or not value.is_initializer():
                 continue
-            node.replace_input_with(position, self.dequantized_constant(tensor, value, node))
+            node.replace_input_with(position, self.dequantized_constant(tensor, node))
 
-    def dequantized_constant(self, tensor: TensorPlan, value: ir.Value, reader: ir.Node) -> ir.Value:
+    def dequantized_constant(self, tensor: TensorPlan, reader: ir.Node) -> ir.Value:
         """Return the dequantized value of a constant, made at its first reader."""
         integers, reals = self.names[tensor.name]["integers"], self.names[tensor.name]["reals"]
         if tensor.name in self.constants:
@@ -96,7 +96,6 @@ class Writer:
         array = self.quantized.constants[tensor.name]
         stored = add_constant(self.graph, integers, array)
         node = self.dequantize_node(tensor, stored, reals)
-        node.outputs[0].shape, node.outputs[0].type = ir.Shape(array.shape), value.type
         self.graph.insert_before(reader, node)
         self.constants[tensor.name] = node.outputs[0]
         return node.outputs[0]
@@ -108,11 +107,10 @@ class Writer:
         scale, zero_point = self.parameter_values(tensor)
         to_integer = ir.node("QuantizeLinear", [value, scale, zero_point], name=f"{tensor.name}_QuantizeLinear")
         stored = to_integer.outputs[0]
-        stored.name, stored.shape = names["integers"], value.shape
-        stored.type = ir.TensorType(ir.DataType.from_numpy(tensor.integer.dtype))
+        stored.name = names["integers"]
         to_real = self.dequantize_node(tensor, stored, names["reals"])
-        to_real.outputs[0].shape, to_real.outputs[0].type = value.shape, value.type
         if is_output:
+            to_real.outputs[0].shape, to_real.outputs[0].type = value.shape, value.type
             value.name = f"{tensor.name}_unrounded"
         ir.convenience.replace_all_uses_with(value, to_real.outputs[0], replace_graph_outputs=True)
         to_integer.replace_input_with(0, value)

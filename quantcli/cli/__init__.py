@@ -1,0 +1,91 @@
+"""The command line: the only place that prints, and that turns errors into exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from calibration.errors import ReportedError
+from quantcli import __version__
+from quantcli.cli.calibrate import calibrate
+from quantcli.cli.convert import convert
+from quantcli.cli.demo import demo
+from quantcli.cli.evaluate import evaluate
+from quantcli.cli.terminal import Terminal, output_options
+
+EXIT_CODES = """\b
+Exit codes:
+  0  done
+  1  failed: a bad model, bad data, an output that does not work
+  2  usage
+  4  a threshold was missed (what was to be written is written)
+  5  --strict found what it forbids
+"""
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+)
+@click.version_option(__version__, "--version", prog_name="quantcli")
+@output_options
+def cli() -> None:
+    r"""Turn a saved float PyTorch or ONNX model into an integer one.
+
+    Start with `quantcli demo`, or with your own model:
+
+    \b
+      quantcli convert MODEL --data DATA -o model.int8.onnx
+      quantcli eval model.int8.onnx --float MODEL --data DATA
+
+    Shell completion: eval "$(_QUANTCLI_COMPLETE=bash_source quantcli)" (zsh_source, fish_source).
+    """
+
+
+for command in (calibrate, convert, evaluate, demo):
+    cli.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code; every error is one line, never a traceback."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(run(given))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line and return its exit code."""
+    try:
+        code = cli.main(arguments, prog_name="quantcli", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 2
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "quantcli"
+        return report(arguments, "UsageError", error.format_message(), f"see {command} --help", 2)
+    except click.ClickException as error:
+        return report(arguments, type(error).__name__, error.format_message(), "", 1)
+    except ReportedError as error:
+        return report(arguments, type(error).__name__, error.what, error.remedy, error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return report(arguments, "Interrupted", "interrupted", "nothing was written", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # noqa: BLE001 - the last line of defence: a defect of ours is one line too
+        if {"-v", "--verbose"} & set(arguments):
+            traceback.print_exc()
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"internal error: {type(error).__name__}: {error} ({os.path.basename(where.filename)}:{where.lineno})"  # noqa: PTH119
+        return report(arguments, "InternalError", what, "please report this; -v shows the whole trace", 1)
+    return code if isinstance(code, int) else 0
+
+
+def report(arguments: list[str], kind: str, what: str, remedy: str, code: int) -> int:
+    """Print an error as one line (and, for machines, as JSON) and return its exit code."""
+    Terminal(json="--json" in arguments).error(kind, what, remedy, code)
+    return code

@@ -1,0 +1,131 @@
+"""``quantcli convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from quantcli.cli.options import (
+    EXISTING,
+    EXISTING_FILE,
+    OUTPUT,
+    label_options,
+    preprocess_options,
+    quantization_options,
+    recipe_of,
+    recipe_option,
+    sample_options,
+)
+from quantcli.cli.terminal import Terminal, output_options, terminal_of
+
+if TYPE_CHECKING:
+    from quantcli.pipeline import Conversion
+
+
+@click.command()
+@click.argument("model", type=EXISTING_FILE)
+@click.option("--stats", type=EXISTING_FILE, help="Statistics that quantcli calibrate saved.")
+@click.option("--data", type=EXISTING, help="Calibration data instead: .npz, .npy, or a folder of images.")
+@click.option(
+    "-o", "--output", type=OUTPUT, required=True, help="The quantized model to write (.onnx; .json beside it)."
+)
+@click.option(
+    "--strict", is_flag=True, help="Fail (exit code 5) where an operator stays float or a weight channel is dead."
+)
+@click.option("--observer", type=click.Choice(["minmax"]), help="What is counted.  [default: minmax]")
+@recipe_option
+@quantization_options
+@sample_options
+@preprocess_options
+@label_options
+@output_options
+@click.pass_context
+def convert(context: click.Context, model: Path, output: Path, strict: bool, **options: Any) -> None:
+    """Quantize MODEL (.onnx or .pt2) and write the quantized model with its sidecar.
+
+    Give either statistics (--stats) or calibration data (--data). The last act is a self-check: what was written is loaded, run
+    on calibration samples, and compared with float.
+    """
+    from quantcli import pipeline
+
+    terminal = terminal_of(context)
+    recipe = recipe_of(options)
+    with terminal.progress() as progress:
+        done = pipeline.convert(
+            model,
+            output,
+            options["stats"],
+            options["data"],
+            recipe,
+            options["labels"],
+            options["split"],
+            strict,
+            progress,
+        )
+    show(terminal, done)
+    terminal.result(as_document(done))
+
+
+def show(terminal: Terminal, done: Conversion) -> None:
+    """Print what a conversion did."""
+    plan, sidecar = done.plan, done.sidecar
+    if terminal.verbose:
+        rows = [
+            (
+                layer.name,
+                layer.operator,
+                layer.outputs[0],
+                f"{tensor.scale[0]:.6g}",
+                str(tensor.zero_point[0]),
+                str(list(layer.clamp)),
+            )
+            for layer in plan.layers
+            for tensor in (plan.tensors[layer.outputs[0]],)
+        ]
+        terminal.table("Integer layers", ("layer", "operator", "output", ">scale", ">zero point", "clamp"), rows)
+    if plan.floats:
+        terminal.table(
+            "Stays float", ("layer", "operator", "reason"), [(f.name, f.operator, f.reason) for f in plan.floats]
+        )
+    for name, channels in plan.dead_channels.items():
+        shown = ", ".join(map(str, channels[:8])) + (", …" if len(channels) > 8 else "")
+        terminal.warn(f"weight '{name}' has {len(channels)} dead (all-zero) channels, given scale 1: {shown}")
+    if done.check.low:
+        lost = "; ".join(
+            f"{s.operator} '{s.name}' lost {s.lost:.1f} dB (at {s.sqnr:.1f} dB)" for s in done.check.suspects
+        )
+        outputs = ", ".join(f"'{name}' {value:.1f} dB" for name, value in done.check.sqnr.items())
+        terminal.warn(f"the quantized model is far from float (SQNR of {outputs}); lost at: {lost}")
+    sizes = sidecar.float_model.bytes, sidecar.model.bytes
+    terminal.say(f"{done.model}: {len(plan.layers)} integer layers, {len(plan.floats)} operators float")
+    terminal.say(f"size: {sizes[0]:,} → {sizes[1]:,} bytes ({sizes[1] / sizes[0]:.0%})")
+    for name, value in done.check.sqnr.items():
+        terminal.say(f"self-check: output '{name}' SQNR {value:.1f} dB over {done.check.samples} samples")
+    terminal.say(f"{done.sidecar_path}: the sidecar")
+
+
+def as_document(done: Conversion) -> dict[str, Any]:
+    """Return what a conversion did, for machines."""
+    sidecar = done.sidecar
+    return {
+        "model": str(done.model),
+        "sidecar": str(done.sidecar_path),
+        "sha256": sidecar.model.sha256,
+        "float_bytes": sidecar.float_model.bytes,
+        "bytes": sidecar.model.bytes,
+        "opset": sidecar.opset,
+        "integer_layers": len(sidecar.layers),
+        "float_layers": [{"name": f.name, "operator": f.operator, "reason": f.reason} for f in sidecar.float_layers],
+        "dead_channels": {name: list(channels) for name, channels in done.plan.dead_channels.items()},
+        "self_check": {
+            "samples": done.check.samples,
+            "sqnr_db": done.check.sqnr,
+            "low": done.check.low,
+            "suspects": [
+                {"name": s.name, "operator": s.operator, "sqnr_db": s.sqnr, "lost_db": s.lost}
+                for s in done.check.suspects
+            ],
+        },
+    }

@@ -1,0 +1,92 @@
+"""``quantcli demo``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from quantcli.cli.evaluate import as_document, show, verdict_of
+from quantcli.cli.terminal import output_options, terminal_of
+
+if TYPE_CHECKING:
+    from quantcli.cli.terminal import Terminal
+
+# The demo's promise: what quantization may cost a LeNet at eight bits.
+MAX_DROP = 0.1
+
+
+@click.command()
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("quantcli-demo"),
+    show_default=True,
+    help="The folder to write to.",
+)
+@output_options
+@click.pass_context
+def demo(context: click.Context, output: Path) -> None:
+    """Quantize an embedded LeNet on embedded MNIST images, and show what became of it.
+
+    Everything that it makes stays in the folder, with the commands that would make it again.
+    """
+    from quantcli import pipeline
+    from quantcli.files import staged
+    from quantcli.recipe import read_recipe
+
+    terminal = terminal_of(context)
+    lay_out(output)
+    model, recipe_file = output / "lenet.onnx", output / "recipe.toml"
+    calibration, evaluation = output / "calibration.npz", output / "evaluation.npz"
+    statistics, quantized = output / "lenet.stats", output / "lenet.int8.onnx"
+    recipe = read_recipe(recipe_file)
+    with terminal.progress() as progress:
+        pipeline.calibrate(model, calibration, statistics, recipe, progress=progress)
+        pipeline.convert(model, quantized, statistics, recipe=recipe, progress=progress)
+        found = pipeline.evaluate(quantized, evaluation, model, "top1", recipe, layers=True, progress=progress)
+    commands = [
+        f"quantcli calibrate {model} --data {calibration} --recipe {recipe_file} -o {statistics}",
+        f"quantcli convert {model} --stats {statistics} --recipe {recipe_file} -o {quantized}",
+        f"quantcli eval {quantized} --float {model} --data {evaluation} --recipe {recipe_file} --layers --max-drop {MAX_DROP}",
+    ]
+    document = {**as_document(found), "verdict": verdict_of(found, MAX_DROP), "commands": commands}
+    with staged() as files:
+        files.write(output / "evaluation.json", (json.dumps(document, indent=2) + "\n").encode())
+    show(terminal, found)
+    explain(terminal, output, commands)
+    terminal.result(document)
+    if document["verdict"] == "fail":
+        terminal.warn(f"top1 dropped by {found.drop:.2f} points, more than {MAX_DROP}")
+        context.exit(4)
+
+
+def lay_out(output: Path) -> None:
+    """Copy the embedded model, data and recipe into the demo's folder.
+
+    Raises:
+        OutputError: If the folder cannot be made or written to.
+    """
+    from quantcli import demo as embedded
+    from quantcli.errors import OutputError
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for file in (embedded.MODEL, embedded.CALIBRATION, embedded.EVALUATION):
+            shutil.copyfile(file, output / file.name)
+        (output / "recipe.toml").write_text(embedded.RECIPE, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{output} cannot be written ({error.strerror or error})", "choose another -o") from error
+
+
+def explain(terminal: Terminal, output: Path, commands: list[str]) -> None:
+    """Print where everything is and how to make it again."""
+    terminal.say(
+        f"In {output}: lenet.stats, lenet.int8.onnx, lenet.int8.json (the sidecar), evaluation.json. Made by:\n"
+    )
+    for command in commands:
+        terminal.say(f"  {command}")

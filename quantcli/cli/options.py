@@ -1,0 +1,133 @@
+"""Options that several commands share, and how they are laid over a recipe file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from quantcli.recipe import Recipe
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+EXISTING = click.Path(exists=True, path_type=Path)
+OUTPUT = click.Path(dir_okay=False, path_type=Path)
+
+
+class Size(click.ParamType):
+    """A size: one number, or height x width."""
+
+    name = "N|HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | list[int]:
+        """Return one number or a pair."""
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]
+        try:
+            sizes = [int(part) for part in value.lower().split("x")]
+        except ValueError:
+            sizes = []
+        if len(sizes) not in (1, 2) or min(sizes, default=0) < 1:
+            self.fail(f"'{value}' is no size; write 224 or 240x320", param, ctx)
+        return sizes[0] if len(sizes) == 1 else sizes
+
+
+class Numbers(click.ParamType):
+    """Numbers with commas between them."""
+
+    name = "A[,B,…]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        """Return the numbers."""
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]
+        try:
+            return [float(part) for part in value.split(",")]
+        except ValueError:
+            self.fail(f"'{value}' is not a list of numbers; write 0.485,0.456,0.406", param, ctx)
+
+
+def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Return a decorator that adds options in the order in which they are to be shown."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+recipe_option = click.option(
+    "--recipe", type=EXISTING_FILE, help="A TOML file with any of these options; flags go before it."
+)
+
+preprocess_options = together(
+    click.option("--size", type=Size(), help="Resize images: shorter side, or height x width.  [default: the model's]"),
+    click.option("--crop", type=Size(), help="Crop images at the centre after resizing."),
+    click.option("--scale", type=float, help="Multiply stored values.  [default: 1/255 for images, 1 for arrays]"),
+    click.option("--mean", type=Numbers(), help="Subtract after scaling; one number or one per channel."),
+    click.option("--std", type=Numbers(), help="Divide by; one number or one per channel."),
+    click.option("--layout", type=click.Choice(["NCHW", "NHWC"]), help="Where the model wants the channels of images."),
+    click.option("--color", type=click.Choice(["RGB", "BGR", "L"]), help="The order of the channels of image files."),
+)
+
+sample_options = together(
+    click.option("--samples", type=click.IntRange(min=1), help="Use so many samples.  [default: all]"),
+    click.option("--batch", type=click.IntRange(min=1), help="Samples per run.  [default: the model's, or 32]"),
+    click.option(
+        "--shuffle/--no-shuffle",
+        default=None,
+        help="Draw samples at random, or take the first.  [default: at random where --samples takes a part]",
+    ),
+    click.option("--seed", type=int, help="Seed of the random draw.  [default: 0]"),
+)
+
+label_options = together(
+    click.option("--labels", type=EXISTING_FILE, help="Labels: CSV (file,label) for images, .npy for arrays."),
+    click.option("--split", help="Use only the CSV's rows whose column split says so."),
+)
+
+quantization_options = together(
+    click.option("--target", help="A target's name or TOML file.  [default: ort-x86]"),
+    click.option(
+        "--activation-dtype", type=click.Choice(["uint8", "int8"]), help="Type of activations.  [default: the target's]"
+    ),
+    click.option("--symmetric/--asymmetric", default=None, help="Form of activations.  [default: the target's]"),
+    click.option("--per-channel/--per-tensor", default=None, help="Scales of weights.  [default: the target's]"),
+    click.option(
+        "--multiplier-bits", type=click.Choice(["8", "16", "32"]), help="Width of M0.  [default: the target's]"
+    ),
+    click.option(
+        "--rounding",
+        type=click.Choice(["single", "double", "half_even", "floor"]),
+        help="How products with M0 are rounded.  [default: the target's]",
+    ),
+    click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only these layers (names, or op:Conv)."),
+    click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep these layers float (names, or op:Conv)."),
+)
+
+
+def recipe_of(options: dict[str, Any]) -> Recipe:
+    """Return the recipe that the options ask for, over the file that ``--recipe`` names.
+
+    Raises:
+        RecipeError: If the file cannot be used.
+    """
+    from quantcli.recipe import read_recipe
+
+    bits = options.get("multiplier_bits")
+    overrides: dict[str, Any] = {
+        "target": options.get("target"),
+        "calibration": {key: options.get(key) for key in ("samples", "batch", "shuffle", "seed", "observer")},
+        "preprocess": {key: options.get(key) for key in ("size", "crop", "scale", "mean", "std", "layout", "color")},
+        "activation": {"dtype": options.get("activation_dtype"), "symmetric": options.get("symmetric")},
+        "weight": {"per_channel": options.get("per_channel")},
+        "multiplier": {"bits": int(bits) if bits else None, "rounding": options.get("rounding")},
+        "layers": {key: list(options.get(key) or ()) or None for key in ("include", "exclude")},
+    }
+    return read_recipe(options.get("recipe"), overrides)

@@ -1,0 +1,141 @@
+"""What a person or a machine sees: tables and JSON on standard output, progress and messages on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json as json_module
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@dataclass
+class Terminal:
+    """How much is said, and in which form.
+
+    Attributes:
+        quiet: Nothing but warnings and errors.
+        verbose: Details too.
+        json: One JSON document on standard output instead of tables.
+    """
+
+    quiet: bool = False
+    verbose: bool = False
+    json: bool = False
+
+    def say(self, text: str) -> None:
+        """Print a line of the result."""
+        if not (self.quiet or self.json):
+            console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Print a warning; it is never silenced."""
+        console(stderr=True).print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    def error(self, kind: str, what: str, remedy: str, code: int) -> None:
+        """Print an error in one line; where JSON is asked for, as a JSON document too."""
+        line = " ".join(f"error: {what}{'; ' + remedy if remedy else ''}".split())
+        console(stderr=True).print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+        if self.json:
+            document = {"error": {"type": kind, "message": what, "remedy": remedy, "exit_code": code}}
+            click.echo(json_module.dumps(document, indent=2))
+
+    def result(self, document: dict[str, Any]) -> None:
+        """Print the result for machines; numbers that JSON does not know become null."""
+        if self.json:
+            click.echo(json_module.dumps(finite(document), indent=2, ensure_ascii=False))
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table; columns whose name begins with ``>`` are set to the right."""
+        if self.quiet or self.json:
+            return
+        from rich import box
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold", pad_edge=False)
+        for column in columns:
+            table.add_column(
+                column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold"
+            )
+        for row in rows:
+            table.add_row(*(plain(cell) for cell in row))
+        console().print(table)
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[Callable[[str, int, int], None]]:
+        """Give a function (stage, done, total) that draws progress bars where someone is watching."""
+        if self.quiet or self.json or not sys.stderr.isatty():
+            yield lambda _stage, _done, _total: None
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console(stderr=True), transient=True) as bars:
+            tasks: dict[str, Any] = {}
+
+            def show(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, total=total)
+                bars.update(tasks[stage], completed=done)
+
+            yield show
+
+
+@functools.cache
+def console(stderr: bool = False) -> Console:
+    """Return the console of a stream; lines are as wide as the terminal, or 120 columns without one."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else 120)
+
+
+def plain(text: str) -> str:
+    """Return text in which rich sees no markup."""
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def finite(value: Any) -> Any:
+    """Return a JSON value whose infinities and NaN are null."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def output_options(command: Command) -> Command:
+    """Give a command ``-q``, ``-v`` and ``--json``; they work before and after a subcommand's name alike."""
+
+    def remember(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+        if value and parameter.name is not None:
+            terminal = context.find_root().ensure_object(dict).setdefault("terminal", Terminal())
+            setattr(terminal, parameter.name, True)
+
+    options: dict[str, Any] = {"is_flag": True, "expose_value": False, "callback": remember}
+    for option in (
+        click.option("--json", "json", help="Print one JSON document on standard output.", **options),
+        click.option("-v", "--verbose", "verbose", help="Say more.", **options),
+        click.option("-q", "--quiet", "quiet", help="Say nothing but warnings and errors.", **options),
+    ):
+        command = option(command)
+    return command
+
+
+def terminal_of(context: click.Context) -> Terminal:
+    """Return the terminal that a command speaks to."""
+    found = context.find_root().ensure_object(dict).setdefault("terminal", Terminal())
+    assert isinstance(found, Terminal)  # noqa: S101 - only remember() puts it there
+    return found
