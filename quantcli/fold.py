@@ -7,7 +7,7 @@ BatchNorm that could not be folded, Gemm's factors, biases that several layers s
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -199,14 +199,14 @@ def own_biases(model: ir.Model) -> None:
         taken.add(bias)
 
 
-def constant(value: ir.Value | None) -> NDArray[np.generic] | None:
+def constant(value: ir.Value | None) -> NDArray[Any] | None:
     """Return the array of a constant of the graph; None for anything that is computed, fed, or absent."""
     if value is None or value.const_value is None or value.is_graph_input() or value.producer() is not None:
         return None
     return value.const_value.numpy()
 
 
-def add_constant(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
+def add_constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
     """Register an array under ``name``, or with a number behind it where a constant has that name, and return its value."""
     unique, number = name, 1
     while unique in graph.initializers:
@@ -214,6 +214,6 @@ def add_constant(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.V
         unique = f"{name}_{number}"
     array = np.require(array, requirements="C")
     tensor = ir.tensor(array, name=unique)
-    value = ir.Value(name=unique, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value

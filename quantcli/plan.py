@@ -173,7 +173,7 @@ def plan_activations(
             scale, zero_point = fixed_parameters(lo, hi, integer, target.activation.symmetric)
         else:
             if name in constants:
-                role, lo, hi = "constant", float(constants[name].min()), float(constants[name].max())  # type: ignore[attr-defined]
+                role, lo, hi = "constant", float(constants[name].min()), float(constants[name].max())
             elif name in statistics.tensors:
                 lo, hi = RANGES[recipe.activation.range](statistics.tensors[name])
                 samples = statistics.samples
@@ -281,7 +281,7 @@ def clamp_of(layer: PlacedLayer, output: TensorPlan) -> tuple[int, int]:
         bounds = np.array(activation_bounds(node), dtype=np.float64)
         finite = np.clip(bounds, -3.0e38, 3.0e38)
         low, high = quantize(
-            finite, np.float32(output.scale), np.array(output.zero_point), output.integer, None
+            finite, np.array(output.scale, dtype=np.float32), np.array(output.zero_point), output.integer, None
         ).tolist()
         lowest, highest = max(lowest, low), min(highest, high)
     return lowest, highest

@@ -65,7 +65,7 @@ def quantized_constant(tensor: TensorPlan, values: NDArray[Any]) -> NDArray[Any]
         q = np.rint(values.reshape(-1).astype(np.float64) / scale)
         if np.abs(q).max(initial=0) > INT32.qmax:
             raise PlanError(f"the bias '{tensor.name}' does not fit int32 at its scale", "exclude its layer")
-        return q.astype(np.int32)
+        return np.asarray(q, dtype=np.int32)
     return affine.quantize(
         values, np.array(tensor.scale, dtype=np.float32), np.array(tensor.zero_point), tensor.integer, tensor.axis
     )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from quantcli.plan import LayerPlan, TensorPlan
     from quantcli.quantize import QuantizedModel
 
-VERSION = 1
+VERSION: Literal[1] = 1
 SCHEMA_FILE = Path(__file__).parent / "sidecar.schema.json"
 
 

@@ -68,7 +68,7 @@ def affine_parameters(lo: float, hi: float, integer: IntegerType) -> tuple[np.fl
     if lo == hi:
         return np.float32(1.0), min(max(0, integer.qmin), integer.qmax)
     scale = float32_scale((hi - lo) / (integer.qmax - integer.qmin))
-    zero_point = int(half_even(np.float64(integer.qmin - lo / float(scale))))
+    zero_point = int(half_even(np.array(integer.qmin - lo / float(scale))))
     return scale, min(max(zero_point, integer.qmin), integer.qmax)
 
 
@@ -156,7 +156,8 @@ def quantize(
     scale64 = along_axis(np.atleast_1d(scale).astype(np.float64), values.ndim, axis)
     offset = along_axis(np.atleast_1d(zero_point).astype(np.float64), values.ndim, axis)
     q = half_even(values.astype(np.float64) / scale64) + offset
-    return np.clip(q, integer.qmin, integer.qmax).astype(integer.dtype)
+    held: NDArray[Any] = np.clip(q, integer.qmin, integer.qmax).astype(integer.dtype)
+    return held
 
 
 def dequantize(
@@ -172,7 +173,8 @@ def dequantize(
     """
     offset = along_axis(np.atleast_1d(zero_point).astype(np.int64), q.ndim, axis)
     scale32 = along_axis(np.atleast_1d(scale).astype(np.float32), q.ndim, axis)
-    return (q.astype(np.int64) - offset).astype(np.float32) * scale32
+    reals: NDArray[np.float32] = (q.astype(np.int64) - offset).astype(np.float32) * scale32
+    return reals
 
 
 def along_axis(per_channel: NDArray[Any], ndim: int, axis: int | None) -> NDArray[Any]:
@@ -194,4 +196,4 @@ def fixed_parameters(lo: float, hi: float, integer: IntegerType, symmetric: bool
     if symmetric:
         return float32_scale(2.0 * max(-lo, hi) / steps), 0
     scale = float32_scale((hi - lo) / steps)
-    return scale, int(half_even(np.float64(integer.qmin - lo / float(scale))))
+    return scale, int(half_even(np.array(integer.qmin - lo / float(scale))))

@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def half_even(values: NDArray[np.floating]) -> NDArray[np.floating]:
+def half_even(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Round to the nearest integer, ties to the even one (ONNX QuantizeLinear; IEEE 754 roundTiesToEven).
 
     Args:
-        values: Reals of any shape.
+        values: Reals of any shape, float64.
 
     Returns:
-        The rounded values in the dtype they came in.
+        The rounded values, float64.
     """
-    return np.rint(values)
+    return np.rint(np.asarray(values, dtype=np.float64))

@@ -1,4 +1,4 @@
-"""Element-wise functions as lookup tables: y = table[x − qmin], one entry for every input integer (docs/arithmetic.md, section 6)."""
+"""Element-wise functions as lookup tables: y = table[x − qmin], one entry per input integer (docs/arithmetic.md, section 6)."""
 
 from __future__ import annotations
 

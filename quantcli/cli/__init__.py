@@ -35,7 +35,7 @@ Exit codes:
 @click.version_option(__version__, "--version", prog_name="quantcli")
 @output_options
 def cli() -> None:
-    r"""Turn a saved float PyTorch or ONNX model into an integer one.
+    """Turn a saved float PyTorch or ONNX model into an integer one.
 
     Start with `quantcli demo`, or with your own model:
 

@@ -33,7 +33,7 @@ from quantcli.cli.terminal import output_options, terminal_of
 @quantization_options
 @output_options
 @click.pass_context
-def calibrate(context: click.Context, model: Path, data: Path, output: Path, **options: Any) -> None:
+def calibrate(context: click.Context, /, model: Path, data: Path, output: Path, **options: Any) -> None:
     """Run data through MODEL (.onnx or .pt2) and save the statistics of its activations.
 
     One statistics file serves any number of conversions of the same model.

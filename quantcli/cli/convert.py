@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 @label_options
 @output_options
 @click.pass_context
-def convert(context: click.Context, model: Path, output: Path, strict: bool, **options: Any) -> None:
+def convert(context: click.Context, /, model: Path, output: Path, strict: bool, **options: Any) -> None:
     """Quantize MODEL (.onnx or .pt2) and write the quantized model with its sidecar.
 
     Give either statistics (--stats) or calibration data (--data). The last act is a self-check: what was written is loaded, run

@@ -30,7 +30,7 @@ MAX_DROP = 0.1
 )
 @output_options
 @click.pass_context
-def demo(context: click.Context, output: Path) -> None:
+def demo(context: click.Context, /, output: Path) -> None:
     """Quantize an embedded LeNet on embedded MNIST images, and show what became of it.
 
     Everything that it makes stays in the folder, with the commands that would make it again.

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 @click.pass_context
 def evaluate(
     context: click.Context,
+    /,
     quantized: Path,
     reference: Path | None,
     data: Path,

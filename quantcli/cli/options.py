@@ -18,7 +18,7 @@ EXISTING = click.Path(exists=True, path_type=Path)
 OUTPUT = click.Path(dir_okay=False, path_type=Path)
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[Any]):
     """A size: one number, or height x width."""
 
     name = "N|HxW"
@@ -36,7 +36,7 @@ class Size(click.ParamType):
         return sizes[0] if len(sizes) == 1 else sizes
 
 
-class Numbers(click.ParamType):
+class Numbers(click.ParamType[Any]):
     """Numbers with commas between them."""
 
     name = "A[,B,…]"
