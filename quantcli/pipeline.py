@@ -21,9 +21,9 @@ from calibration.hooks.onnxruntime import Runner
 from calibration.statistics import Statistics
 from quantcli import sidecar as sidecar_file
 from quantcli.errors import OutputError, StrictError, UsageError
-from quantcli.evaluate.compare import LayerSqnr, layer_sqnrs, worst
-from quantcli.evaluate.latency import Latency, measure
-from quantcli.evaluate.metrics import LABEL_METRICS, METRICS, Comparison, TopK
+from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs, worst
+from quantcli.evaluation.latency import Latency, measure
+from quantcli.evaluation.metrics import LABEL_METRICS, METRICS, Comparison, TopK
 from quantcli.files import check_output, staged
 from quantcli.fold import fold
 from quantcli.load import LoadedModel, load

@@ -36,8 +36,15 @@ class InputSpec:
 class Dataset(Protocol):
     """Samples on disk. The first axis of every array that it gives is the sample."""
 
-    labels: NDArray[np.integer] | None
-    digest: str
+    @property
+    def labels(self) -> NDArray[np.integer] | None:
+        """The class of every sample; None where the data has no labels."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of what is stored."""
+        ...
 
     def __len__(self) -> int:
         """Return the number of samples."""

@@ -80,6 +80,7 @@ def open_images(
     layout = image_layout(inputs[0], preprocess)
     height, width, channels = image_geometry(inputs[0], layout)
     mode = "L" if preprocess.color == "L" or channels == 1 else "RGB"
+    classes: NDArray[np.integer] | None
     if labels is not None:
         files, classes = labelled(folder, labels, split)
     elif split is not None:

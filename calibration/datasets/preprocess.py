@@ -109,8 +109,9 @@ def normalized(pixels: NDArray[Any], preprocess: Preprocess, scale: float, layou
     """
     if layout is not None and pixels.ndim == 3:
         pixels = pixels[..., None]
-    x = pixels.astype(np.float32) * np.float32(scale)
-    x = (x - np.asarray(preprocess.mean, np.float32)) / np.asarray(preprocess.std, np.float32)
+    x: NDArray[np.float32] = pixels.astype(np.float32) * np.float32(scale)
+    mean, std = np.array(preprocess.mean, dtype=np.float32), np.array(preprocess.std, dtype=np.float32)
+    x = (x - mean) / std
     if layout == "NCHW":
         x = x.transpose(0, 3, 1, 2)
     return np.ascontiguousarray(x, dtype=np.float32)

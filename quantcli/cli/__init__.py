@@ -27,24 +27,28 @@ Exit codes:
 """
 
 
+HELP = """Turn a saved float PyTorch or ONNX model into an integer one.
+
+Start with `quantcli demo`, or with your own model:
+
+\b
+  quantcli convert MODEL --data DATA -o model.int8.onnx
+  quantcli eval model.int8.onnx --float MODEL --data DATA
+
+Shell completion: eval "$(_QUANTCLI_COMPLETE=bash_source quantcli)" (zsh_source, fish_source).
+"""
+
+
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help=HELP,
     epilog=EXIT_CODES,
     no_args_is_help=True,
 )
 @click.version_option(__version__, "--version", prog_name="quantcli")
 @output_options
 def cli() -> None:
-    """Turn a saved float PyTorch or ONNX model into an integer one.
-
-    Start with `quantcli demo`, or with your own model:
-
-    \b
-      quantcli convert MODEL --data DATA -o model.int8.onnx
-      quantcli eval model.int8.onnx --float MODEL --data DATA
-
-    Shell completion: eval "$(_QUANTCLI_COMPLETE=bash_source quantcli)" (zsh_source, fish_source).
-    """
+    """Turn a saved float PyTorch or ONNX model into an integer one."""
 
 
 for command in (calibrate, convert, evaluate, demo):

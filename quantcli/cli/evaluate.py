@@ -104,7 +104,7 @@ def verdict_of(found: Evaluation, max_drop: float | None) -> str | None:
 
 def show(terminal: Terminal, found: Evaluation) -> None:
     """Print an evaluation."""
-    from quantcli.evaluate.metrics import UNITS
+    from quantcli.evaluation.metrics import UNITS
 
     unit = UNITS[found.metric]
     rows: list[tuple[str, str, str, str]] = [

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from calibration.hooks.onnxruntime import Runner
-from quantcli.evaluate.metrics import Difference
+from quantcli.evaluation.metrics import Difference
 from quantcli.fold import fold
 from quantcli.probe import with_outputs
 

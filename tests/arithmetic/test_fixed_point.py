@@ -1,0 +1,45 @@
+"""M = M0 · 2^-n, against exact fractions."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantcli.arithmetic.fixed_point import fixed_point, real_value
+
+POSITIVE = st.floats(2.0**-126, 2.0**120, allow_subnormal=False)
+
+
+@given(POSITIVE, st.sampled_from([8, 16, 32]))
+def test_the_relative_error_is_bounded_and_no_bit_is_wasted(real: float, bits: int) -> None:
+    multiplier, shift = fixed_point(np.array([real]), bits)
+    m0, n = int(multiplier[0]), int(shift[0])
+    assert 2 ** (bits - 2) <= m0 < 2 ** (bits - 1)
+    error = abs(Fraction(m0) * Fraction(2) ** -n / Fraction(real) - 1)
+    assert error <= Fraction(1, 2 ** (bits - 1))
+    assert Fraction(float(real_value(multiplier, shift)[0])) == Fraction(m0) * Fraction(2) ** -n
+
+
+def test_a_fraction_that_rounds_up_to_one_is_carried() -> None:
+    multiplier, shift = fixed_point(np.array([np.nextafter(1.0, 0.0)]), 32)
+    assert (multiplier[0], shift[0]) == (2**30, 30)
+
+
+@pytest.mark.parametrize("real", [0.25, 1.0, 2.0, 2.0**40])
+def test_powers_of_two_are_exact(real: float) -> None:
+    assert real_value(*fixed_point(np.array([real]), 8))[0] == real
+
+
+@pytest.mark.parametrize("real", [0.0, -1.0, np.inf, np.nan])
+def test_what_is_no_multiplier_is_refused(real: float) -> None:
+    with pytest.raises(ValueError, match="positive"):
+        fixed_point(np.array([real]))
+
+
+def test_other_widths_are_refused() -> None:
+    with pytest.raises(ValueError, match="8, 16 or 32"):
+        fixed_point(np.array([1.0]), 24)

@@ -1,0 +1,30 @@
+"""Options and fixtures of the whole suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from quantcli import Conversion, convert
+from tests.graphs import data_for, residual_net
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--regenerate", action="store_true", help="write the golden files anew instead of comparing with them"
+    )
+
+
+@pytest.fixture(scope="session")
+def residual(tmp_path_factory: pytest.TempPathFactory) -> Conversion:
+    """The residual net of tests.graphs, converted."""
+    folder = tmp_path_factory.mktemp("residual")
+    model, data = residual_net(folder / "net.onnx"), data_for(folder / "data.npz")
+    return convert(model, folder / "net.int8.onnx", data=data)
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Path:
+    """The residual net as a float model file."""
+    return residual_net(tmp_path / "net.onnx")

@@ -1,0 +1,142 @@
+"""The house's rules: which way imports run, which rooms there are, what is loaded when."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(file for package in ("quantcli", "calibration") for file in (ROOT / package).rglob("*.py"))
+
+# A module may import from modules of its own line and of lines above it.
+ORDER = [
+    {"calibration.errors"},
+    {"calibration.datasets"},
+    {"calibration.hooks", "calibration.observers"},
+    {"calibration.statistics", "calibration.collect", "calibration.ranges"},
+    {"calibration"},
+    {"quantcli.errors"},
+    {"quantcli.targets", "quantcli.recipe", "quantcli.files"},
+    {"quantcli.load", "quantcli.fold", "quantcli.probe"},
+    {"quantcli.arithmetic"},
+    {"quantcli.rules"},
+    {"quantcli.placement"},
+    {"quantcli.plan"},
+    {"quantcli.quantize"},
+    {"quantcli.write"},
+    {"quantcli.sidecar"},
+    {"quantcli.evaluation"},
+    {"quantcli.pipeline"},
+    {"quantcli", "quantcli.demo"},
+    {"quantcli.cli"},
+    {"quantcli.reference"},
+]
+HEAVY = {"torch", "onnxruntime", "ray"}
+DRAWERS = {"utils", "util", "common", "helpers", "helper", "base", "core", "manager", "misc"}
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def level(module: str) -> int:
+    """Return the line of ORDER that a module stands on: the longest entry that it begins with."""
+    found = [
+        (len(entry), number)
+        for number, line in enumerate(ORDER)
+        for entry in line
+        if (module + ".").startswith(entry + ".")
+    ]
+    assert found, f"{module} has no place in the order"
+    return max(found)[1]
+
+
+def imports(file: Path, at_top: bool) -> set[str]:
+    """Return the modules that a file imports, outside TYPE_CHECKING; only those at its top level where asked."""
+    tree = ast.parse(file.read_text())
+    typing_only = {
+        id(child)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and getattr(block.test, "id", "") == "TYPE_CHECKING"
+        for child in ast.walk(block)
+    }
+    nodes = tree.body if at_top else list(ast.walk(tree))
+    found = set()
+    for entry in nodes:
+        if id(entry) in typing_only:
+            continue
+        if isinstance(entry, ast.Import):
+            found.update(alias.name for alias in entry.names)
+        elif isinstance(entry, ast.ImportFrom) and entry.module:
+            for alias in entry.names:
+                dotted = f"{entry.module}.{alias.name}"
+                is_module = (ROOT / Path(*dotted.split("."))).with_suffix(".py").exists() or (
+                    ROOT / Path(*dotted.split("."))
+                ).is_dir()
+                found.add(dotted if is_module else entry.module)
+    return found
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=module_name)
+def test_imports_run_one_way(file: Path) -> None:
+    module = module_name(file)
+    for imported in imports(file, at_top=True):
+        if imported.split(".")[0] in {"quantcli", "calibration"}:
+            assert level(imported) <= level(module), f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=module_name)
+def test_no_room_is_a_drawer_and_no_import_is_heavy_or_a_star(file: Path) -> None:
+    assert not DRAWERS & set(module_name(file).split("."))
+    assert not HEAVY & {name.split(".")[0] for name in imports(file, at_top=True)}
+    assert "import *" not in file.read_text()
+
+
+def test_calibration_never_imports_quantcli() -> None:
+    for file in (ROOT / "calibration").rglob("*.py"):
+        assert not [name for name in imports(file, at_top=False) if name.startswith("quantcli")]
+
+
+def test_arithmetic_knows_numpy_alone() -> None:
+    allowed = {"__future__", "typing", "dataclasses", "collections.abc", "numpy", "numpy.typing"}
+    for file in (ROOT / "quantcli" / "arithmetic").glob("*.py"):
+        foreign = {name for name in imports(file, at_top=False) if not name.startswith("quantcli.arithmetic")}
+        assert foreign <= allowed
+
+
+def loaded_after(code: str) -> set[str]:
+    """Run code in a fresh interpreter and return the top-level modules that it loaded."""
+    probe = f"import sys\n{code}\nprint('\\n'.join(sys.modules), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, cwd=ROOT)
+    return {name.split(".")[0] for name in done.stderr.split()}
+
+
+def test_help_loads_nothing_heavy() -> None:
+    loaded = loaded_after(
+        "from quantcli.cli import run\nassert run(['--help']) == 0\nassert run(['convert', '--help']) == 0"
+    )
+    assert not {"torch", "onnx", "onnxruntime", "onnx_ir", "onnxscript"} & loaded
+
+
+def test_an_onnx_conversion_never_loads_torch(tmp_path: Path) -> None:
+    from tests.graphs import data_for, residual_net
+
+    model, data = residual_net(tmp_path / "m.onnx"), data_for(tmp_path / "d.npz")
+    code = f"from quantcli import convert\nconvert({str(model)!r}, {str(tmp_path / 'q.onnx')!r}, data={str(data)!r})"
+    loaded = loaded_after(code)
+    assert "onnxruntime" in loaded
+    assert "torch" not in loaded
+
+
+def test_the_public_names() -> None:
+    import quantcli
+
+    assert quantcli.__all__ == sorted(quantcli.__all__)
+    assert all(getattr(quantcli, name) is not None for name in quantcli.__all__)
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = quantcli.nothing_like_it

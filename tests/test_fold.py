@@ -1,0 +1,193 @@
+"""Folding preserves what a float model computes, and the names of what survives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from calibration.hooks.onnxruntime import Runner
+from quantcli.errors import ModelError
+from quantcli.fold import fold
+from quantcli.probe import model_bytes
+from tests.graphs import Array, node, normal, save
+
+# Folding BatchNorm rounds each weight and each bias once more in float32: with the couple of hundred products behind an
+# output here, a relative error of 2^-24 each stays well below 100 dB.
+FOLDED_SQNR = 100.0
+
+
+def operators(model: ir.Model) -> list[str]:
+    return [n.op_type for n in model.graph]
+
+
+def sqnr(path: Path, folded: ir.Model, feeds: dict[str, Array]) -> float:
+    before, after = Runner(path).run(feeds), Runner(model_bytes(folded)).run(feeds)
+    assert before.keys() == after.keys()
+    worst = np.inf
+    for name, values in before.items():
+        noise = float(np.square(values.astype(np.float64) - after[name]).sum())
+        worst = min(
+            worst, 10 * np.log10(float(np.square(values.astype(np.float64)).sum()) / noise) if noise else np.inf
+        )
+    return float(worst)
+
+
+def batch_norm(channels: int, seed: int) -> dict[str, Array]:
+    return {
+        "gamma": np.abs(normal(channels, seed=seed)) + 0.5,
+        "beta": normal(channels, seed=seed + 1),
+        "mean": normal(channels, seed=seed + 2),
+        "var": np.abs(normal(channels, seed=seed + 3)) + 0.1,
+    }
+
+
+NORM = ["gamma", "beta", "mean", "var"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "weight", "shape"),
+    [
+        ("Conv", (6, 4, 3, 3), (2, 4, 7, 7)),
+        ("ConvTranspose", (4, 6, 3, 3), (2, 4, 5, 5)),
+        ("Gemm", (4, 6), (2, 4)),
+    ],
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_batch_norm_folds_into_the_layer(
+    tmp_path: Path, layer: str, weight: tuple[int, ...], shape: tuple[int, ...], bias: bool
+) -> None:
+    constants = {"w": normal(*weight, seed=1), **batch_norm(6, 2)} | ({"b": normal(6, seed=8)} if bias else {})
+    nodes = [
+        node(layer, ["x", "w", "b"] if bias else ["x", "w"], ["c"]),
+        node("BatchNormalization", ["c", *NORM], ["y"]),
+    ]
+    path = save(tmp_path / "m.onnx", nodes, {"x": shape}, {"y": None}, constants)
+    folded = fold(ir.load(path))
+    assert operators(folded) == [layer]
+    assert folded.graph.outputs[0].name == "y"
+    assert sqnr(path, folded, {"x": normal(*shape, seed=20)}) > FOLDED_SQNR
+
+
+def test_batch_norm_that_follows_no_layer_becomes_mul_and_add(tmp_path: Path) -> None:
+    nodes = [node("BatchNormalization", ["x", *NORM], ["n"]), node("Relu", ["n"], ["y"])]
+    path = save(tmp_path / "m.onnx", nodes, {"x": ["N", 4, 5, 5]}, {"y": None}, batch_norm(4, 2))
+    folded = fold(ir.load(path))
+    assert operators(folded) == ["Mul", "Add", "Relu"]
+    assert "n" in {v.name for n in folded.graph for v in n.outputs}
+    assert sqnr(path, folded, {"x": normal(3, 4, 5, 5, seed=20)}) > FOLDED_SQNR
+
+
+def test_batch_norm_behind_a_shared_convolution_is_not_folded_into_it(tmp_path: Path) -> None:
+    nodes = [
+        node("Conv", ["x", "w"], ["c"]),
+        node("BatchNormalization", ["c", *NORM], ["n"]),
+        node("Add", ["c", "n"], ["y"]),
+    ]
+    constants = {"w": normal(6, 4, 3, 3), **batch_norm(6, 2)}
+    path = save(tmp_path / "m.onnx", nodes, {"x": [1, 4, 7, 7]}, {"y": None}, constants)
+    folded = fold(ir.load(path))
+    assert operators(folded) == ["Conv", "Mul", "Add", "Add"]
+    assert sqnr(path, folded, {"x": normal(1, 4, 7, 7, seed=20)}) > FOLDED_SQNR
+
+
+def test_an_old_export_is_lifted(tmp_path: Path) -> None:
+    """Operator set 9, constants among the inputs, BatchNorm not folded, attributes that later became inputs, two outputs."""
+    nodes = [
+        node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1]),
+        node("BatchNormalization", ["c", *NORM], ["n"]),
+        node("Clip", ["n"], ["k"], min=0.0, max=6.0),
+        node("Dropout", ["k"], ["d"], ratio=0.5),
+        node("Slice", ["d"], ["left"], axes=[3], starts=[0], ends=[4]),
+        node("Squeeze", ["g"], ["right"], axes=[2, 3]),
+        node("GlobalAveragePool", ["d"], ["g"]),
+    ]
+    nodes = [*nodes[:5], nodes[6], nodes[5]]
+    constants = {"w": normal(6, 4, 3, 3), **batch_norm(6, 2)}
+    path = save(
+        tmp_path / "old.onnx",
+        nodes,
+        {"x": [1, 4, 8, 8]},
+        {"left": None, "right": None},
+        constants,
+        opset=9,
+        ir_version=4,
+        constants_as_inputs=True,
+    )
+    folded = fold(ir.load(path))
+    assert [value.name for value in folded.graph.inputs] == ["x"]
+    assert [value.name for value in folded.graph.outputs] == ["left", "right"]
+    assert folded.opset_imports[""] == 17
+    assert "BatchNormalization" not in operators(folded)
+    assert "Dropout" not in operators(folded)
+    assert all(n.name for n in folded.graph)
+    feeds = {"x": normal(1, 4, 8, 8, seed=20)}
+    assert sqnr(path, folded, feeds) > FOLDED_SQNR
+
+
+def test_constant_expressions_and_identities_vanish(tmp_path: Path) -> None:
+    nodes = [
+        node("Shape", ["w"], ["s"]),
+        node("ConstantOfShape", ["s"], ["zeros"]),
+        node("Add", ["w", "zeros"], ["w2"]),
+        node("Identity", ["x"], ["i"]),
+        node("Conv", ["i", "w2"], ["c"]),
+        node("Identity", ["c"], ["y"]),
+    ]
+    path = save(tmp_path / "m.onnx", nodes, {"x": [1, 4, 7, 7]}, {"y": None}, {"w": normal(6, 4, 3, 3)})
+    folded = fold(ir.load(path))
+    assert operators(folded) == ["Conv"]
+    assert sqnr(path, folded, {"x": normal(1, 4, 7, 7, seed=20)}) == np.inf
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (0.5, 2.0)])
+@pytest.mark.parametrize("bias", [(6,), (1, 6), (1,), ()])
+def test_gemm_has_no_factors_and_a_vector_bias(
+    tmp_path: Path, alpha: float, beta: float, bias: tuple[int, ...]
+) -> None:
+    nodes = [node("Gemm", ["x", "w", "b"], ["y"], alpha=alpha, beta=beta)]
+    constants = {"w": normal(4, 6), "b": np.asarray(normal(*bias, seed=3))}
+    path = save(tmp_path / "m.onnx", nodes, {"x": ["N", 4]}, {"y": None}, constants)
+    folded = fold(ir.load(path))
+    gemm = folded.graph[0]
+    assert (gemm.attributes.get_float("alpha", 1.0), gemm.attributes.get_float("beta", 1.0)) == (1.0, 1.0)
+    assert gemm.inputs[2] is not None
+    assert gemm.inputs[2].shape == ir.Shape((6,))
+    assert sqnr(path, folded, {"x": normal(3, 4, seed=20)}) > FOLDED_SQNR
+
+
+def test_a_shared_bias_is_given_to_each_layer(tmp_path: Path) -> None:
+    nodes = [node("Conv", ["x", "w", "b"], ["c"]), node("Conv", ["c", "v", "b"], ["y"])]
+    constants = {"w": normal(4, 4, 1, 1), "v": normal(4, 4, 1, 1, seed=1), "b": normal(4, seed=2)}
+    path = save(tmp_path / "m.onnx", nodes, {"x": [1, 4, 7, 7]}, {"y": None}, constants)
+    folded = fold(ir.load(path))
+    biases = [n.inputs[2] for n in folded.graph]
+    assert biases[0] is not biases[1]
+    assert sqnr(path, folded, {"x": normal(1, 4, 7, 7, seed=20)}) == np.inf
+
+
+def test_the_loaded_model_is_left_alone_and_nothing_local_leaks(tmp_path: Path) -> None:
+    path = save(
+        tmp_path / "m.onnx",
+        [node("Conv", ["x", "w"], ["y"])],
+        {"x": [1, 4, 7, 7]},
+        {"y": None},
+        {"w": normal(4, 4, 1, 1)},
+    )
+    model = ir.load(path)
+    model.graph[0].metadata_props["stack"] = "/home/someone/model.py"
+    model.graph[0].doc_string = "secret"
+    before = model_bytes(model)
+    folded = model_bytes(fold(model))
+    assert model_bytes(model) == before
+    assert b"someone" not in folded
+    assert b"secret" not in folded
+
+
+def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
+    nodes = [node("QuantizeLinear", ["x", "s"], ["q"]), node("DequantizeLinear", ["q", "s"], ["y"])]
+    path = save(tmp_path / "m.onnx", nodes, {"x": [1, 4]}, {"y": None}, {"s": np.float32(0.1)})
+    with pytest.raises(ModelError, match="quantized already"):
+        fold(ir.load(path))

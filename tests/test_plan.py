@@ -1,0 +1,217 @@
+"""Placement and plan: what becomes integer, which parameters it gets, and why the rest stays float."""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from calibration.statistics import Statistics
+from quantcli import Conversion, Recipe, calibrate, convert
+from quantcli.arithmetic.affine import LARGEST_BIAS
+from quantcli.errors import PlanError, UsageError
+from quantcli.fold import fold
+from quantcli.placement import place
+from quantcli.plan import LayerPlan, Plan, make_plan
+from quantcli.recipe import Activation, Layers, Multiplier, Weight
+from quantcli.rules import Arithmetic
+from tests.graphs import Array, data_for, node, normal, save
+
+
+def layer(plan: Plan, name: str) -> LayerPlan:
+    return next(found for found in plan.layers if found.name == name)
+
+
+def planned(path: Path, recipe: Recipe | None = None, **shapes: tuple[int, ...]) -> Plan:
+    data = data_for(path.with_suffix(".npz"), **shapes)
+    recipe = recipe or Recipe()
+    return make_plan(fold(ir.load(path)), calibrate(path, data, recipe=recipe), recipe)
+
+
+def chain(path: Path, nodes: list[onnx.NodeProto], constants: dict[str, Array], *outputs: str) -> Path:
+    """Write a model of an input x [N, 4, 6, 6] and the given nodes."""
+    return save(path, nodes, {"x": ["N", 4, 6, 6]}, dict.fromkeys(outputs or ("y",)), constants)
+
+
+def test_activations_are_absorbed_and_their_ranges_used(residual: Conversion) -> None:
+    plan = residual.plan
+    assert [found.operator for found in plan.layers] == [
+        "Conv", "Conv", "Conv", "Add", "GlobalAveragePool", "Flatten", "Gemm",
+    ]  # fmt: skip
+    assert plan.floats == ()
+    assert layer(plan, "c1_node").absorbed == ("r1_node",)
+    assert layer(plan, "c1_node").outputs == ("r1",)
+    assert "c1" not in plan.tensors
+    assert plan.tensors["r1"].zero_point == (0,)
+    assert plan.tensors["r2"].hi[0] <= 6.0
+    assert layer(plan, "c1_node").clamp == (0, 255)
+
+
+def test_what_moves_data_shares_parameters(residual: Conversion) -> None:
+    g, f = residual.plan.tensors["g"], residual.plan.tensors["f"]
+    assert f.same_as == "g"
+    assert (f.scale, f.zero_point) == (g.scale, g.zero_point)
+
+
+def test_multipliers_follow_the_scales(residual: Conversion) -> None:
+    """M0·2^-n equals S_x·S_w/S_y (or S_i/S_y) to a relative 2^-30, exactly computed."""
+    plan = residual.plan
+    checked = 0
+    for found in plan.layers:
+        y = Fraction(plan.tensors[found.outputs[0]].scale[0])
+        for entry in found.multipliers:
+            if found.arithmetic in {Arithmetic.ACCUMULATE, Arithmetic.PRODUCT}:
+                x, w = (plan.tensors[name].scale for name in found.inputs[:2])
+                exact = [Fraction(x[0]) * Fraction(s) / y for s in w]
+            else:
+                exact = [Fraction(s) / y for s in plan.tensors[str(entry.operand)].scale]
+            for m0, n, real in zip(entry.multiplier, entry.shift, exact, strict=True):
+                assert 2**30 <= m0 < 2**31
+                assert abs(Fraction(m0) * Fraction(2) ** -n / real - 1) <= Fraction(1, 2**30)
+                checked += 1
+    assert checked == 8 + 8 + 8 + 2 + 1 + 10
+
+
+def test_biases_stand_at_the_product_of_the_scales(residual: Conversion) -> None:
+    plan = residual.plan
+    x, w, b = (plan.tensors[name] for name in layer(plan, "c1_node").inputs)
+    assert b.integer.name == "int32"
+    assert b.scale == tuple(float(np.float32(x.scale[0]) * np.float32(s)) for s in w.scale)
+
+
+def test_dead_channels_get_scale_one_and_are_named(tmp_path: Path) -> None:
+    weight = normal(3, 4, 3, 3)
+    weight[1] = 0
+    path = chain(tmp_path / "m.onnx", [node("Conv", ["x", "w", "b"], ["y"])], {"w": weight, "b": normal(3)})
+    plan = planned(path, x=(4, 6, 6))
+    assert plan.dead_channels == {"w": (1,)}
+    assert plan.tensors["w"].scale[1] == 1.0
+
+
+def test_a_bias_that_would_not_fit_widens_its_channel(tmp_path: Path) -> None:
+    weight = normal(3, 4, 3, 3)
+    weight[1] *= 1e-9
+    path = chain(
+        tmp_path / "m.onnx", [node("Conv", ["x", "w", "b"], ["y"])], {"w": weight, "b": np.full(3, 50, np.float32)}
+    )
+    done = convert(path, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz", x=(4, 6, 6)))
+    integers = onnx.numpy_helper.to_array(
+        next(i for i in onnx.load(done.model).graph.initializer if i.name == "b_quantized")
+    )
+    assert np.abs(integers.astype(np.int64)).max() <= LARGEST_BIAS
+    assert done.plan.tensors["w"].scale[1] > 1e-9 / 127 * 10
+    assert done.check.sqnr["y"] > 30
+
+
+def test_a_shared_weight_has_one_set_of_integers(tmp_path: Path) -> None:
+    nodes = [node("Conv", ["x", "w"], ["c"]), node("Conv", ["c", "w"], ["y"])]
+    path = chain(tmp_path / "m.onnx", nodes, {"w": normal(4, 4, 1, 1)})
+    done = convert(path, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz", x=(4, 6, 6)))
+    names = [i.name for i in onnx.load(done.model).graph.initializer]
+    assert names.count("w_quantized") == 1
+    assert done.check.sqnr["y"] > 30
+
+
+def test_a_relu_with_a_neighbour_is_a_layer_of_its_own(tmp_path: Path) -> None:
+    nodes = [
+        node("Conv", ["x", "w"], ["c"]),
+        node("Relu", ["c"], ["r"]),
+        node("Add", ["c", "r"], ["y"]),
+    ]
+    plan = planned(chain(tmp_path / "m.onnx", nodes, {"w": normal(4, 4, 1, 1)}), x=(4, 6, 6))
+    assert [(found.operator, found.absorbed) for found in plan.layers] == [("Conv", ()), ("Relu", ()), ("Add", ())]
+
+
+def test_symmetric_targets_keep_a_clamp_of_their_own(tmp_path: Path, net: Path) -> None:
+    """With zero point 0 in int8, saturation does not do what Relu does: the clamp and the node stay."""
+    recipe = Recipe(activation=Activation(dtype="int8", symmetric=True))
+    done = convert(net, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz"), recipe=recipe)
+    assert layer(done.plan, "c1_node").clamp == (0, 127)
+    assert {tensor.zero_point for tensor in done.plan.tensors.values() if tensor.axis is None} == {(0,)}
+    assert "Relu" in {n.op_type for n in onnx.load(done.model).graph.node}
+    assert done.check.sqnr["y"] > 20
+
+
+def test_recipes_override_the_target(tmp_path: Path, net: Path) -> None:
+    recipe = Recipe(weight=Weight(per_channel=False), multiplier=Multiplier(bits=16, rounding="floor"))
+    done = convert(net, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz"), recipe=recipe)
+    assert len(done.plan.tensors["w1"].scale) == 1
+    found = layer(done.plan, "c1_node")
+    assert found.rounding == "floor"
+    assert 2**14 <= found.multipliers[0].multiplier[0] < 2**15
+    assert done.sidecar.recipe == recipe
+
+
+ISLANDS = [
+    ([node("Exp", ["x"], ["e"]), node("Add", ["e", "e"], ["a"]), node("Conv", ["a", "w"], ["y"])], "Add", "an island"),
+    (
+        [node("Exp", ["x"], ["e"]), node("Transpose", ["e"], ["t"]), node("Conv", ["t", "w"], ["y"])],
+        "Transpose",
+        "only moves",
+    ),
+    ([node("Conv", ["x", "w"], ["c"]), node("Erf", ["c"], ["y"])], "Erf", "no rule"),
+    ([node("Conv", ["x", "w"], ["c"]), node("Pad", ["c", "pads", "one"], ["y"])], "Pad", "other than zero"),
+    ([node("Conv", ["x", "w"], ["c"]), node("Mul", ["c", "inf"], ["y"])], "Mul", "not finite"),
+]
+
+
+@pytest.mark.parametrize(("nodes", "operator", "reason"), ISLANDS)
+def test_what_stays_float_says_why(tmp_path: Path, nodes: list[onnx.NodeProto], operator: str, reason: str) -> None:
+    constants: dict[str, Array] = {
+        "w": normal(4, 4, 1, 1),
+        "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
+        "one": np.float32(1.0),
+        "inf": np.array(np.inf, dtype=np.float32),
+    }
+    model = fold(ir.load(chain(tmp_path / "m.onnx", nodes, constants)))
+    floats = {found.operator: found.reason for found in place(model, Recipe()).floats}
+    assert reason in floats[operator]
+    assert "Conv" not in floats
+
+
+def test_shape_arithmetic_is_not_listed(tmp_path: Path) -> None:
+    nodes = [
+        node("Conv", ["x", "w"], ["c"]),
+        node("Shape", ["c"], ["s"]),
+        node("Gather", ["s", "first"], ["n"]),
+        node("Concat", ["n", "rest"], ["shape"], axis=0),
+        node("Reshape", ["c", "shape"], ["y"]),
+    ]
+    constants = {"w": normal(4, 4, 1, 1), "first": np.array([0]), "rest": np.array([-1])}
+    placement = place(fold(ir.load(chain(tmp_path / "m.onnx", nodes, constants))), Recipe())
+    assert placement.floats == ()
+    assert [found.node.op_type for found in placement.layers] == ["Conv", "Reshape"]
+
+
+def test_layers_are_chosen_by_name_or_operator(net: Path) -> None:
+    model = fold(ir.load(net))
+
+    def chosen(**layers: tuple[str, ...]) -> list[str]:
+        return [str(found.node.name) for found in place(model, Recipe(layers=Layers(**layers))).layers]
+
+    assert "c2_node" not in chosen(exclude=("c2_*",))
+    assert chosen(include=("op:Gemm",)) == ["y_node"]
+    assert chosen(include=("op:Conv", "op:Relu"), exclude=("c2_node",)) == ["c1_node", "c3_node"]
+
+
+def test_a_pattern_that_matches_nothing_is_an_error(net: Path) -> None:
+    with pytest.raises(UsageError, match="nothing_like_it"):
+        place(fold(ir.load(net)), Recipe(layers=Layers(exclude=("nothing_like_it",))))
+
+
+def test_nothing_to_quantize_is_an_error(tmp_path: Path) -> None:
+    path = chain(tmp_path / "m.onnx", [node("Exp", ["x"], ["y"])], {})
+    with pytest.raises(PlanError, match="nothing to quantize"):
+        place(fold(ir.load(path)), Recipe())
+
+
+def test_statistics_that_lack_a_tensor_name_it(net: Path, tmp_path: Path) -> None:
+    full = calibrate(net, data_for(tmp_path / "d.npz"))
+    less: Statistics = dataclasses.replace(full, tensors={k: v for k, v in full.tensors.items() if k != "r1"})
+    with pytest.raises(PlanError, match="'r1'"):
+        make_plan(fold(ir.load(net)), less, Recipe())

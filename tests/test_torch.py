@@ -1,0 +1,100 @@
+"""A PyTorch model enters as an exported program, and gives what its ONNX export gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from calibration.hooks.onnxruntime import Runner
+from quantcli import convert, evaluate
+from quantcli.errors import ModelError
+from tests.graphs import data_for, normal
+
+
+class Residual(nn.Module):
+    """BatchNorm, depthwise convolution, a residual and a transposed convolution's worth of what real networks hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.depthwise = nn.Sequential(
+            nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU6()
+        )
+        self.point = nn.Conv2d(8, 8, 1)
+        self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
+        self.head = nn.Linear(4, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = torch.relu(self.point(self.depthwise(x)) + x)
+        x = torch.relu(self.up(x))
+        logits: torch.Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The network saved as .pt2 and as .onnx, and calibration data beside it."""
+    folder = tmp_path_factory.mktemp("torch")
+    torch.manual_seed(0)
+    module = Residual().eval()
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean = torch.randn(layer.num_features) * 0.1
+            layer.running_var = torch.rand(layer.num_features) + 0.5
+    example = (torch.randn(2, 3, 8, 8),)
+    program = torch.export.export(module, example, dynamic_shapes=({0: torch.export.Dim("N")},))
+    torch.export.save(program, folder / "net.pt2")
+    exported = torch.onnx.export(program, dynamo=True, verbose=False)
+    assert exported is not None
+    exported.save(folder / "net.onnx")
+    data_for(folder / "data.npz")
+    return folder
+
+
+def test_pt2_and_onnx_give_the_same_integers(saved: Path, tmp_path: Path) -> None:
+    results = []
+    for suffix in ("pt2", "onnx"):
+        done = convert(saved / f"net.{suffix}", tmp_path / f"{suffix}.onnx", data=saved / "data.npz")
+        assert {"Conv", "ConvTranspose", "Gemm", "Add"} <= {layer.operator for layer in done.plan.layers}
+        assert done.check.sqnr and min(done.check.sqnr.values()) > 25  # noqa: PT018
+        runner = Runner(done.model)
+        results.append(next(iter(runner.run({"x": normal(8, 3, 8, 8, seed=40)}).values())))
+    assert (results[0] == results[1]).all()
+
+
+def test_the_exported_program_is_what_eval_compares_with(saved: Path, tmp_path: Path) -> None:
+    convert(saved / "net.pt2", tmp_path / "q.onnx", data=saved / "data.npz")
+    found = evaluate(tmp_path / "q.onnx", saved / "data.npz", saved / "net.pt2", latency=False)
+    assert found.metric == "sqnr"
+    assert found.quantized > 25
+    assert found.reference_size == (saved / "net.pt2").stat().st_size
+
+
+def test_the_batch_is_free_and_nothing_local_is_written(saved: Path, tmp_path: Path) -> None:
+    done = convert(saved / "net.pt2", tmp_path / "q.onnx", data=saved / "data.npz")
+    runner = Runner(done.model)
+    assert [len(next(iter(runner.run({"x": normal(n, 3, 8, 8)}).values()))) for n in (1, 5)] == [1, 5]
+    for marker in (b"test_torch.py", str(saved).encode(), b"stack_trace"):
+        assert marker not in done.model.read_bytes()
+
+
+def test_what_is_no_exported_program_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.pt2").write_text("hello")
+    np.savez(tmp_path / "zip.npz", x=np.zeros(1))
+    (tmp_path / "zip.npz").rename(tmp_path / "zip.pt2")
+    for name in ("text.pt2", "zip.pt2"):
+        with pytest.raises(ModelError, match="not an exported program"):
+            convert(tmp_path / name, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz"))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".pkl"])
+def test_a_pickle_is_never_opened(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"m{suffix}"
+    torch.save(Residual(), path)
+    with pytest.raises(ModelError, match="pickle"):
+        convert(path, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz"))
