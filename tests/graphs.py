@@ -78,7 +78,7 @@ def residual_net(path: Path) -> Path:
         node("Flatten", ["g"], ["f"]),
         node("Gemm", ["f", "w4", "b4"], ["y"], transB=1),
     ]
-    constants |= {"zero": np.float32(0.0), "six": np.float32(6.0)}
+    constants |= {"zero": np.array(0.0, dtype=np.float32), "six": np.array(6.0, dtype=np.float32)}
     return save(path, nodes, {"x": ["N", 3, 8, 8]}, {"y": ["N", 10]}, constants)
 
 

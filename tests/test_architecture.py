@@ -66,7 +66,7 @@ def imports(file: Path, at_top: bool) -> set[str]:
         for child in ast.walk(block)
     }
     nodes = tree.body if at_top else list(ast.walk(tree))
-    found = set()
+    found: set[str] = set()
     for entry in nodes:
         if id(entry) in typing_only:
             continue
@@ -75,10 +75,8 @@ def imports(file: Path, at_top: bool) -> set[str]:
         elif isinstance(entry, ast.ImportFrom) and entry.module:
             for alias in entry.names:
                 dotted = f"{entry.module}.{alias.name}"
-                is_module = (ROOT / Path(*dotted.split("."))).with_suffix(".py").exists() or (
-                    ROOT / Path(*dotted.split("."))
-                ).is_dir()
-                found.add(dotted if is_module else entry.module)
+                place = ROOT / Path(*dotted.split("."))
+                found.add(dotted if place.with_suffix(".py").exists() or place.is_dir() else entry.module)
     return found
 
 

@@ -188,6 +188,6 @@ def test_the_loaded_model_is_left_alone_and_nothing_local_leaks(tmp_path: Path) 
 
 def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
     nodes = [node("QuantizeLinear", ["x", "s"], ["q"]), node("DequantizeLinear", ["q", "s"], ["y"])]
-    path = save(tmp_path / "m.onnx", nodes, {"x": [1, 4]}, {"y": None}, {"s": np.float32(0.1)})
+    path = save(tmp_path / "m.onnx", nodes, {"x": [1, 4]}, {"y": None}, {"s": np.array(0.1, dtype=np.float32)})
     with pytest.raises(ModelError, match="quantized already"):
         fold(ir.load(path))

@@ -27,8 +27,8 @@ def layer(plan: Plan, name: str) -> LayerPlan:
     return next(found for found in plan.layers if found.name == name)
 
 
-def planned(path: Path, recipe: Recipe | None = None, **shapes: tuple[int, ...]) -> Plan:
-    data = data_for(path.with_suffix(".npz"), **shapes)
+def planned(path: Path, recipe: Recipe | None = None) -> Plan:
+    data = data_for(path.with_suffix(".npz"), x=(4, 6, 6))
     recipe = recipe or Recipe()
     return make_plan(fold(ir.load(path)), calibrate(path, data, recipe=recipe), recipe)
 
@@ -88,7 +88,7 @@ def test_dead_channels_get_scale_one_and_are_named(tmp_path: Path) -> None:
     weight = normal(3, 4, 3, 3)
     weight[1] = 0
     path = chain(tmp_path / "m.onnx", [node("Conv", ["x", "w", "b"], ["y"])], {"w": weight, "b": normal(3)})
-    plan = planned(path, x=(4, 6, 6))
+    plan = planned(path)
     assert plan.dead_channels == {"w": (1,)}
     assert plan.tensors["w"].scale[1] == 1.0
 
@@ -123,7 +123,7 @@ def test_a_relu_with_a_neighbour_is_a_layer_of_its_own(tmp_path: Path) -> None:
         node("Relu", ["c"], ["r"]),
         node("Add", ["c", "r"], ["y"]),
     ]
-    plan = planned(chain(tmp_path / "m.onnx", nodes, {"w": normal(4, 4, 1, 1)}), x=(4, 6, 6))
+    plan = planned(chain(tmp_path / "m.onnx", nodes, {"w": normal(4, 4, 1, 1)}))
     assert [(found.operator, found.absorbed) for found in plan.layers] == [("Conv", ()), ("Relu", ()), ("Add", ())]
 
 
@@ -165,7 +165,7 @@ def test_what_stays_float_says_why(tmp_path: Path, nodes: list[onnx.NodeProto], 
     constants: dict[str, Array] = {
         "w": normal(4, 4, 1, 1),
         "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
-        "one": np.float32(1.0),
+        "one": np.array(1.0, dtype=np.float32),
         "inf": np.array(np.inf, dtype=np.float32),
     }
     model = fold(ir.load(chain(tmp_path / "m.onnx", nodes, constants)))

@@ -68,7 +68,7 @@ def test_symmetric_ranges_have_zero_point_zero_and_hold_both_ends(
 @pytest.mark.parametrize("grid", GRIDS)
 def test_a_range_of_zero_width_has_scale_one(grid: IntegerType) -> None:
     scale, zero_point = affine.affine_parameters(0.0, 0.0, grid)
-    assert (scale, zero_point) == (1.0, 0)
+    assert (float(scale), zero_point) == (1.0, 0)
 
 
 def test_a_range_that_excludes_zero_is_widened() -> None:
@@ -128,7 +128,8 @@ def test_widened_scales_keep_biases_within_their_bound(weights: list[float], x: 
 def test_fixed_outputs(
     bounds: tuple[float, float], grid: IntegerType, symmetric: bool, expected: tuple[float, int]
 ) -> None:
-    assert affine.fixed_parameters(*bounds, grid, symmetric) == expected
+    scale, zero_point = affine.fixed_parameters(*bounds, grid, symmetric)
+    assert (float(scale), zero_point) == expected
 
 
 def test_channels_are_independent() -> None:
