@@ -1,0 +1,1 @@
+"""Measurements; each script here is run by hand and prints a table."""
