@@ -20,7 +20,7 @@ from calibration.errors import DataError, StatisticsError
 from calibration.hooks.onnxruntime import Runner
 from calibration.statistics import Statistics
 from quantcli import sidecar as sidecar_file
-from quantcli.errors import OutputError, StrictError, UsageError
+from quantcli.errors import ModelError, OutputError, StrictError, UsageError
 from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs, worst
 from quantcli.evaluation.latency import Latency, measure
 from quantcli.evaluation.metrics import LABEL_METRICS, METRICS, Comparison, TopK
@@ -376,9 +376,8 @@ def evaluate(
         timing = measure(Runner(source.runnable, threads), Runner(candidate.runnable, threads), one, threads)
     found: list[LayerSqnr] = []
     if layers and source is not None:
-        beside = sidecar_file.read(quantized.with_suffix(".json"))
-        kept = {name: values if batch == len(values) else values[:batch] for name, values in first.items()}
-        found = layer_sqnrs(source.graph, quantized.read_bytes(), beside, [kept])
+        beside = sidecar_beside(candidate, quantized, source)
+        found = layer_sqnrs(source.graph, quantized.read_bytes(), beside, [first])
     return Evaluation(
         metric,
         len(indices),
@@ -390,6 +389,24 @@ def evaluate(
         source.size if source is not None else None,
         tuple(found),
     )
+
+
+def sidecar_beside(candidate: LoadedModel, path: Path, source: LoadedModel) -> Sidecar:
+    """Return the sidecar that stands beside a quantized model, after checking that it speaks of these two models.
+
+    Raises:
+        ModelError: If there is none, or it speaks of others.
+    """
+    file = path.with_suffix(".json")
+    if not file.is_file():
+        raise ModelError(f"there is no sidecar at {file}", "layer by layer needs the sidecar that convert wrote")
+    sidecar = sidecar_file.read(file)
+    for entry, model in ((sidecar.model, candidate), (sidecar.float_model, source)):
+        if entry.sha256 != model.sha256:
+            raise ModelError(
+                f"{file} belongs to another model than {model.name}", "convert again, or give the right --float"
+            )
+    return sidecar
 
 
 def check_metric(metric: str, dataset: Dataset, source: LoadedModel | None) -> None:

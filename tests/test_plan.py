@@ -14,6 +14,7 @@ import pytest
 from calibration.statistics import Statistics
 from quantcli import Conversion, Recipe, calibrate, convert
 from quantcli.arithmetic.affine import LARGEST_BIAS
+from quantcli.cli import run
 from quantcli.errors import PlanError, UsageError
 from quantcli.fold import fold
 from quantcli.placement import place
@@ -215,3 +216,31 @@ def test_statistics_that_lack_a_tensor_name_it(net: Path, tmp_path: Path) -> Non
     less: Statistics = dataclasses.replace(full, tensors={k: v for k, v in full.tensors.items() if k != "r1"})
     with pytest.raises(PlanError, match="'r1'"):
         make_plan(fold(ir.load(net)), less, Recipe())
+
+
+def test_names_that_a_model_already_uses_are_left_to_it(tmp_path: Path) -> None:
+    nodes = [
+        node("Conv", ["x", "w"], ["c"]),
+        node("Conv", ["c", "v"], ["c_quantized"]),
+        node("Exp", ["c_quantized"], ["y"]),
+    ]
+    path = chain(tmp_path / "m.onnx", nodes, {"w": normal(4, 4, 1, 1), "v": normal(4, 4, 1, 1, seed=1, scale=0.1)})
+    done = convert(path, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz", x=(4, 6, 6)))
+    outputs = [output for n in onnx.load(done.model).graph.node for output in n.output]
+    assert len(outputs) == len(set(outputs))
+    assert "c_quantized" in outputs
+    assert done.sidecar.tensors["c"].integers == "c_quantized_"
+
+
+def test_a_model_that_lost_its_signal_is_a_loud_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Channels 10^4 apart under one scale: the small ones, which alone reach the output, are gone."""
+    weight = normal(4, 4, 1, 1)
+    weight[0] *= 1e4
+    nodes = [node("Conv", ["x", "w"], ["c"]), node("Slice", ["c", "one", "four", "one"], ["y"])]
+    path = chain(tmp_path / "m.onnx", nodes, {"w": weight, "one": np.array([1]), "four": np.array([4])})
+    data = data_for(tmp_path / "d.npz", x=(4, 6, 6))
+    assert run(["convert", str(path), "--data", str(data), "-o", str(tmp_path / "q.onnx"), "--per-tensor"]) == 0
+    told = capsys.readouterr().err
+    assert "warning: the quantized model is far from float" in told
+    assert "Conv 'c_node' lost" in told
+    assert (tmp_path / "q.onnx").exists()

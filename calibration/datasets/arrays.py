@@ -118,6 +118,11 @@ def checked(
     counts = {name: len(values) for name, values in stored.items()}
     if len(set(counts.values())) > 1:
         raise DataError(f"{path} holds arrays of different lengths: {counts}", "the first axis of each is the sample")
+    if labels is not None:
+        labels = labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            held = f"{labels.dtype} of shape {list(labels.shape)}"
+            raise DataError(f"the labels of {path} are {held}, not one integer per sample", "number the classes from 0")
     if labels is not None and len(labels) < next(iter(counts.values())):
         raise DataError(
             f"{path} has {next(iter(counts.values()))} samples and {len(labels)} labels", "give one label a sample"

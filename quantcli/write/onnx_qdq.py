@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from quantcli.quantize import QuantizedModel
 
 
+SUFFIXES = ("_quantized", "_dequantized", "_unrounded", "_scale", "_zero_point")
+
+
 def write(quantized: QuantizedModel) -> ir.Model:
     """Return the quantized model as ONNX in QDQ form."""
     model = quantized.model.clone()
@@ -30,10 +33,25 @@ def write(quantized: QuantizedModel) -> ir.Model:
 def tensor_names(quantized: QuantizedModel) -> dict[str, dict[str, str]]:
     """Return for every planned tensor the names of its integers and of its dequantized reals in the written model."""
     outputs = {value.name for value in quantized.model.graph.outputs}
+    mark = free_mark(quantized)
     return {
-        name: {"integers": f"{name}_quantized", "reals": name if name in outputs else f"{name}_dequantized"}
+        name: {
+            "integers": f"{name}_quantized{mark}",
+            "reals": name if name in outputs else f"{name}_dequantized{mark}",
+        }
         for name in quantized.plan.tensors
     }
+
+
+def free_mark(quantized: QuantizedModel) -> str:
+    """Return what the names that we add end with, so that none is taken: nothing, or underscores."""
+    graph = quantized.model.graph
+    taken = {value.name for node in graph.all_nodes() for value in node.outputs}
+    taken |= {*graph.initializers, *(value.name for value in graph.inputs)}
+    mark = ""
+    while any(f"{name}{suffix}{mark}" in taken for name in quantized.plan.tensors for suffix in SUFFIXES):
+        mark += "_"
+    return mark
 
 
 class Writer:
@@ -44,6 +62,7 @@ class Writer:
         self.plan = quantized.plan
         self.graph = graph
         self.names = tensor_names(quantized)
+        self.mark = free_mark(quantized)
         self.nodes = {str(node.name): node for node in graph}
         self.constants: dict[str, ir.Value] = {}
         self.parameters: dict[str, tuple[ir.Value, ir.Value | None]] = {}
@@ -111,7 +130,7 @@ class Writer:
         to_real = self.dequantize_node(tensor, stored, names["reals"])
         if is_output:
             to_real.outputs[0].shape, to_real.outputs[0].type = value.shape, value.type
-            value.name = f"{tensor.name}_unrounded"
+            value.name = f"{tensor.name}_unrounded{self.mark}"
         ir.convenience.replace_all_uses_with(value, to_real.outputs[0], replace_graph_outputs=True)
         to_integer.replace_input_with(0, value)
         producer = value.producer()
@@ -138,9 +157,9 @@ class Writer:
             zero_point = np.array(tensor.zero_point, dtype=tensor.integer.dtype)
             shape: tuple[int, ...] = () if tensor.axis is None else (-1,)
             self.parameters[owner] = (
-                add_constant(self.graph, f"{owner}_scale", scale.reshape(shape)),
+                add_constant(self.graph, f"{owner}_scale{self.mark}", scale.reshape(shape)),
                 None
                 if tensor.role == "bias"
-                else add_constant(self.graph, f"{owner}_zero_point", zero_point.reshape(shape)),
+                else add_constant(self.graph, f"{owner}_zero_point{self.mark}", zero_point.reshape(shape)),
             )
         return self.parameters[owner]
