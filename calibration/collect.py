@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from calibration.datasets.dataset import batches
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from calibration.datasets.dataset import Dataset
     from calibration.hooks.onnxruntime import Runner
+
+logger = logging.getLogger(__name__)
 
 # How many samples are kept for self-checks: enough for a number that means something, few enough to be small.
 CHECK_SAMPLES = 4
@@ -55,6 +58,8 @@ def collect(
     usable = len(indices) - len(indices) % batch if fixed else len(indices)
     if not usable:
         raise DataError(f"the model takes batches of {batch} and there are {len(indices)} samples", "give more samples")
+    if usable < len(indices):
+        logger.warning("the model takes batches of %d: the last %d samples are left out", batch, len(indices) - usable)
     asked = [name for name in tensors if name not in inputs]
     kept: dict[str, NDArray[Any]] = {}
     done = 0

@@ -6,6 +6,7 @@ BatchNorm that could not be folded, Gemm's factors, biases that several layers s
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from onnx_ir.passes import common as passes
 from quantcli.errors import ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
 # QuantizeLinear and DequantizeLinear know an axis from operator set 13 on; older models are lifted to 17, which every runtime
@@ -39,8 +42,25 @@ def fold(model: ir.Model) -> ir.Model:
     quantized = next((node for node in model.graph.all_nodes() if node.op_type in QUANTIZED), None)
     if quantized is not None:
         raise ModelError(f"the model is quantized already (it holds {quantized.op_type})", "convert the float model")
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)
+    with quiet("onnxscript", "onnx_ir"):
+        return folded_copy(model)
+
+
+@contextlib.contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Let the named loggers speak of nothing but errors for a while."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def folded_copy(model: ir.Model) -> ir.Model:
+    """Return a copy of a float model after every rewrite."""
     folded = model.clone()
     passes.RemoveInitializersFromInputsPass()(folded)
     passes.InlinePass()(folded)

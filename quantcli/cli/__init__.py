@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -15,7 +16,7 @@ from quantcli.cli.calibrate import calibrate
 from quantcli.cli.convert import convert
 from quantcli.cli.demo import demo
 from quantcli.cli.evaluate import evaluate
-from quantcli.cli.terminal import Terminal, output_options
+from quantcli.cli.terminal import Terminal, WarningRelay, output_options
 
 EXIT_CODES = """\b
 Exit codes:
@@ -63,6 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run the command line and return its exit code."""
+    relay = WarningRelay(Terminal())
+    logging.getLogger("calibration").addHandler(relay)
+    try:
+        return dispatch(arguments)
+    finally:
+        logging.getLogger("calibration").removeHandler(relay)
+
+
+def dispatch(arguments: list[str]) -> int:
+    """Run the command that is named and turn whatever it raises into an exit code."""
     try:
         code = cli.main(arguments, prog_name="quantcli", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -124,7 +124,7 @@ def show(terminal: Terminal, found: Evaluation) -> None:
         cells = (
             f"{timing.float_seconds * 1e3:.3f}",
             f"{timing.quantized_seconds * 1e3:.3f}",
-            f"{timing.ratio:.2f}× faster",
+            pace(timing.ratio),
         )
         rows.append((label, *cells))
     rows.extend((f"SQNR of '{name}' (dB)", "", f"{value:.2f}", "") for name, value in found.sqnr.items())
@@ -138,6 +138,11 @@ def show(terminal: Terminal, found: Evaluation) -> None:
                 for layer in found.layers
             ],
         )
+
+
+def pace(ratio: float) -> str:
+    """Say how fast the quantized model is, from the ratio of float latency to quantized latency."""
+    return f"{ratio:.2f}× faster" if ratio >= 1 else f"{1 / ratio:.2f}× slower"
 
 
 def as_document(found: Evaluation) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json as json_module
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -89,6 +90,18 @@ class Terminal:
                 bars.update(tasks[stage], completed=done)
 
             yield show
+
+
+class WarningRelay(logging.Handler):
+    """Shows what the library warns of as our own warnings."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        super().__init__(logging.WARNING)
+        self.terminal = terminal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one warning."""
+        self.terminal.warn(record.getMessage())
 
 
 @functools.cache
