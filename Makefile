@@ -36,7 +36,7 @@ docs: .venv/installed-dev  ## write docs/cli.md, docs/operators.md and the JSON 
 	$(BIN)/python -m quantcli.reference
 
 bench: .venv/installed-dev  ## the table of docs/benchmarks.md (needs QUANTCLI_BED)
-	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python -m benchmarks.peers
 
 clean:  ## remove the environment and what the tools leave behind
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info quantcli-demo build
