@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quantcli.arithmetic.rounding import shift_floor, shift_half_away, shift_half_even, shift_half_up
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
 
@@ -44,3 +48,70 @@ def fixed_point(real: NDArray[np.float64], bits: int = 32) -> tuple[NDArray[np.i
 def real_value(multiplier: NDArray[np.int64], shift: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return M0 · 2^-n; exact, since M0 has at most 31 bits."""
     return np.ldexp(np.asarray(multiplier, dtype=np.float64), -np.asarray(shift, dtype=np.int64).astype(np.intc))
+
+
+def multiply(
+    acc: NDArray[np.int64], multiplier: NDArray[np.int64], shift: NDArray[np.int64], rounding: str, bits: int = 32
+) -> NDArray[np.int64]:
+    """Return acc · M0 · 2^-n as an integer, rounded as the recorded choice says (equations 12 to 15).
+
+    Args:
+        acc: int32 values (as int64), any shape.
+        multiplier: M0, broadcasting against ``acc``.
+        shift: n, broadcasting against ``acc``.
+        rounding: A key of ``MULTIPLICATIONS``.
+        bits: The width of M0; only ``double``, whose first rounding is at bits − 1, depends on it.
+
+    Raises:
+        ValueError: If the rounding is unknown, or a product does not fit 63 bits.
+    """
+    if rounding not in MULTIPLICATIONS:
+        raise ValueError(f"there is no rounding '{rounding}'; known: {', '.join(MULTIPLICATIONS)}")
+    acc, multiplier, shift = (np.asarray(values, dtype=np.int64) for values in (acc, multiplier, shift))
+    left = np.maximum(-shift, 0)
+    largest = int(np.abs(acc).max(initial=0)) * int(np.abs(multiplier).max(initial=0)) << int(left.max(initial=0))
+    if largest >= 1 << 62:
+        raise ValueError("a product of accumulator and multiplier does not fit 63 bits")
+    return MULTIPLICATIONS[rounding](acc, multiplier, shift, bits)
+
+
+def multiply_double(
+    acc: NDArray[np.int64], multiplier: NDArray[np.int64], shift: NDArray[np.int64], bits: int
+) -> NDArray[np.int64]:
+    """Round twice, as gemmlowp does: SaturatingRoundingDoublingHighMul, then RoundingDivideByPOT (equation 13)."""
+    point = bits - 1
+    high = doubling_high_multiply(acc << np.maximum(point - shift, 0), multiplier, point)
+    return shift_half_away(high, np.maximum(shift - point, 0))
+
+
+def doubling_high_multiply(a: NDArray[np.int64], b: NDArray[np.int64], point: int = 31) -> NDArray[np.int64]:
+    """Return a·b / 2^point, rounded to nearest with ties up, saturating where both are −2^point (gemmlowp, fixedpoint.h).
+
+    gemmlowp adds a nudge of the product's sign and divides towards zero; for negative products that rounds −0.5 up to 0, and all
+    in all is ⌊a·b / 2^point + 1/2⌋.
+    """
+    rounded = shift_half_up(a * b, np.asarray(point, dtype=np.int64))
+    lowest = -(1 << point)
+    return np.where((a == lowest) & (b == lowest), (1 << point) - 1, rounded)
+
+
+def shifted(
+    round_shift: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]],
+) -> Callable[[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], int], NDArray[np.int64]]:
+    """Return a multiplication that rounds the exact product once; a negative shift goes to the left first."""
+
+    def multiplication(
+        acc: NDArray[np.int64], multiplier: NDArray[np.int64], shift: NDArray[np.int64], bits: int
+    ) -> NDArray[np.int64]:
+        del bits
+        return round_shift((acc * multiplier) << np.maximum(-shift, 0), np.maximum(shift, 0))
+
+    return multiplication
+
+
+MULTIPLICATIONS = {
+    "single": shifted(shift_half_up),
+    "double": multiply_double,
+    "half_even": shifted(shift_half_even),
+    "floor": shifted(shift_floor),
+}
