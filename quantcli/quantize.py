@@ -28,7 +28,8 @@ class QuantizedModel:
         model: The folded float model that the plan speaks of; it is not changed.
         plan: The plan.
         constants: Weights, biases and constant operands as integers, by the names of the float tensors.
-        tables: The lookup table of every table layer, by the layer's name: one entry per input integer, from qmin up.
+        tables: The lookup table of every table layer, by the layer's name: one entry per input integer, from qmin up; of a
+            softmax its exponentials, one per distance from the largest input.
     """
 
     model: ir.Model
@@ -52,7 +53,7 @@ def quantize(model: ir.Model, plan: Plan) -> QuantizedModel:
     found = {
         layer.name: layer_table(layer, nodes[layer.name], plan)
         for layer in plan.layers
-        if layer.arithmetic is Arithmetic.TABLE
+        if layer.arithmetic in {Arithmetic.TABLE, Arithmetic.SOFTMAX}
     }
     return QuantizedModel(model, plan, constants, found)
 
@@ -72,8 +73,10 @@ def quantized_constant(tensor: TensorPlan, values: NDArray[Any]) -> NDArray[Any]
 
 
 def layer_table(layer: LayerPlan, node: ir.Node, plan: Plan) -> NDArray[Any]:
-    """Return the lookup table of an element-wise layer."""
+    """Return the lookup table of an element-wise layer, or the exponentials of a softmax."""
     x, y = plan.tensors[layer.inputs[0]], plan.tensors[layer.outputs[0]]
+    if layer.arithmetic is Arithmetic.SOFTMAX:
+        return tables.exponentials((x.integer, np.float32(x.scale[0])))
     parameters = table_parameters(node)
     return tables.table(
         layer.operator,

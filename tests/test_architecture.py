@@ -29,6 +29,7 @@ ORDER = [
     {"quantcli.quantize"},
     {"quantcli.write"},
     {"quantcli.sidecar"},
+    {"quantcli.integer"},
     {"quantcli.evaluation"},
     {"quantcli.pipeline"},
     {"quantcli", "quantcli.demo"},

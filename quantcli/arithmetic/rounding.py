@@ -69,3 +69,21 @@ def shift_half_away(values: NDArray[np.int64], shift: NDArray[np.int64]) -> NDAr
     """Return v / 2^n rounded to nearest, ties away from zero (gemmlowp's RoundingDivideByPOT), for n ≥ 0 and |v| ≤ 2^62."""
     held = np.minimum(shift, 63)
     return np.sign(values) * shift_half_up(np.abs(values), held)
+
+
+def divide(numerator: NDArray[np.int64], denominator: NDArray[np.int64], rounding: str) -> NDArray[np.int64]:
+    """Return the quotient of integers, rounded: ties up (``single``, ``double``), to even (``half_even``), or down (``floor``).
+
+    Args:
+        numerator: Integers, |n| ≤ 2^61.
+        denominator: Positive integers ≤ 2^61, broadcasting against the numerator.
+        rounding: How a product with a multiplier is rounded too.
+    """
+    low: NDArray[np.int64] = numerator // denominator
+    rest = numerator - low * denominator  # 0 ≤ rest < denominator
+    if rounding == "floor":
+        return low
+    tie = 2 * rest == denominator
+    up = (2 * rest > denominator) | (tie & (low % 2 == 1) if rounding == "half_even" else tie)
+    quotient: NDArray[np.int64] = low + up
+    return quotient

@@ -59,6 +59,20 @@ FUNCTIONS: dict[str, Callable[[NDArray[np.float64], Mapping[str, float]], NDArra
     "HardSwish": hard_swish,
 }
 
+# The unit of softmax's exponentials: they reach from 2^30 down, so that 2^22 of them still sum to less than 2^53.
+EXPONENTIAL_UNIT = 2.0**30
+
+
+def exponentials(x: tuple[IntegerType, np.float32]) -> NDArray[np.int64]:
+    """Return e^(−S·d) in units of 2^-30 for every distance d between two integers of a grid (equation 17).
+
+    Args:
+        x: Grid and scale of a softmax's input.
+    """
+    grid, scale = x
+    distances = np.arange(grid.qmax - grid.qmin + 1, dtype=np.float64)
+    return np.rint(EXPONENTIAL_UNIT * np.exp(-float(scale) * distances)).astype(np.int64)
+
 
 def table(
     operator: str,

@@ -1,0 +1,186 @@
+"""Run a quantized model with integers alone, from its ONNX file and its sidecar."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from quantcli.arithmetic.affine import IntegerType, dequantize, quantize
+from quantcli.integer.layers import IntegerError, Layer, run_layer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from numpy.typing import NDArray
+
+    from quantcli.sidecar import LayerEntry, Sidecar, TensorEntry
+
+EDGES = frozenset({"QuantizeLinear", "DequantizeLinear"})
+
+
+@dataclass(eq=False)
+class Executor:
+    """A quantized model and its sidecar, ready to run.
+
+    Args:
+        model: The quantized model, in QDQ form.
+        sidecar: Its sidecar.
+
+    Attributes:
+        islands: How often each operator without a layer ran on real numbers, by operator.
+    """
+
+    model: ir.Model
+    sidecar: Sidecar
+    islands: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.nodes = {str(node.name): node for node in self.model.graph}
+        self.entries = {entry.name: entry for entry in self.sidecar.layers}
+        self.stored = {
+            name: value.const_value.numpy()
+            for name, value in self.model.graph.initializers.items()
+            if value.const_value is not None
+        }
+        self.by_real = {tensor.reals: name for name, tensor in self.sidecar.tensors.items()}
+        self.sessions: dict[tuple[str, tuple[str, ...]], Any] = {}
+        absorbed = {name for entry in self.sidecar.layers for name in entry.absorbed}
+        self.order = [node for node in self.model.graph if node.op_type not in EDGES and str(node.name) not in absorbed]
+        self.bits = self.sidecar.target.multiplier.bits
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Return the model's outputs; see `run_all` for the integers between.
+
+        Raises:
+            IntegerError: If a layer cannot be computed as the sidecar states it.
+        """
+        integers, reals = self.run_all(feeds)
+        return {str(value.name): self.real(str(value.name), integers, reals) for value in self.model.graph.outputs}
+
+    def run_all(self, feeds: Mapping[str, NDArray[Any]]) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+        """Return the integers of every quantized tensor, and the values of everything else, by name."""
+        integers: dict[str, NDArray[Any]] = {}
+        reals: dict[str, NDArray[Any]] = {**self.stored, **feeds}
+        for node in self.order:
+            entry = self.entries.get(str(node.name))
+            if entry is None:
+                self.run_island(node, integers, reals)
+                continue
+            operands = [self.integer(name, integers, reals) for name in entry.inputs]
+            results = run_layer(self.layer(entry, node, integers, reals), operands)
+            integers.update(zip(entry.outputs, results, strict=False))
+        return integers, reals
+
+    def layer(
+        self, entry: LayerEntry, node: ir.Node, integers: dict[str, NDArray[Any]], reals: dict[str, NDArray[Any]]
+    ) -> Layer:
+        """Return a layer with what its node says."""
+        plain = {
+            position: None if value is None else self.real(str(value.name), integers, reals)
+            for position, value in enumerate(node.inputs)
+            if value is None or (str(value.name) not in self.by_real and str(value.name) not in self.sidecar.tensors)
+        }
+        attributes = {name: attribute_value(attribute) for name, attribute in node.attributes.items()}
+        return Layer(entry, attributes, self.sidecar.tensors, self.bits, plain)
+
+    def integer(
+        self, name: str, integers: dict[str, NDArray[Any]], reals: dict[str, NDArray[Any]]
+    ) -> NDArray[np.int64]:
+        """Return a tensor's integers: computed, stored, or quantized from what an input or a float island gave."""
+        if name not in integers:
+            tensor = self.sidecar.tensors[name]
+            if tensor.role != "activation":
+                integers[name] = self.stored[tensor.integers]
+            else:
+                integers[name] = quantized(tensor, reals[name])
+        return integers[name].astype(np.int64)
+
+    def real(self, name: str, integers: dict[str, NDArray[Any]], reals: dict[str, NDArray[Any]]) -> NDArray[Any]:
+        """Return a value of the written model by its name there."""
+        source = self.by_real.get(name)
+        if source is None:
+            return reals[name]
+        tensor = self.sidecar.tensors[source]
+        self.integer(source, integers, reals)
+        return dequantize(
+            integers[source], np.array(tensor.scale, dtype=np.float32), np.array(tensor.zero_point), tensor.axis
+        )
+
+    def run_island(self, node: ir.Node, integers: dict[str, NDArray[Any]], reals: dict[str, NDArray[Any]]) -> None:
+        """Run an operator that stays float (or works on shapes) as it is, in ONNX Runtime."""
+        given = [None if v is None else self.real(str(v.name), integers, reals) for v in node.inputs]
+        results = self.session(node, given)(given)
+        if any(result.dtype.kind == "f" for result in results):
+            self.islands[node.op_type] += 1
+        reals.update({str(value.name): result for value, result in zip(node.outputs, results, strict=True)})
+
+    def session(
+        self, node: ir.Node, given: list[NDArray[Any] | None]
+    ) -> Callable[[list[NDArray[Any] | None]], list[NDArray[Any]]]:
+        """Return a function that runs one node by itself."""
+        key = str(node.name), tuple("" if array is None else f"{array.dtype}{array.ndim}" for array in given)
+        if key not in self.sessions:
+            self.sessions[key] = single_node(node, given, self.model)
+        found: Callable[[list[NDArray[Any] | None]], list[NDArray[Any]]] = self.sessions[key]
+        return found
+
+
+def quantized(tensor: TensorEntry, reals: NDArray[Any]) -> NDArray[Any]:
+    """Return real values as a tensor's integers (equation 5)."""
+    scale, zero_point = np.array(tensor.scale, dtype=np.float32), np.array(tensor.zero_point)
+    q = quantize(reals, scale, zero_point, IntegerType(tensor.dtype), tensor.axis)
+    held: NDArray[Any] = np.clip(q, tensor.qmin, tensor.qmax)
+    return held
+
+
+def attribute_value(attribute: ir.Attr) -> Any:
+    """Return an attribute's value as plain Python."""
+    return list(attribute.value) if isinstance(attribute.value, tuple) else attribute.value
+
+
+def single_node(
+    node: ir.Node, given: list[NDArray[Any] | None], model: ir.Model
+) -> Callable[[list[NDArray[Any] | None]], list[NDArray[Any]]]:
+    """Return a function that runs a copy of one node in ONNX Runtime.
+
+    Raises:
+        IntegerError: If the node has a body of its own (If, Loop, Scan).
+    """
+    import onnxruntime
+
+    if any(
+        attribute.type in {ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS} for attribute in node.attributes.values()
+    ):
+        raise IntegerError(f"{node.op_type} '{node.name}' has a graph of its own, which cannot be run apart")
+    inputs = [
+        None
+        if array is None
+        else ir.Value(
+            name=f"i{k}", shape=ir.Shape([None] * array.ndim), type=ir.TensorType(ir.DataType.from_numpy(array.dtype))
+        )
+        for k, array in enumerate(given)
+    ]
+    copy = ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()), num_outputs=len(node.outputs))
+    for value, original in zip(copy.outputs, node.outputs, strict=True):
+        value.name, value.type = original.name, original.type
+    used = [value for value in inputs if value is not None]
+    graph = ir.Graph(used, copy.outputs, nodes=[copy], name="island", opset_imports=dict(model.opset_imports))
+    data = ir.to_proto(ir.Model(graph, ir_version=model.ir_version)).SerializeToString()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+    def run(arrays: list[NDArray[Any] | None]) -> list[NDArray[Any]]:
+        feeds = {
+            f"i{k}": np.ascontiguousarray(array).reshape(array.shape)
+            for k, array in enumerate(arrays)
+            if array is not None
+        }
+        results: list[NDArray[Any]] = session.run(None, feeds)
+        return results
+
+    return run
