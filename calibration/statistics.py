@@ -7,6 +7,7 @@ beside it as arrays ``sample/<input name>``, so that a conversion can check its 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,7 @@ def load(path: Path) -> Statistics:
             raise KeyError("format")
         if document["version"] != VERSION:
             raise StatisticsError(f"{path} has format version {document['version']}, not {VERSION}", "calibrate again")
+        check_document(document)
         return Statistics(
             document["model_sha256"],
             document["data_sha256"],
@@ -105,5 +107,31 @@ def load(path: Path) -> Statistics:
             {name: TensorStatistics(**seen) for name, seen in document["tensors"].items()},
             arrays,
         )
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise StatisticsError(f"{path} is not a statistics file", "make it with quantcli calibrate") from error
+
+
+def check_document(document: dict[str, Any]) -> None:
+    """Check the kinds of a document's fields, and that every range is finite and the right way round.
+
+    Raises:
+        TypeError: If a field is of another kind.
+        ValueError: If a range is not one.
+    """
+    kinds = {
+        "model_sha256": str,
+        "data_sha256": str,
+        "preprocess": dict,
+        "samples": int,
+        "observer": str,
+        "tensors": dict,
+    }
+    for field_name, kind in kinds.items():
+        if not isinstance(document[field_name], kind):
+            raise TypeError(field_name)
+    for seen in document["tensors"].values():
+        low, high = seen["minimum"], seen["maximum"]
+        if not (isinstance(low, (int, float)) and isinstance(high, (int, float)) and isinstance(seen["elements"], int)):
+            raise TypeError("tensors")
+        if not (-math.inf < low <= high < math.inf):
+            raise ValueError("tensors")

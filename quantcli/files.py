@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,34 @@ class Staged:
             raise OutputError(f"{path} cannot be written ({error.strerror or error})", "choose another -o") from error
         return Path(temporary)
 
+    def publish(self) -> None:
+        """Give every file its name; where one cannot take it, all that were there before come back.
+
+        Raises:
+            OutputError: If a file cannot take its name.
+        """
+        replaced: list[tuple[Path, Path | None]] = []
+        try:
+            for temporary, path in self.waiting:
+                backup = temporary.with_name(temporary.name + ".older") if path.exists() else None
+                if backup is not None:
+                    shutil.copy2(path, backup)
+                replaced.append((path, backup))
+                temporary.replace(path)
+        except BaseException as error:
+            for path, backup in replaced:
+                if backup is not None:
+                    os.replace(backup, path)  # noqa: PTH105
+                else:
+                    path.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                reason = error.strerror or error
+                raise OutputError(f"{replaced[-1][0]} cannot be written ({reason})", "choose another -o") from error
+            raise
+        for _, backup in replaced:
+            if backup is not None:
+                backup.unlink(missing_ok=True)
+
 
 @contextlib.contextmanager
 def staged() -> Iterator[Staged]:
@@ -49,13 +78,7 @@ def staged() -> Iterator[Staged]:
     files = Staged()
     try:
         yield files
-        for temporary, path in files.waiting:
-            try:
-                temporary.replace(path)
-            except OSError as error:
-                raise OutputError(
-                    f"{path} cannot be written ({error.strerror or error})", "choose another -o"
-                ) from error
+        files.publish()
     finally:
         for temporary, _ in files.waiting:
             temporary.unlink(missing_ok=True)

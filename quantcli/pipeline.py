@@ -26,7 +26,7 @@ from quantcli.evaluation.latency import Latency, measure
 from quantcli.evaluation.metrics import LABEL_METRICS, METRICS, Comparison, TopK
 from quantcli.files import check_output, staged
 from quantcli.fold import fold
-from quantcli.load import LoadedModel, load
+from quantcli.load import LoadedModel, load, shown_name
 from quantcli.placement import place
 from quantcli.plan import Plan, make_plan
 from quantcli.probe import model_bytes, with_outputs
@@ -244,7 +244,7 @@ def convert(
         check_strict(plan)
     quantized = quantize(folded, plan)
     written = model_bytes(onnx_qdq.write(quantized))
-    entry = FileEntry(output.name, hashlib.sha256(written).hexdigest(), len(written))
+    entry = FileEntry(shown_name(output), hashlib.sha256(written).hexdigest(), len(written))
     sidecar = sidecar_file.describe(quantized, source, entry, found, recipe)
     progress("check", 0, 1)
     check = self_check(source, written, sidecar, found)
@@ -343,6 +343,10 @@ def evaluate(
     source = load(Path(reference)) if reference is not None else None
     float_runner = Runner(source.runnable, what=source.name) if source is not None else None
     dataset = open_dataset(data, runner.inputs, recipe.preprocess, Path(labels) if labels else None, split)
+    if source is not None and float_runner is not None and float_runner.outputs != runner.outputs:
+        theirs, ours = ", ".join(float_runner.outputs), ", ".join(runner.outputs)
+        what = f"{source.name} has the outputs {theirs}, {candidate.name} has {ours}"
+        raise ModelError(what, "give the float model that it came from")
     metric = metric or ("top1" if dataset.labels is not None else "sqnr")
     check_metric(metric, dataset, source)
     indices = select(len(dataset), selection or Selection())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -18,10 +18,10 @@ Format = TypeVar("Format", bound=msgspec.Struct)
 class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which samples calibrate, in which batches, and what is counted (section ``[calibration]``)."""
 
-    samples: int | None = None
-    batch: int | None = None
+    samples: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    batch: Annotated[int, msgspec.Meta(ge=1)] | None = None
     shuffle: bool | None = None
-    seed: int = 0
+    seed: Annotated[int, msgspec.Meta(ge=0)] = 0
     observer: Literal["minmax"] = "minmax"
 
     @property
@@ -93,8 +93,11 @@ def read_recipe(path: Path | None, overrides: dict[str, Any] | None = None) -> R
     for section, value in (overrides or {}).items():
         if isinstance(value, dict):
             given = {key: entry for key, entry in value.items() if entry is not None}
+            below = document.get(section, {})
+            if not isinstance(below, dict):
+                raise RecipeError(f"{path} has {below!r} for the section [{section}]", "it is a table: docs/recipes.md")
             if given:
-                document[section] = {**document.get(section, {}), **given}
+                document[section] = {**below, **given}
         elif value is not None:
             document[section] = value
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +42,11 @@ class Arrays:
         return {spec.name: self._fitted(spec, self.stored[spec.name][indices]) for spec in self.inputs}
 
     def _fitted(self, spec: InputSpec, values: NDArray[Any]) -> NDArray[Any]:
-        if self.preprocess is not None and spec.dtype.kind == "f" and values.ndim > 1:
+        if self.preprocess is not None and spec.dtype.kind == "f":
+            if values.dtype.kind not in "biuf":
+                raise DataError(f"{self.source} holds {values.dtype} for input '{spec.name}'", "give numbers")
             scale = 1.0 if self.preprocess.scale is None else self.preprocess.scale
-            values = normalized(values, self.preprocess, scale, self.preprocess.layout)
+            values = normalized(values, self.preprocess, scale, self.preprocess.layout, self.source)
         values = cast_to(spec, values, self.source)
         check_shape(spec, values, self.source)
         check_finite(spec, values, self.source)
@@ -58,11 +59,7 @@ def open_npz(path: Path, inputs: Sequence[InputSpec], preprocess: Preprocess | N
     Raises:
         DataError: If the file cannot be read, an input has no array, or an array is nobody's.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            found = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read as .npz ({error})", "write it with numpy.savez") from error
+    found = read_archive(path)
     names = {spec.name for spec in inputs}
     label_name = next((name for name in LABEL_NAMES if name in found and name not in names), None)
     stored_labels = found.pop(label_name) if label_name else None
@@ -84,6 +81,42 @@ def open_npz(path: Path, inputs: Sequence[InputSpec], preprocess: Preprocess | N
     return checked(path, found, inputs, preprocess, read_labels(labels) if labels else stored_labels)
 
 
+def read_archive(path: Path) -> dict[str, NDArray[Any]]:
+    """Return the arrays of an ``.npz``.
+
+    Raises:
+        DataError: If it cannot be read, or holds anything but arrays.
+    """
+    try:
+        archive = np.load(path, allow_pickle=False)
+        found = {name: archive[name] for name in archive.files}
+    except Exception as error:
+        raise DataError(f"{path} cannot be read as .npz ({first_line(error)})", "write it with numpy.savez") from error
+    if other := next((name for name, values in found.items() if not isinstance(values, np.ndarray)), None):
+        raise DataError(f"{path} holds '{other}', which is no array", "write it with numpy.savez")
+    return found
+
+
+def read_array(path: Path, mapped: bool = False) -> NDArray[Any]:
+    """Return the array of an ``.npy``, mapped into memory where asked.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    try:
+        values = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+        if not isinstance(values, np.ndarray):
+            raise TypeError("it is an archive of arrays")
+    except Exception as error:
+        raise DataError(f"{path} cannot be read as .npy ({first_line(error)})", "write it with numpy.save") from error
+    return values
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what a library says."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def open_npy(path: Path, inputs: Sequence[InputSpec], preprocess: Preprocess | None, labels: Path | None) -> Arrays:
     """Open an ``.npy`` for a model with a single input; the file is mapped, not read.
 
@@ -95,10 +128,7 @@ def open_npy(path: Path, inputs: Sequence[InputSpec], preprocess: Preprocess | N
         raise DataError(
             f"{path} holds one array and the model has inputs {names}", "give an .npz with one array per input"
         )
-    try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} cannot be read as .npy ({error})", "write it with numpy.save") from error
+    values = read_array(path, mapped=True)
     return checked(path, {inputs[0].name: values}, inputs, preprocess, read_labels(labels) if labels else None)
 
 
@@ -134,10 +164,7 @@ def read_labels(path: Path) -> NDArray[Any]:
     """Read labels from an ``.npy`` file."""
     if path.suffix != ".npy":
         raise DataError(f"the labels {path} of array data are not an .npy file", "save them with numpy.save")
-    try:
-        return np.asarray(np.load(path, allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} cannot be read as .npy ({error})", "write it with numpy.save") from error
+    return read_array(path)
 
 
 def cast_to(spec: InputSpec, values: NDArray[Any], source: str) -> NDArray[Any]:
@@ -150,7 +177,8 @@ def cast_to(spec: InputSpec, values: NDArray[Any], source: str) -> NDArray[Any]:
         return np.ascontiguousarray(values)
     floats = values.dtype.kind == "f" and spec.dtype.kind == "f"
     if floats or (values.dtype.kind in "iub" and spec.dtype.kind in "iu" and np.can_cast(values.dtype, spec.dtype)):
-        return np.ascontiguousarray(values, dtype=spec.dtype)
+        with np.errstate(over="ignore"):  # what becomes infinite is counted and refused
+            return np.ascontiguousarray(values, dtype=spec.dtype)
     remedy = "convert the array"
     if values.dtype == np.uint8 and spec.dtype.kind == "f":
         remedy = "convert the array, or say how its pixels become floats (--scale, --mean, --std, --layout)"

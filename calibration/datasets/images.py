@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calibration.datasets.arrays import check_shape
+from calibration.datasets.arrays import check_shape, first_line
 from calibration.datasets.preprocess import Preprocess, image_geometry, image_layout, normalized, resized
 from calibration.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -48,7 +49,7 @@ class Images:
                 f"the images under {self.files[0].parent} differ in size", "set --size, or --size and --crop"
             )
         scale = 1.0 / 255.0 if self.preprocess.scale is None else self.preprocess.scale
-        values = normalized(np.stack(decoded), self.preprocess, scale, self.layout)
+        values = normalized(np.stack(decoded), self.preprocess, scale, self.layout, str(self.files[0].parent))
         if self.preprocess.color == "BGR":
             values = np.ascontiguousarray(np.flip(values, axis=1 if self.layout == "NCHW" else 3))
         values = values.astype(self.spec.dtype)
@@ -56,13 +57,18 @@ class Images:
         return {self.spec.name: values}
 
     def _decoded(self, file: Path) -> NDArray[np.uint8]:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
         try:
             with Image.open(file) as image:
-                return np.asarray(resized(image.convert(self.mode), self.preprocess, self.model_size), dtype=np.uint8)
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise DataError(f"{file} cannot be read as an image ({error})", "remove or replace it") from error
+                if image.mode.startswith(("I", "F")):
+                    raise ValueError("it has more than 8 bits a channel")
+                pixels = image.convert(self.mode)
+        except Exception as error:
+            raise DataError(
+                f"{file} cannot be read as an image ({first_line(error)})", "remove or replace it"
+            ) from error
+        return np.asarray(resized(pixels, self.preprocess, self.model_size), dtype=np.uint8)
 
 
 def open_images(
@@ -126,6 +132,8 @@ def labelled(folder: Path, labels: Path, split: str | None) -> tuple[tuple[Path,
     root = folder.resolve()
     files = []
     for row in rows:
+        if not row["file"] or not row["label"]:
+            raise DataError(f"{labels} has a row without file or label", "give both in every row")
         file = folder / row["file"]
         if not file.resolve().is_relative_to(root) or not file.is_file():
             raise DataError(
@@ -134,7 +142,7 @@ def labelled(folder: Path, labels: Path, split: str | None) -> tuple[tuple[Path,
         files.append(file)
     try:
         return tuple(files), np.array([int(row["label"]) for row in rows], dtype=np.int64)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise DataError(
             f"{labels} holds a label that is not an integer ({error})", "number the classes from 0"
         ) from error
@@ -144,6 +152,7 @@ def digest_of(folder: Path, files: tuple[Path, ...]) -> str:
     """Return the sha256 over the relative names and bytes of the files."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.relative_to(folder).as_posix()}\0".encode())
+        name = Path(os.path.relpath(file, folder)).as_posix()
+        digest.update(name.encode(errors="surrogateescape") + b"\0")
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

@@ -42,6 +42,9 @@ class Preprocess:
     def __post_init__(self) -> None:
         if not self.mean or not self.std or 0.0 in self.std:
             raise ValueError("mean and std hold one value or one per channel, and no std is 0")
+        for name, size in (("size", self.size), ("crop", self.crop)):
+            if size is not None and min(as_pair(size)) < 1:
+                raise ValueError(f"a {name} is at least 1")
 
 
 def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -55,10 +58,10 @@ def image_layout(spec: InputSpec, preprocess: Preprocess) -> str:
     Raises:
         DataError: If the shape does not show it and the recipe does not say it.
     """
-    if preprocess.layout:
-        return preprocess.layout
     if len(spec.shape) != 4:
         raise DataError(f"input '{spec.name}' of shape {shown(spec)} is not a batch of images", "give the data as .npz")
+    if preprocess.layout:
+        return preprocess.layout
     first, last = spec.shape[1] in (1, 3, 4), spec.shape[3] in (1, 3, 4)
     if first == last:
         raise DataError(
@@ -98,7 +101,9 @@ def resized(image: Image, preprocess: Preprocess, model_size: tuple[int, int] | 
     return image
 
 
-def normalized(pixels: NDArray[Any], preprocess: Preprocess, scale: float, layout: str | None) -> NDArray[np.float32]:
+def normalized(
+    pixels: NDArray[Any], preprocess: Preprocess, scale: float, layout: str | None, source: str
+) -> NDArray[np.float32]:
     """Return x = (pixel · scale − mean) / std in float32, channels moved to where the model wants them.
 
     Args:
@@ -106,10 +111,24 @@ def normalized(pixels: NDArray[Any], preprocess: Preprocess, scale: float, layou
         preprocess: Mean and std.
         scale: The factor that applies.
         layout: ``NCHW``, ``NHWC``, or None to leave the axes alone.
+        source: What to call the data in errors.
+
+    Raises:
+        DataError: If a layout is asked for what is no image, or mean and std do not fit the channels.
     """
+    if layout is not None and pixels.ndim not in (3, 4):
+        held = list(pixels.shape[1:])
+        raise DataError(f"{source} holds samples of shape {held}, which are no images", "leave out --layout")
     if layout is not None and pixels.ndim == 3:
         pixels = pixels[..., None]
     x: NDArray[np.float32] = pixels.astype(np.float32) * np.float32(scale)
+    channels = pixels.shape[-1] if layout is not None else 1
+    for name, values in (("mean", preprocess.mean), ("std", preprocess.std)):
+        if len(values) not in (1, channels):
+            remedy = (
+                f"give one, or {channels}" if layout is not None else "set --layout, which says where the channels are"
+            )
+            raise DataError(f"the {name} has {len(values)} values and {source} {channels} channels", remedy)
     mean, std = np.array(preprocess.mean, dtype=np.float32), np.array(preprocess.std, dtype=np.float32)
     x = (x - mean) / std
     if layout == "NCHW":

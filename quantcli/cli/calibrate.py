@@ -11,6 +11,7 @@ from quantcli.cli.options import (
     EXISTING,
     EXISTING_FILE,
     OUTPUT,
+    keep_apart,
     label_options,
     preprocess_options,
     quantization_options,
@@ -41,6 +42,7 @@ def calibrate(context: click.Context, /, model: Path, data: Path, output: Path, 
     from quantcli import pipeline
 
     terminal = terminal_of(context)
+    keep_apart(options, output)
     recipe = recipe_of(options)
     with terminal.progress() as progress:
         found = pipeline.calibrate(model, data, output, recipe, options["labels"], options["split"], progress)

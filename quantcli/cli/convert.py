@@ -11,6 +11,7 @@ from quantcli.cli.options import (
     EXISTING,
     EXISTING_FILE,
     OUTPUT,
+    keep_apart,
     label_options,
     preprocess_options,
     quantization_options,
@@ -51,6 +52,7 @@ def convert(context: click.Context, /, model: Path, output: Path, strict: bool, 
     from quantcli import pipeline
 
     terminal = terminal_of(context)
+    keep_apart(options, output, output.with_suffix(".json"))
     recipe = recipe_of(options)
     with terminal.progress() as progress:
         done = pipeline.convert(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,10 +50,11 @@ def demo(context: click.Context, /, output: Path) -> None:
         pipeline.calibrate(model, calibration, statistics, recipe, progress=progress)
         pipeline.convert(model, quantized, statistics, recipe=recipe, progress=progress)
         found = pipeline.evaluate(quantized, evaluation, model, "top1", recipe, layers=True, progress=progress)
+    spelled = ["--recipe", recipe_file]
     commands = [
-        f"quantcli calibrate {model} --data {calibration} --recipe {recipe_file} -o {statistics}",
-        f"quantcli convert {model} --stats {statistics} --recipe {recipe_file} -o {quantized}",
-        f"quantcli eval {quantized} --float {model} --data {evaluation} --recipe {recipe_file} --layers --max-drop {MAX_DROP}",
+        shell("calibrate", model, "--data", calibration, *spelled, "-o", statistics),
+        shell("convert", model, "--stats", statistics, *spelled, "-o", quantized),
+        shell("eval", quantized, "--float", model, "--data", evaluation, *spelled, "--layers", "--max-drop", MAX_DROP),
     ]
     document = {**as_document(found), "verdict": verdict_of(found, MAX_DROP), "commands": commands}
     with staged() as files:
@@ -63,6 +65,11 @@ def demo(context: click.Context, /, output: Path) -> None:
     if document["verdict"] == "fail":
         terminal.warn(f"top1 dropped by {found.drop:.2f} points, more than {MAX_DROP}")
         context.exit(4)
+
+
+def shell(*words: object) -> str:
+    """Return a quantcli command as a shell reads it."""
+    return shlex.join(["quantcli", *(str(word) for word in words)])
 
 
 def lay_out(output: Path) -> None:

@@ -84,7 +84,7 @@ sample_options = together(
         default=None,
         help="Draw samples at random, or take the first.  [default: at random where --samples takes a part]",
     ),
-    click.option("--seed", type=int, help="Seed of the random draw.  [default: 0]"),
+    click.option("--seed", type=click.IntRange(min=0), help="Seed of the random draw.  [default: 0]"),
 )
 
 label_options = together(
@@ -131,3 +131,15 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
         "layers": {key: list(options.get(key) or ()) or None for key in ("include", "exclude")},
     }
     return read_recipe(options.get("recipe"), overrides)
+
+
+def keep_apart(options: dict[str, Any], *outputs: Path) -> None:
+    """Check that no output is the recipe or the labels; what else is read, the stages check.
+
+    Raises:
+        UsageError: If one is.
+    """
+    from quantcli.files import check_output
+
+    for output in outputs:
+        check_output(output, options.get("recipe"), options.get("labels"))

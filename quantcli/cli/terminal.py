@@ -37,16 +37,18 @@ class Terminal:
     def say(self, text: str) -> None:
         """Print a line of the result."""
         if not (self.quiet or self.json):
-            console().print(text, markup=False, highlight=False, soft_wrap=True)
+            console().print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Print a warning; it is never silenced."""
-        console(stderr=True).print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        console(stderr=True).print(
+            f"warning: {text}", style="yellow", markup=False, emoji=False, highlight=False, soft_wrap=True
+        )
 
     def error(self, kind: str, what: str, remedy: str, code: int) -> None:
         """Print an error in one line; where JSON is asked for, as a JSON document too."""
         line = " ".join(f"error: {what}{'; ' + remedy if remedy else ''}".split())
-        console(stderr=True).print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+        console(stderr=True).print(line, style="red", markup=False, emoji=False, highlight=False, soft_wrap=True)
         if self.json:
             document = {"error": {"type": kind, "message": what, "remedy": remedy, "exit_code": code}}
             click.echo(json_module.dumps(document, indent=2))

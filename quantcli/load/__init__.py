@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,18 +48,23 @@ def load(path: Path) -> LoadedModel:
         from quantcli.load import onnx
 
         graph, files = onnx.load_onnx(path)
-        return LoadedModel(graph, path, digest_of(files), sum(f.stat().st_size for f in files), path.name)
+        return LoadedModel(graph, path, digest_of(files), sum(f.stat().st_size for f in files), shown_name(path))
     if path.suffix == ".pt2":
         from quantcli.load import torch
 
         graph, exported = torch.load_pt2(path)
-        return LoadedModel(graph, exported, digest_of([path]), path.stat().st_size, path.name)
+        return LoadedModel(graph, exported, digest_of([path]), path.stat().st_size, shown_name(path))
     if path.suffix in PICKLES:
         raise ModelError(
             f"{path} is a pickle, which runs code when it is loaded, and no consent to that can be given yet",
             "save the model with torch.export.save (.pt2) or torch.onnx.export (.onnx)",
         )
     raise ModelError(f"{path} is of no known kind of model", "give a .onnx or .pt2 file")
+
+
+def shown_name(path: Path) -> str:
+    """Return a file's name as text; bytes of it that are no UTF-8 become a replacement character."""
+    return os.fsencode(path.name).decode("utf-8", "replace")
 
 
 def digest_of(files: list[Path]) -> str:
