@@ -10,6 +10,7 @@ import numpy as np
 from quantcli.arithmetic.fixed_point import multiply
 from quantcli.arithmetic.rounding import divide
 from quantcli.integer import kernels
+from quantcli.integer.resize import resize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -281,6 +282,12 @@ def depth_to_space(layer: Layer, q: NDArray[np.int64]) -> list[NDArray[Any]]:
     return [spread.reshape(n, c // block**2, h * block, w * block)]
 
 
+def resized(layer: Layer, q: NDArray[np.int64]) -> list[NDArray[Any]]:
+    """Return q resized; linear interpolation is the one move that rounds."""
+    zero_point = layer.zero_point(layer.entry.inputs[0])
+    return [resize(q - zero_point, layer.attributes, layer.plain.get(2), layer.plain.get(3)) + zero_point]
+
+
 MOVES: dict[str, Callable[[Layer, NDArray[np.int64]], list[NDArray[Any]]]] = {
     "MaxPool": lambda layer, q: [kernels.max_pool(q, layer.attributes)],
     "Split": split,
@@ -293,6 +300,7 @@ MOVES: dict[str, Callable[[Layer, NDArray[np.int64]], list[NDArray[Any]]]] = {
     "Gather": gather,
     "Pad": pad,
     "DepthToSpace": depth_to_space,
+    "Resize": resized,
 }
 
 INTEGER_LAYERS: dict[str, Callable[[Layer, list[NDArray[np.int64]]], list[NDArray[Any]]]] = {
