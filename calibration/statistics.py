@@ -98,6 +98,10 @@ def load(path: Path) -> Statistics:
         if document["version"] != VERSION:
             raise StatisticsError(f"{path} has format version {document['version']}, not {VERSION}", "calibrate again")
         check_document(document)
+        if not all(
+            len(values) and (values.dtype.kind != "f" or np.isfinite(values).all()) for values in arrays.values()
+        ):
+            raise ValueError("samples")
         return Statistics(
             document["model_sha256"],
             document["data_sha256"],

@@ -10,8 +10,9 @@
         ├── OutputError                  1  the output cannot be written, or failed its self-check
         ├── UsageError                   2  the request contradicts itself
         │   └── RecipeError              2  a recipe or target file that cannot be used
-        ├── ThresholdMissed              4  a threshold was missed; the files are written
         └── StrictError                  5  --strict found what it forbids
+
+A missed threshold (exit code 4) is a verdict, not an error: what was to be written is written.
 """
 
 from __future__ import annotations
@@ -45,12 +46,6 @@ class UsageError(QuantcliError):
 
 class RecipeError(UsageError):
     """A recipe or target file cannot be read, or says something that has no meaning."""
-
-
-class ThresholdMissed(QuantcliError):  # noqa: N818 - the verdict of a check, not a malfunction
-    """A threshold was missed; what was to be written is written all the same."""
-
-    exit_code: ClassVar[int] = 4
 
 
 class StrictError(QuantcliError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,26 +44,28 @@ class Staged:
         Raises:
             OutputError: If a file cannot take its name.
         """
-        replaced: list[tuple[Path, Path | None]] = []
+        backups: dict[Path, Path] = {}
+        placed: list[Path] = []
+        name = self.waiting[0][1] if self.waiting else Path()
         try:
-            for temporary, path in self.waiting:
-                backup = temporary.with_name(temporary.name + ".older") if path.exists() else None
-                if backup is not None:
-                    shutil.copy2(path, backup)
-                replaced.append((path, backup))
-                temporary.replace(path)
+            for temporary, name in self.waiting:
+                if name.exists():
+                    backups[name] = temporary.with_name(temporary.name + ".older")
+                    os.link(name, backups[name])  # a second name costs no space
+                placed.append(name)
+                temporary.replace(name)
         except BaseException as error:
-            for path, backup in replaced:
-                if backup is not None:
-                    os.replace(backup, path)  # noqa: PTH105
+            for path in placed:
+                if path in backups:
+                    os.replace(backups[path], path)  # noqa: PTH105
                 else:
                     path.unlink(missing_ok=True)
             if isinstance(error, OSError):
                 reason = error.strerror or error
-                raise OutputError(f"{replaced[-1][0]} cannot be written ({reason})", "choose another -o") from error
+                raise OutputError(f"{name} cannot be written ({reason})", "choose another -o") from error
             raise
-        for _, backup in replaced:
-            if backup is not None:
+        finally:
+            for backup in backups.values():
                 backup.unlink(missing_ok=True)
 
 
@@ -88,13 +89,23 @@ def check_output(output: Path, *inputs: Path | None) -> None:
     """Check, before any work is done, that an output may take its name.
 
     Raises:
-        UsageError: If it is one of the inputs, or a folder.
+        UsageError: If it is one of the inputs, a file of an input folder, or a folder.
         OutputError: If its folder is missing or cannot be written to.
     """
     for source in inputs:
         if source is not None and output.resolve() == Path(source).resolve():
             raise UsageError(
                 f"the output {output} is also an input", "choose another -o: an input is never overwritten"
+            )
+        if (
+            source is not None
+            and output.exists()
+            and Path(source).is_dir()
+            and output.resolve().is_relative_to(Path(source).resolve())
+        ):
+            raise UsageError(
+                f"the output {output} is a file of the data {source}",
+                "choose another -o: an input is never overwritten",
             )
     if output.is_dir():
         raise UsageError(f"the output {output} is a folder", "name a file")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,10 +146,12 @@ def calibrate(
     """
     recipe = recipe or Recipe()
     model, data = Path(model), Path(data)
-    if output is not None:
-        check_output(Path(output), model, data)
+    outputs = [Path(output)] if output is not None else []
+    sources = [data, recipe.target_file, Path(labels) if labels else None]
+    check_outputs(outputs, [model, *sources])
     resolve_target(recipe)
     source = load(model)
+    check_outputs(outputs, source.files)
     statistics = observe(source, fold(source.graph), data, recipe, labels, split, progress)
     if output is not None:
         with staged() as files:
@@ -226,11 +228,12 @@ def convert(
     if output.suffix != ".onnx":
         raise UsageError(f"the output {output} is of no known kind", "name it .onnx")
     sidecar_path = output.with_suffix(".json")
-    sources = [model, Path(data) if data else None, Path(statistics) if isinstance(statistics, (str, Path)) else None]
-    for path in (output, sidecar_path):
-        check_output(path, *sources)
+    given = [data, labels, statistics if isinstance(statistics, (str, Path)) else None]
+    sources = [model, recipe.target_file, *(Path(path) if path else None for path in given)]
+    check_outputs([output, sidecar_path], sources)
     resolve_target(recipe)
     source = load(model)
+    check_outputs([output, sidecar_path], source.files)
     folded = fold(source.graph)
     if data is not None:
         found = observe(source, folded, Path(data), recipe, labels, split, progress)
@@ -252,6 +255,13 @@ def convert(
         files.write(output, written)
         files.write(sidecar_path, sidecar_file.encode(sidecar))
     return Conversion(output, sidecar_path, sidecar, plan, check)
+
+
+def check_outputs(outputs: Iterable[Path], sources: Iterable[Path | None]) -> None:
+    """Check that no output is one of the sources and that each may take its name."""
+    kept = list(sources)
+    for output in outputs:
+        check_output(output, *kept)
 
 
 def check_belongs(statistics: Statistics, source: LoadedModel) -> None:

@@ -73,6 +73,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     multiplier: Multiplier = Multiplier()
     layers: Layers = Layers()
 
+    @property
+    def target_file(self) -> Path | None:
+        """The file that describes the target, where it is the user's own."""
+        return Path(self.target) if self.target.endswith(".toml") else None
+
 
 def read_recipe(path: Path | None, overrides: dict[str, Any] | None = None) -> Recipe:
     """Return the recipe of a TOML file with the command line's entries laid over it.

@@ -88,8 +88,11 @@ def read_archive(path: Path) -> dict[str, NDArray[Any]]:
         DataError: If it cannot be read, or holds anything but arrays.
     """
     try:
-        archive = np.load(path, allow_pickle=False)
-        found = {name: archive[name] for name in archive.files}
+        with path.open("rb") as stream:
+            archive = np.load(stream, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise TypeError("it is a single array")
+            found = {name: archive[name] for name in archive.files}
     except Exception as error:
         raise DataError(f"{path} cannot be read as .npz ({first_line(error)})", "write it with numpy.savez") from error
     if other := next((name for name, values in found.items() if not isinstance(values, np.ndarray)), None):

@@ -116,7 +116,7 @@ def labelled(folder: Path, labels: Path, split: str | None) -> tuple[tuple[Path,
         DataError: If the CSV lacks a column, names a file that is not there, or holds a label that is no integer.
     """
     try:
-        with labels.open(newline="", encoding="utf-8") as stream:
+        with labels.open(newline="", encoding="utf-8-sig") as stream:
             rows = list(csv.DictReader(stream))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{labels} cannot be read as CSV ({error})", "give columns file and label") from error

@@ -62,7 +62,7 @@ def image_layout(spec: InputSpec, preprocess: Preprocess) -> str:
         raise DataError(f"input '{spec.name}' of shape {shown(spec)} is not a batch of images", "give the data as .npz")
     if preprocess.layout:
         return preprocess.layout
-    first, last = spec.shape[1] in (1, 3, 4), spec.shape[3] in (1, 3, 4)
+    first, last = spec.shape[1] in (1, 3), spec.shape[3] in (1, 3)
     if first == last:
         raise DataError(
             f"input '{spec.name}' of shape {shown(spec)} does not show where its channels are", "set --layout"
@@ -122,7 +122,8 @@ def normalized(
     if layout is not None and pixels.ndim == 3:
         pixels = pixels[..., None]
     x: NDArray[np.float32] = pixels.astype(np.float32) * np.float32(scale)
-    channels = pixels.shape[-1] if layout is not None else 1
+    # Rows of features have one value of mean and std per feature; elsewhere only a layout says where the channels are.
+    channels = pixels.shape[-1] if layout is not None or pixels.ndim == 2 else 1
     for name, values in (("mean", preprocess.mean), ("std", preprocess.std)):
         if len(values) not in (1, channels):
             remedy = (

@@ -49,14 +49,14 @@ def shift_floor(values: NDArray[np.int64], shift: NDArray[np.int64]) -> NDArray[
 
 
 def shift_half_up(values: NDArray[np.int64], shift: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return v / 2^n rounded to nearest, ties up (towards +∞), for n ≥ 0 and |v| ≤ 2^62."""
+    """Return v / 2^n rounded to nearest, ties up (towards +∞), for n ≥ 0 and |v| < 2^62."""
     held = np.minimum(shift, 63)
     half = np.where(held > 0, np.int64(1) << np.maximum(held - 1, 0), 0)
     return (values + half) >> held
 
 
 def shift_half_even(values: NDArray[np.int64], shift: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return v / 2^n rounded to nearest, ties to even, for n ≥ 0 and |v| ≤ 2^62."""
+    """Return v / 2^n rounded to nearest, ties to even, for n ≥ 0 and |v| < 2^62."""
     held = np.minimum(shift, 63)
     low = values >> held
     rest = values - (low << held)  # 0 ≤ rest < 2^n, which wraps only where n = 63 and is then right modulo 2^64
@@ -66,7 +66,7 @@ def shift_half_even(values: NDArray[np.int64], shift: NDArray[np.int64]) -> NDAr
 
 
 def shift_half_away(values: NDArray[np.int64], shift: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return v / 2^n rounded to nearest, ties away from zero (gemmlowp's RoundingDivideByPOT), for n ≥ 0 and |v| ≤ 2^62."""
+    """Return v / 2^n rounded to nearest, ties away from zero (gemmlowp's RoundingDivideByPOT), for n ≥ 0 and |v| < 2^62."""
     held = np.minimum(shift, 63)
     return np.sign(values) * shift_half_up(np.abs(values), held)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,15 +76,25 @@ def lay_out(output: Path) -> None:
 
     Raises:
         OutputError: If the folder cannot be made or written to.
+        UsageError: If the folder holds other files of the same names.
     """
     from quantcli import demo as embedded
-    from quantcli.errors import OutputError
+    from quantcli.errors import OutputError, UsageError
+    from quantcli.files import staged
 
     try:
         output.mkdir(parents=True, exist_ok=True)
-        for file in (embedded.MODEL, embedded.CALIBRATION, embedded.EVALUATION):
-            shutil.copyfile(file, output / file.name)
-        (output / "recipe.toml").write_text(embedded.RECIPE, encoding="utf-8")
+        contents = {
+            file.name: file.read_bytes() for file in (embedded.MODEL, embedded.CALIBRATION, embedded.EVALUATION)
+        }
+        contents["recipe.toml"] = embedded.RECIPE.encode()
+        for name, content in contents.items():
+            place = output / name
+            if place.exists() and place.read_bytes() != content:
+                raise UsageError(f"{place} is not the demo's own file", "choose another -o: it would be overwritten")
+        with staged() as files:
+            for name, content in contents.items():
+                files.write(output / name, content)
     except OSError as error:
         raise OutputError(f"{output} cannot be written ({error.strerror or error})", "choose another -o") from error
 

@@ -26,6 +26,7 @@ class LoadedModel:
         sha256: The digest of the file (and of its external data).
         size: The bytes of the file (and of its external data).
         name: The file's name, without its folder.
+        files: The files that it is made of.
     """
 
     graph: ir.Model
@@ -33,6 +34,7 @@ class LoadedModel:
     sha256: str
     size: int
     name: str
+    files: tuple[Path, ...]
 
 
 def load(path: Path) -> LoadedModel:
@@ -48,12 +50,14 @@ def load(path: Path) -> LoadedModel:
         from quantcli.load import onnx
 
         graph, files = onnx.load_onnx(path)
-        return LoadedModel(graph, path, digest_of(files), sum(f.stat().st_size for f in files), shown_name(path))
+        return LoadedModel(
+            graph, path, digest_of(files), sum(f.stat().st_size for f in files), shown_name(path), tuple(files)
+        )
     if path.suffix == ".pt2":
         from quantcli.load import torch
 
         graph, exported = torch.load_pt2(path)
-        return LoadedModel(graph, exported, digest_of([path]), path.stat().st_size, shown_name(path))
+        return LoadedModel(graph, exported, digest_of([path]), path.stat().st_size, shown_name(path), (path,))
     if path.suffix in PICKLES:
         raise ModelError(
             f"{path} is a pickle, which runs code when it is loaded, and no consent to that can be given yet",
