@@ -63,6 +63,8 @@ def evaluate(
     terminal = terminal_of(context)
     if max_drop is not None and reference is None:
         raise UsageError("--max-drop compares with the float model and none was given", "add --float MODEL")
+    if options["layers"] and reference is None:
+        raise UsageError("--layers compares with the float model and none was given", "add --float MODEL")
     recipe = recipe_of(
         {key: value for key, value in options.items() if key not in {"samples", "batch", "shuffle", "seed"}}
     )
