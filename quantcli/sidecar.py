@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
+import numpy as np
 
 from quantcli.errors import ModelError
 from quantcli.recipe import Recipe
@@ -14,6 +16,8 @@ from quantcli.targets import Target
 from quantcli.write.onnx_qdq import tensor_names
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from calibration.statistics import Statistics
     from quantcli.load import LoadedModel
     from quantcli.plan import LayerPlan, TensorPlan
@@ -62,6 +66,7 @@ class TensorEntry(Entry, frozen=True):
     dead_channels: list[int]
     integers: str
     reals: str
+    sha256: str | None
 
 
 class MultiplierEntry(Entry, frozen=True):
@@ -137,13 +142,16 @@ def describe(
         ),
         plan.target,
         msgspec.structs.replace(recipe, target=plan.target.name),
-        {name: tensor_entry(tensor, names[name]) for name, tensor in plan.tensors.items()},
+        {
+            name: tensor_entry(tensor, names[name], quantized.constants.get(name))
+            for name, tensor in plan.tensors.items()
+        },
         [layer_entry(layer, quantized) for layer in plan.layers],
         [FloatEntry(layer.name, layer.operator, layer.reason) for layer in plan.floats],
     )
 
 
-def tensor_entry(tensor: TensorPlan, names: dict[str, str]) -> TensorEntry:
+def tensor_entry(tensor: TensorPlan, names: dict[str, str], constant: NDArray[Any] | None) -> TensorEntry:
     """Return a tensor's entry."""
     return TensorEntry(
         tensor.role,  # type: ignore[arg-type]
@@ -160,6 +168,7 @@ def tensor_entry(tensor: TensorPlan, names: dict[str, str]) -> TensorEntry:
         list(tensor.dead),
         names["integers"],
         names["reals"],
+        None if constant is None else hashlib.sha256(np.ascontiguousarray(constant).tobytes()).hexdigest(),
     )
 
 

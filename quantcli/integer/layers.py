@@ -78,8 +78,15 @@ def rescaled(layer: Layer, acc: NDArray[np.int64], entry: MultiplierEntry, axis:
 
 def accumulate(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
     """Equation 13: acc = Σ (q_x − z_x)(q_w − z_w) + q_b in int32, then M and z_y."""
-    x_name, w_name = layer.entry.inputs[:2]
-    x, w = operands[0] - layer.zero_point(x_name), operands[1] - layer.zero_point(w_name)
+    acc, axis = accumulator(layer, operands)
+    if np.abs(acc).max(initial=0) > np.iinfo(np.int32).max:
+        raise IntegerError("the accumulator leaves int32")
+    return [rescaled(layer, acc, layer.entry.multipliers[0], axis) + layer.zero_point(layer.entry.outputs[0])]
+
+
+def accumulator(layer: Layer, operands: list[NDArray[np.int64]]) -> tuple[NDArray[np.int64], int]:
+    """Return acc of equation 13, and the axis of its output channels."""
+    x, w = centred(layer, operands[:2])
     operator, axis = layer.entry.operator, 1
     if operator == "Conv":
         acc = kernels.convolve(x, w, layer.attributes)
@@ -92,14 +99,17 @@ def accumulate(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[
         shape = [1] * acc.ndim
         shape[axis] = -1
         acc = acc + operands[2].reshape(shape)
-    if np.abs(acc).max(initial=0) > np.iinfo(np.int32).max:
-        raise IntegerError("the accumulator leaves int32")
-    return [rescaled(layer, acc, layer.entry.multipliers[0], axis) + layer.zero_point(layer.entry.outputs[0])]
+    return acc, axis
+
+
+def centred(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+    """Return the operands with their zero points taken off."""
+    return [q - layer.zero_point(name) for q, name in zip(operands, layer.entry.inputs, strict=False)]
 
 
 def product(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
     """Equation 13 with a single term: (a − z_a)(b − z_b)."""
-    a, b = (q - layer.zero_point(name) for q, name in zip(operands, layer.entry.inputs, strict=True))
+    a, b = centred(layer, operands)
     return [rescaled(layer, a * b, layer.entry.multipliers[0], None) + layer.zero_point(layer.entry.outputs[0])]
 
 
@@ -124,7 +134,7 @@ def total(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.in
 def rescale(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
     """Equation 14 for one operand at a time: Concat, and means, which divide by their count in the same rounding."""
     zero_point = layer.zero_point(layer.entry.outputs[0])
-    shifted = [q - layer.zero_point(name) for q, name in zip(operands, layer.entry.inputs, strict=True)]
+    shifted = centred(layer, operands)
     if layer.entry.operator == "Concat":
         parts = [rescaled(layer, q, m, None) for q, m in zip(shifted, layer.entry.multipliers, strict=True)]
         return [np.concatenate(parts, axis=int(layer.attributes["axis"])) + zero_point]
@@ -285,7 +295,8 @@ def depth_to_space(layer: Layer, q: NDArray[np.int64]) -> list[NDArray[Any]]:
 def resized(layer: Layer, q: NDArray[np.int64]) -> list[NDArray[Any]]:
     """Return q resized; linear interpolation is the one move that rounds."""
     zero_point = layer.zero_point(layer.entry.inputs[0])
-    return [resize(q - zero_point, layer.attributes, layer.plain.get(2), layer.plain.get(3)) + zero_point]
+    reals = resize(q - zero_point, layer.attributes, layer.plain.get(2), layer.plain.get(3))
+    return [np.rint(reals).astype(np.int64) + zero_point]
 
 
 MOVES: dict[str, Callable[[Layer, NDArray[np.int64]], list[NDArray[Any]]]] = {

@@ -21,8 +21,8 @@ NEAREST: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
 
 def resize(
     x: NDArray[np.int64], attributes: Mapping[str, Any], scales: NDArray[Any] | None, sizes: NDArray[Any] | None
-) -> NDArray[np.int64]:
-    """Return x resized along every axis whose size changes; linear values are rounded half to even.
+) -> NDArray[np.float64]:
+    """Return x resized along every axis whose size changes, linear values not rounded yet.
 
     Args:
         x: Integers.
@@ -51,7 +51,7 @@ def resize(
         else:
             choose = NEAREST[attributes.get("nearest_mode", "round_prefer_floor")]
             values = np.take(values, np.clip(choose(where), 0, before - 1).astype(np.int64), axis=axis)
-    return np.rint(values).astype(np.int64)
+    return values
 
 
 def source_coordinates(mode: str, before: int, after: int, factor: float) -> NDArray[np.float64]:

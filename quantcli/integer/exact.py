@@ -1,0 +1,117 @@
+"""What a layer's output would be before any rounding: the real value that executor and runtime both round.
+
+From it follows whether two integers that differ may: both must be a rounding of the same real value, within the distance that the
+arithmetic of each can err.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quantcli.arithmetic.tables import FUNCTIONS
+from quantcli.integer.layers import Layer, accumulator, centred, sums_and_counts
+from quantcli.integer.resize import resize
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# A float32 kernel forms S_x·S_w/S_y and its product with the accumulator in at most eight roundings of 2^-24 relative each.
+FLOAT32_ERROR = 2.0**-21
+# Vectorized float32 exponentials and hyperbolic tangents err by some 2^-20 of their largest value, 1.
+FUNCTION_ERROR = 2.0**-18
+
+
+@dataclass(frozen=True, eq=False)
+class Exact:
+    """The real values of an output, in integer steps, and how far off a rounding may begin.
+
+    Attributes:
+        values: y/S_y + z_y before rounding and clamping, float64.
+        integer_error: What the executor's multiplier may be off, in steps.
+        float_error: What a float32 kernel may be off, in steps.
+    """
+
+    values: NDArray[np.float64]
+    integer_error: NDArray[np.float64]
+    float_error: NDArray[np.float64]
+
+
+def exact(layer: Layer, operands: list[NDArray[np.int64]]) -> Exact | None:
+    """Return a layer's exact output; None where it only moves integers, which leaves nothing to round."""
+    kind, operator = layer.entry.arithmetic, layer.entry.operator
+    if kind == "accumulate":
+        acc, axis = accumulator(layer, operands)
+        return of_terms(layer, acc * along(layer, 0, acc.ndim, axis))
+    if kind == "product":
+        a, b = centred(layer, operands)
+        return of_terms(layer, a * b * along(layer, 0, 0, None))
+    if kind == "sum" or operator == "Concat":
+        terms = [q * along(layer, i, 0, None) for i, q in enumerate(centred(layer, operands))]
+        if operator == "Concat":
+            return of_terms(layer, np.concatenate(terms, axis=int(layer.attributes["axis"])))
+        return of_terms(layer, terms[0], -terms[1] if operator == "Sub" else terms[1])
+    if kind == "rescale":
+        sums, counts = sums_and_counts(layer, centred(layer, operands)[0])
+        magnitude, _ = sums_and_counts(layer, np.abs(centred(layer, operands)[0]))
+        factor = along(layer, 0, 0, None) / counts
+        return with_errors(layer, sums * factor, magnitude * factor)
+    if kind in {"table", "softmax"}:
+        return of_function(layer, operands[0])
+    if operator == "Resize" and layer.attributes.get("mode", "nearest") == "linear":
+        reals = resize(centred(layer, operands)[0], layer.attributes, layer.plain.get(2), layer.plain.get(3))
+        return with_errors(layer, reals, np.full(reals.shape, 256.0))
+    return None
+
+
+def along(layer: Layer, entry: int, ndim: int, axis: int | None) -> NDArray[np.float64]:
+    """Return a layer's real multipliers, shaped to broadcast along an axis where there are several."""
+    real = np.array(layer.entry.multipliers[entry].real)
+    if real.size == 1 or axis is None:
+        return real.reshape(-1)[0]  # type: ignore[no-any-return]
+    shape = [1] * ndim
+    shape[axis] = -1
+    return real.reshape(shape)
+
+
+def of_terms(layer: Layer, *terms: NDArray[np.float64]) -> Exact:
+    """Return the sum of terms in steps, whose errors follow their magnitudes."""
+    values, magnitude = terms[0], np.abs(terms[0])
+    for term in terms[1:]:
+        values, magnitude = values + term, magnitude + np.abs(term)
+    return with_errors(layer, values, magnitude)
+
+
+def with_errors(layer: Layer, values: NDArray[np.float64], magnitude: NDArray[np.float64]) -> Exact:
+    """Return values with the zero point put on, and the errors that follow from the magnitude of their terms."""
+    zero_point = layer.zero_point(layer.entry.outputs[0])
+    precision = 2.0 ** -(layer.bits - 1) + 2.0**-50
+    return Exact(values + zero_point, magnitude * precision, (magnitude + abs(zero_point) + 1) * FLOAT32_ERROR)
+
+
+def of_function(layer: Layer, q: NDArray[np.int64]) -> Exact:
+    """Return an element-wise function or a softmax of real inputs, in float64."""
+    x = layer.tensors[layer.entry.inputs[0]]
+    reals = x.scale[0] * (q - x.zero_point[0]).astype(np.float64)
+    if layer.entry.arithmetic == "softmax":
+        axis = int(layer.attributes.get("axis", -1))
+        exponentials = np.exp(reals - reals.max(axis=axis, keepdims=True))
+        values = exponentials / exponentials.sum(axis=axis, keepdims=True)
+    else:
+        values = FUNCTIONS[layer.entry.operator](reals, function_parameters(layer))
+    steps = values / layer.output.scale[0]
+    # The executor's exponentials are whole multiples of 2^-30, and its tables are exact; floats err as their functions do.
+    error = (np.abs(steps) + 1) * FLOAT32_ERROR + FUNCTION_ERROR / layer.output.scale[0]
+    return Exact(steps + layer.zero_point(layer.entry.outputs[0]), np.full(steps.shape, 2.0**-12), error)
+
+
+def function_parameters(layer: Layer) -> dict[str, float]:
+    """Return what an element-wise function needs from its node, with ONNX's defaults."""
+    if layer.entry.operator == "Clip":
+        bounds = [layer.plain.get(position) for position in (1, 2)]
+        low, high = (None if bound is None else float(bound.reshape(-1)[0]) for bound in bounds)
+        return {"min": -np.inf if low is None else low, "max": np.inf if high is None else high}
+    defaults = {"LeakyRelu": {"alpha": 0.01}, "HardSigmoid": {"alpha": 0.2, "beta": 0.5}}.get(layer.entry.operator, {})
+    return {key: float(layer.attributes.get(key, default)) for key, default in defaults.items()}
