@@ -9,11 +9,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quantcli.pipeline import Conversion, Evaluation, calibrate, convert, evaluate
+    from quantcli.pipeline import Conversion, Evaluation, calibrate, convert, evaluate, verify
     from quantcli.recipe import Recipe, read_recipe
 
 __version__ = "0.1.0"
-__all__ = ["Conversion", "Evaluation", "Recipe", "__version__", "calibrate", "convert", "evaluate", "read_recipe"]
+__all__ = [
+    "Conversion",
+    "Evaluation",
+    "Recipe",
+    "__version__",
+    "calibrate",
+    "convert",
+    "evaluate",
+    "read_recipe",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@
         ├── OutputError                  1  the output cannot be written, or failed its self-check
         ├── UsageError                   2  the request contradicts itself
         │   └── RecipeError              2  a recipe or target file that cannot be used
+        ├── VerifyError                  3  verify found a difference
         └── StrictError                  5  --strict found what it forbids
 
 A missed threshold (exit code 4) is a verdict, not an error: what was to be written is written.
@@ -46,6 +47,12 @@ class UsageError(QuantcliError):
 
 class RecipeError(UsageError):
     """A recipe or target file cannot be read, or says something that has no meaning."""
+
+
+class VerifyError(QuantcliError):
+    """The sidecar does not tell the truth about the model, or its integers are not the runtime's."""
+
+    exit_code: ClassVar[int] = 3
 
 
 class StrictError(QuantcliError):

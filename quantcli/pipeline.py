@@ -20,12 +20,14 @@ from calibration.errors import DataError, StatisticsError
 from calibration.hooks.onnxruntime import Runner
 from calibration.statistics import Statistics
 from quantcli import sidecar as sidecar_file
-from quantcli.errors import ModelError, OutputError, StrictError, UsageError
+from quantcli.errors import ModelError, OutputError, StrictError, UsageError, VerifyError
 from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs, worst
 from quantcli.evaluation.latency import Latency, measure
 from quantcli.evaluation.metrics import LABEL_METRICS, METRICS, Comparison, TopK
 from quantcli.files import check_output, staged
 from quantcli.fold import fold
+from quantcli.integer.verify import Verification, random_inputs
+from quantcli.integer.verify import verify as compare_integers
 from quantcli.load import LoadedModel, load, shown_name
 from quantcli.placement import place
 from quantcli.plan import Plan, make_plan
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
 
 # Below this a self-check warns: the quantized output is then more noise than most uses bear.
 LOW_SQNR = 10.0
+
+# How many random samples are verified where there is no data.
+RANDOM_SAMPLES = 8
 
 Progress = Callable[[str, int, int], None]
 
@@ -203,6 +208,7 @@ def convert(
     labels: Path | str | None = None,
     split: str | None = None,
     strict: bool = False,
+    verified: bool = False,
     progress: Progress = silent,
 ) -> Conversion:
     """Quantize a float model and write the quantized model and its sidecar (same name, ``.json``).
@@ -216,6 +222,7 @@ def convert(
         labels: A CSV that names the image files of the data.
         split: Keep only the CSV's rows of this split.
         strict: Refuse where an operator stays float or a weight channel is dead.
+        verified: Run the integer executor against the runtime before the files get their names.
         progress: Called with the stage, the samples done and their total.
 
     Raises:
@@ -251,6 +258,8 @@ def convert(
     sidecar = sidecar_file.describe(quantized, source, entry, found, recipe)
     progress("check", 0, 1)
     check = self_check(source, written, sidecar, found)
+    if verified:
+        require_verified(compare_integers(written, sidecar, [found.check_inputs]))
     with staged() as files:
         files.write(output, written)
         files.write(sidecar_path, sidecar_file.encode(sidecar))
@@ -262,6 +271,15 @@ def check_outputs(outputs: Iterable[Path], sources: Iterable[Path | None]) -> No
     kept = list(sources)
     for output in outputs:
         check_output(output, *kept)
+
+
+def require_verified(verification: Verification) -> None:
+    """Raise VerifyError where something differs without an explanation."""
+    if verification.findings:
+        more = f" (and {len(verification.findings) - 1} more)" if len(verification.findings) > 1 else ""
+        raise VerifyError(
+            f"{verification.findings[0]}{more}", "the files do not belong together, or please report this"
+        )
 
 
 def check_belongs(statistics: Statistics, source: LoadedModel) -> None:
@@ -309,6 +327,61 @@ def self_check(source: LoadedModel, written: bytes, sidecar: Sidecar, statistics
     if any(value < LOW_SQNR for value in sqnr.values()):
         suspects = tuple(worst(layer_sqnrs(source.graph, written, sidecar, [feeds])))
     return SelfCheck(len(next(iter(feeds.values()))), sqnr, suspects)
+
+
+def verify(
+    sidecar: Path | str,
+    data: Path | str | None = None,
+    recipe: Recipe | None = None,
+    labels: Path | str | None = None,
+    split: str | None = None,
+    selection: Selection | None = None,
+    batch: int | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Verification:
+    """Verify a sidecar against the model beside it, on data or on random inputs over the calibrated ranges.
+
+    Args:
+        sidecar: The sidecar; the quantized model of the name that it states stands beside it.
+        data: Inputs; None for random ones.
+        recipe: Where the preprocessing stands; None for the defaults.
+        labels: A CSV that names the image files of the data.
+        split: Keep only the CSV's rows of this split.
+        selection: Which samples; all by default.
+        batch: The batch size; None for the model's own, or 32.
+        seed: Of the random inputs.
+        progress: Called with the stage, the samples done and their total.
+
+    Raises:
+        ReportedError: If anything given cannot be used. Differences are no error here: they are in what is returned.
+    """
+    sidecar = Path(sidecar)
+    document = sidecar_file.read(sidecar)
+    model = sidecar.with_name(document.model.name)
+    if not model.is_file():
+        raise ModelError(f"{sidecar} speaks of {document.model.name}, which is not beside it", "put it there")
+    runner = Runner(load(model).runnable, what=model.name)
+    if data is None:
+        size = fitted_batch(runner.inputs, batch or RANDOM_SAMPLES)
+        return compare_integers(model.read_bytes(), document, [random_inputs(document, runner, size, seed)])
+    dataset = open_dataset(
+        Path(data), runner.inputs, (recipe or Recipe()).preprocess, Path(labels) if labels else None, split
+    )
+    indices = select(len(dataset), selection or Selection())
+    size = fitted_batch(runner.inputs, batch)
+    whole = (
+        indices[: len(indices) - len(indices) % size] if any(s.shape and s.shape[0] for s in runner.inputs) else indices
+    )
+    if not len(whole):
+        raise DataError(f"the model takes batches of {size} and there are {len(indices)} samples", "give more samples")
+
+    def drawn() -> Iterable[dict[str, NDArray[Any]]]:
+        for number, feeds in enumerate(batches(dataset, whole, size)):
+            yield feeds
+            progress("verify", min((number + 1) * size, len(whole)), len(whole))
+
+    return compare_integers(model.read_bytes(), document, drawn())
 
 
 def evaluate(

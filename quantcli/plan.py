@@ -12,6 +12,7 @@ from quantcli.arithmetic.affine import (
     IntegerType,
     affine_parameters,
     fixed_parameters,
+    power_of_two,
     quantize,
     scales_wide_enough_for_bias,
     symmetric_parameters,
@@ -183,6 +184,8 @@ def plan_activations(
                     "calibrate again with this recipe, or check that the data reaches that part of the model",
                 )
             scale, zero_point = parameters(lo, hi, integer)
+            if target.activation.power_of_two:
+                scale, zero_point = to_power_of_two(scale, lo, integer, target.activation.symmetric)
         tensors[name] = TensorPlan(name, role, integer, (float(scale),), (zero_point,), None, (lo,), (hi,), samples)
     for name, source in placement.owner.items():
         if name != source:
@@ -193,9 +196,18 @@ def plan_activations(
     return tensors
 
 
+def to_power_of_two(scale: np.float32, lo: float, integer: IntegerType, symmetric: bool) -> tuple[np.float32, int]:
+    """Return the next power of two above a scale, and the zero point that goes with it."""
+    wide = np.float32(power_of_two(np.array(scale, dtype=np.float32)).item())
+    if symmetric:
+        return wide, 0
+    zero_point = round(integer.qmin - min(lo, 0.0) / float(wide))
+    return wide, min(max(zero_point, integer.qmin), integer.qmax)
+
+
 def plan_weights(placement: Placement, activations: dict[str, TensorPlan], target: Target) -> dict[str, TensorPlan]:
     """Return the parameters of every weight: symmetric, per channel where the target and every use of it agree."""
-    integer = IntegerType(target.weight.dtype, narrow=True)
+    integer = IntegerType(f"int{target.weight.bits}", narrow=True)
     uses: dict[str, list[tuple[PlacedLayer, NDArray[np.float32]]]] = {}
     for layer in placement.layers:
         for _, value, kind in layer.operands():
@@ -216,6 +228,8 @@ def plan_weights(placement: Placement, activations: dict[str, TensorPlan], targe
             if (bias := bias_of(layer)) is not None:
                 input_scale = np.float32(activations[str(layer.node.inputs[0].name)].scale[0])  # type: ignore[union-attr]
                 scales = scales_wide_enough_for_bias(scales, bias, input_scale)
+        if target.weight.power_of_two:
+            scales = power_of_two(scales)
         tensors[name] = TensorPlan(
             name,
             "weight",
@@ -269,7 +283,7 @@ def plan_layer(layer: PlacedLayer, tensors: dict[str, TensorPlan], target: Targe
         tuple(str(value.name) for value in layer.outputs),
         tuple(str(node.name) for node in layer.absorbed),
         tuple(multipliers),
-        target.multiplier.rounding,
+        target.multiplier.rounding_of(layer.node.op_type),
         clamp_of(layer, output),
     )
 

@@ -155,7 +155,7 @@ def tensor_entry(tensor: TensorPlan, names: dict[str, str], constant: NDArray[An
     """Return a tensor's entry."""
     return TensorEntry(
         tensor.role,  # type: ignore[arg-type]
-        tensor.integer.name,  # type: ignore[arg-type]
+        tensor.integer.dtype.name,  # type: ignore[arg-type]
         tensor.integer.qmin,
         tensor.integer.qmax,
         list(tensor.scale),

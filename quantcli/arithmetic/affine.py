@@ -28,7 +28,7 @@ class IntegerType:
     """An integer type on a grid: ``qmin`` … ``qmax``.
 
     Attributes:
-        name: The storage type, as numpy and ONNX spell it (``uint8``, ``int8``, ``int32``).
+        name: ``int`` or ``uint`` and a width of 2 to 32 bits: ``uint8``, ``int7``, ``int32``.
         narrow: Whether the lowest value is left out, so that the grid is symmetric about zero (int8: −127 … 127).
     """
 
@@ -37,18 +37,36 @@ class IntegerType:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The numpy dtype that stores the values."""
-        return np.dtype(self.name)
+        """The numpy dtype that stores the values: the narrowest that holds them."""
+        width = next(size for size in (8, 16, 32) if size >= self.bits)
+        return np.dtype(f"{'' if self.signed else 'u'}int{width}")
+
+    @property
+    def signed(self) -> bool:
+        """Whether the grid has negative values."""
+        return self.name.startswith("int")
+
+    @property
+    def bits(self) -> int:
+        """The width of the grid.
+
+        Raises:
+            ValueError: If it is not 2 to 32 bits.
+        """
+        digits = self.name.removeprefix("u").removeprefix("int")
+        if not digits.isdecimal() or not 2 <= int(digits) <= 32:
+            raise ValueError(f"there is no integer type '{self.name}'")
+        return int(digits)
 
     @property
     def qmin(self) -> int:
         """The lowest value of the grid."""
-        return int(np.iinfo(self.dtype).min) + (1 if self.narrow else 0)
+        return (-(1 << (self.bits - 1)) if self.signed else 0) + (1 if self.narrow else 0)
 
     @property
     def qmax(self) -> int:
         """The highest value of the grid."""
-        return int(np.iinfo(self.dtype).max)
+        return (1 << (self.bits - 1 if self.signed else self.bits)) - 1
 
 
 def affine_parameters(lo: float, hi: float, integer: IntegerType) -> tuple[np.float32, int]:
@@ -139,6 +157,12 @@ def float32_scale(scale: float) -> np.float32:
     if not np.isfinite(stored):
         stored = np.finfo(np.float32).max
     return max(stored, SMALLEST_SCALE)
+
+
+def power_of_two(scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the smallest powers of two that are at least the scales, so that no range is clipped (equation 4a)."""
+    fraction, exponent = np.frexp(scale.astype(np.float64))
+    return np.ldexp(1.0, np.where(fraction == 0.5, exponent - 1, exponent)).astype(np.float32)
 
 
 def quantize(

@@ -17,13 +17,16 @@ from quantcli.cli.calibrate import calibrate
 from quantcli.cli.convert import convert
 from quantcli.cli.demo import demo
 from quantcli.cli.evaluate import evaluate
+from quantcli.cli.targets import targets
 from quantcli.cli.terminal import Terminal, WarningRelay, output_options
+from quantcli.cli.verify import verify
 
 EXIT_CODES = """\b
 Exit codes:
   0  done
   1  failed: a bad model, bad data, an output that does not work
   2  usage
+  3  verify found a difference between sidecar, model and runtime
   4  a threshold was missed (what was to be written is written)
   5  --strict found what it forbids
 """
@@ -53,7 +56,7 @@ def cli() -> None:
     """Turn a saved float PyTorch or ONNX model into an integer one."""
 
 
-for command in (calibrate, convert, evaluate, demo):
+for command in (calibrate, convert, evaluate, verify, targets, demo):
     cli.add_command(command)
 
 

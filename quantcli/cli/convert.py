@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 @click.option(
     "--strict", is_flag=True, help="Fail (exit code 5) where an operator stays float or a weight channel is dead."
 )
+@click.option(
+    "--verify", is_flag=True, help="Run the integer executor against ONNX Runtime before the files get their names."
+)
 @click.option("--observer", type=click.Choice(["minmax"]), help="What is counted.  [default: minmax]")
 @recipe_option
 @quantization_options
@@ -64,6 +67,7 @@ def convert(context: click.Context, /, model: Path, output: Path, strict: bool, 
             options["labels"],
             options["split"],
             strict,
+            options["verify"],
             progress,
         )
     show(terminal, done)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -22,14 +22,17 @@ class ActivationFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     dtype: ActivationType
     symmetric: bool
+    power_of_two: bool = False
 
 
 class WeightFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How weights are quantized: symmetric int8, narrow range (−127 … 127)."""
+    """How weights are quantized: symmetric, stored as int8, narrow range (−127 … 127 with 8 bits, −63 … 63 with 7)."""
 
     dtype: Literal["int8"]
     symmetric: Literal[True]
     per_channel: bool
+    bits: Annotated[int, msgspec.Meta(ge=2, le=8)] = 8
+    power_of_two: bool = False
 
 
 class MultiplierFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -37,6 +40,11 @@ class MultiplierFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     bits: MultiplierBits
     rounding: Rounding
+    by_operator: dict[str, Rounding] = {}
+
+    def rounding_of(self, operator: str) -> Rounding:
+        """Return the rounding of an operator: its own, or that of all."""
+        return self.by_operator.get(operator, self.rounding)
 
 
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,0 +1,85 @@
+"""``quantcli verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from quantcli.cli.options import (
+    EXISTING,
+    EXISTING_FILE,
+    label_options,
+    preprocess_options,
+    recipe_of,
+    recipe_option,
+    sample_options,
+)
+from quantcli.cli.terminal import output_options, terminal_of
+
+if TYPE_CHECKING:
+    from quantcli.integer.verify import Verification
+
+
+@click.command()
+@click.argument("sidecar", type=EXISTING_FILE)
+@click.option(
+    "--data", type=EXISTING, help="Inputs: .npz, .npy, or a folder of images.  [default: random, over the ranges]"
+)
+@sample_options
+@preprocess_options
+@label_options
+@recipe_option
+@output_options
+@click.pass_context
+def verify(context: click.Context, /, sidecar: Path, data: Path | None, **options: Any) -> None:
+    """Verify a SIDECAR (.json) against the quantized model beside it.
+
+    Digests, scales, zero points, constants, multipliers, shifts, clamps and tables are compared with the model; then every layer is
+    run in integers from ONNX Runtime's own integers, and must give what ONNX Runtime gives: exactly, or off by one where the real
+    value lies on a rounding tie. Exit code 3 on any other difference.
+    """
+    from calibration.datasets import Selection
+    from quantcli import pipeline
+
+    terminal = terminal_of(context)
+    recipe = recipe_of(
+        {key: value for key, value in options.items() if key not in {"samples", "batch", "shuffle", "seed"}}
+    )
+    selection = Selection(options["samples"], options["shuffle"], options["seed"] or 0)
+    with terminal.progress() as progress:
+        found = pipeline.verify(
+            sidecar,
+            data,
+            recipe,
+            options["labels"],
+            options["split"],
+            selection,
+            options["batch"],
+            options["seed"] or 0,
+            progress,
+        )
+    if not found.findings:
+        terminal.result(as_document(found))
+    elif terminal.verbose:
+        terminal.table("Differences", ("layer", "what"), [(finding.layer, finding.what) for finding in found.findings])
+    pipeline.require_verified(found)
+    terminal.say(
+        f"{found.elements:,} integers of {found.layers} layers are as the sidecar states; {found.ties} ties explained"
+    )
+    if found.islands:
+        terminal.say(
+            "float islands bridged: " + ", ".join(f"{name} ({count})" for name, count in sorted(found.islands.items()))
+        )
+
+
+def as_document(found: Verification) -> dict[str, Any]:
+    """Return a verification for machines."""
+    return {
+        "layers": found.layers,
+        "integers": found.elements,
+        "ties": found.ties,
+        "float_islands": dict(sorted(found.islands.items())),
+        "findings": [{"layer": finding.layer, "what": finding.what} for finding in found.findings],
+    }

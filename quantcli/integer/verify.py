@@ -1,0 +1,327 @@
+"""Verify: does the sidecar tell the truth about the model, and do its integers compute what the runtime computes?
+
+Four questions, each answered for every layer: do the files carry the digests that the sidecar states; are scales, zero points and
+constants those of the model; are multipliers, shifts, tables and clamps what the scales make them; and does the executor give the
+integers that ONNX Runtime gives, layer by layer from identical integers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from calibration.hooks.onnxruntime import Runner
+from quantcli.arithmetic.affine import IntegerType, quantize
+from quantcli.arithmetic.fixed_point import fixed_point
+from quantcli.arithmetic.tables import exponentials, table
+from quantcli.integer.exact import FLOAT32_ERROR, exact, function_parameters
+from quantcli.integer.executor import Executor, quantized
+from quantcli.integer.layers import IntegerError, Layer, run_layer
+from quantcli.probe import with_outputs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from numpy.typing import NDArray
+
+    from quantcli.sidecar import LayerEntry, MultiplierEntry, Sidecar, TensorEntry
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as the sidecar states it.
+
+    Attributes:
+        layer: The layer it belongs to; empty for the files themselves.
+        what: What differs, with index and both values where there are any.
+    """
+
+    layer: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"layer '{self.layer}': {self.what}" if self.layer else self.what
+
+
+@dataclass
+class Verification:
+    """What was compared.
+
+    Attributes:
+        findings: Everything that differs without an explanation.
+        layers: How many layers were run.
+        elements: How many integers were compared.
+        ties: How many of them differ by one where the real value lies on a rounding tie.
+        islands: How often each operator that stays float was bridged.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    layers: int = 0
+    elements: int = 0
+    ties: int = 0
+    islands: Counter[str] = field(default_factory=Counter)
+
+
+def verify(model: bytes, sidecar: Sidecar, batches: Iterable[dict[str, NDArray[Any]]]) -> Verification:
+    """Verify a quantized model against its sidecar.
+
+    Args:
+        model: The quantized model's bytes.
+        sidecar: Its sidecar.
+        batches: Inputs by name.
+    """
+    import onnx
+
+    result = Verification()
+    graph = ir.from_proto(onnx.load_from_string(model))
+    digest = hashlib.sha256(model).hexdigest()
+    if digest != sidecar.model.sha256:
+        result.findings.append(
+            Finding("", f"the model's sha256 is {digest[:12]}…, the sidecar states {sidecar.model.sha256[:12]}…")
+        )
+    executor = Executor(graph, sidecar)
+    result.findings.extend(tensor_findings(executor))
+    result.findings.extend(layer_findings(executor))
+    integers = [tensor.integers for tensor in sidecar.tensors.values() if tensor.role == "activation"]
+    runner = Runner(with_outputs(graph, integers), what="the quantized model")
+    for feeds in batches:
+        compare(executor, feeds, runner.run(feeds, integers), result)
+    result.islands = executor.islands
+    return result
+
+
+def reader_of(sidecar: Sidecar, tensor: str) -> str:
+    """Return the name of a layer that a tensor belongs to: one that reads it, else one that makes it."""
+    readers = [layer.name for layer in sidecar.layers if tensor in layer.inputs]
+    makers = [layer.name for layer in sidecar.layers if tensor in layer.outputs]
+    return next(iter([*readers, *makers]), "")
+
+
+def tensor_findings(executor: Executor) -> Iterator[Finding]:
+    """Compare scales, zero points and constants with those that the model holds."""
+    sidecar = executor.sidecar
+    made_by = {str(node.outputs[0].name): node for node in executor.model.graph if node.op_type == "DequantizeLinear"}
+    for name, tensor in sidecar.tensors.items():
+        layer = reader_of(sidecar, name)
+        node = made_by.get(tensor.reals)
+        if node is None or node.inputs[0] is None or node.inputs[0].name != tensor.integers:
+            yield Finding(layer, f"the model does not dequantize tensor '{name}' from '{tensor.integers}'")
+            continue
+        held = [None if value is None else executor.stored.get(str(value.name)) for value in (*node.inputs[1:], None)][
+            :2
+        ]
+        yield from differences(layer, f"scale of '{name}'", held[0], tensor.scale)
+        zero_points = held[1] if held[1] is not None else np.zeros(len(tensor.zero_point), dtype=np.int32)
+        yield from differences(layer, f"zero point of '{name}'", zero_points, tensor.zero_point)
+        if tensor.sha256 is not None:
+            constant = executor.stored.get(tensor.integers)
+            found = "" if constant is None else hashlib.sha256(np.ascontiguousarray(constant).tobytes()).hexdigest()
+            if found != tensor.sha256:
+                yield Finding(layer, f"the integers of '{name}' are not those that the sidecar was written for")
+
+
+def differences(layer: str, what: str, held: NDArray[Any] | None, stated: list[float] | list[int]) -> Iterator[Finding]:
+    """Compare numbers of the model with numbers of the sidecar, by ==."""
+    values = [] if held is None else held.reshape(-1).tolist()
+    if len(values) != len(stated):
+        yield Finding(layer, f"the {what} has {len(values)} values in the model and {len(stated)} in the sidecar")
+        return
+    for index, (value, other) in enumerate(zip(values, stated, strict=True)):
+        if value != other:
+            yield Finding(layer, f"the {what}, index {index}, is {value} in the model and {other} in the sidecar")
+            return
+
+
+def layer_findings(executor: Executor) -> Iterator[Finding]:
+    """Compare multipliers, shifts, clamps and tables with what the scales make them."""
+    sidecar = executor.sidecar
+    for entry in sidecar.layers:
+        node = executor.nodes.get(entry.name)
+        if node is None or node.op_type != entry.operator:
+            yield Finding(entry.name, f"the model has no operator {entry.operator} of that name")
+            continue
+        stated = sidecar.target.multiplier.rounding_of(entry.operator)
+        if entry.rounding != stated:
+            yield Finding(entry.name, f"the rounding is {entry.rounding}, its target's is {stated}")
+        for multiplier in entry.multipliers:
+            yield from multiplier_findings(entry, multiplier, sidecar)
+        lowest, highest = expected_clamp(executor, entry)
+        if tuple(entry.clamp) != (lowest, highest):
+            yield Finding(entry.name, f"the clamp is {list(entry.clamp)}, its activation makes it {[lowest, highest]}")
+        if entry.table is not None:
+            expected = expected_table(executor, entry, node)
+            if expected != entry.table:
+                index = next((i for i, (a, b) in enumerate(zip(expected, entry.table, strict=False)) if a != b), -1)
+                yield Finding(entry.name, f"the table is not that of its function, first at index {index}")
+
+
+def multiplier_findings(entry: LayerEntry, multiplier: MultiplierEntry, sidecar: Sidecar) -> Iterator[Finding]:
+    """Compare M0 and n with the quotient of the scales."""
+    output = sidecar.tensors[entry.outputs[0]].scale[0]
+    if multiplier.operand is None:
+        x, w = (np.array(sidecar.tensors[name].scale, dtype=np.float64) for name in entry.inputs[:2])
+        real = x * w / output
+    else:
+        real = np.array(sidecar.tensors[multiplier.operand].scale, dtype=np.float64) / output
+    m0, n = fixed_point(real, sidecar.target.multiplier.bits)
+    for what, held, stated in (
+        ("multiplier", m0, multiplier.multiplier),
+        ("shift", n, multiplier.shift),
+        ("real", real, multiplier.real),
+    ):
+        for finding in differences(entry.name, what, held, stated):
+            yield Finding(entry.name, finding.what.replace("in the model", "from the scales"))
+
+
+def expected_clamp(executor: Executor, entry: LayerEntry) -> tuple[int, int]:
+    """Return the grid, narrowed by the absorbed activations that are still in the model (those that are not do nothing more)."""
+    output = executor.sidecar.tensors[entry.outputs[0]]
+    lowest, highest = output.qmin, output.qmax
+    for name in entry.absorbed:
+        node = executor.nodes.get(name)
+        if node is None:
+            continue
+        bounds = [0.0, np.inf] if node.op_type == "Relu" else clip_bounds(executor, node)
+        finite = np.clip(np.array(bounds, dtype=np.float64), -3.0e38, 3.0e38)
+        low, high = quantized(output, finite).tolist()
+        lowest, highest = max(lowest, low), min(highest, high)
+    return lowest, highest
+
+
+def clip_bounds(executor: Executor, node: ir.Node) -> list[float]:
+    """Return a Clip's constant bounds."""
+    bounds = [None if value is None else executor.stored[str(value.name)] for value in (*node.inputs[1:], None, None)][
+        :2
+    ]
+    low, high = (None if bound is None else float(bound.reshape(-1)[0]) for bound in bounds)
+    return [-np.inf if low is None else low, np.inf if high is None else high]
+
+
+def expected_table(executor: Executor, entry: LayerEntry, node: ir.Node) -> list[int]:
+    """Return the lookup table, or the exponentials, that the scales and the function make."""
+    x, y = (executor.sidecar.tensors[name] for name in (entry.inputs[0], entry.outputs[0]))
+    if entry.arithmetic == "softmax":
+        found: list[int] = exponentials((IntegerType(x.dtype), np.float32(x.scale[0]))).tolist()
+        return found
+    layer = executor.layer(entry, node, {}, dict(executor.stored))
+    parameters = function_parameters(layer)
+    ends = [(IntegerType(t.dtype), np.float32(t.scale[0]), t.zero_point[0]) for t in (x, y)]
+    values: list[int] = table(entry.operator, parameters, ends[0], ends[1]).tolist()
+    return values
+
+
+def compare(
+    executor: Executor, feeds: dict[str, NDArray[Any]], runtime: dict[str, NDArray[Any]], result: Verification
+) -> None:
+    """Run every layer from the runtime's own integers and compare what it makes with what the runtime made."""
+    sidecar = executor.sidecar
+    _, reals = executor.run_all(feeds)
+    given = {name: runtime[t.integers] for name, t in sidecar.tensors.items() if t.role == "activation"}
+    made = {name for entry in sidecar.layers for name in entry.outputs}
+    for name in set(given) & set(feeds):
+        compare_edge(sidecar.tensors[name], reader_of(sidecar, name), name, feeds[name], given[name], result)
+    for entry in sidecar.layers:
+        integers = dict(given)
+        layer = executor.layer(entry, executor.nodes[entry.name], integers, reals)
+        operands = [executor.integer(name, integers, reals) for name in entry.inputs]
+        try:
+            found = run_layer(layer, operands)
+        except (IntegerError, ValueError, IndexError) as error:
+            result.findings.append(Finding(entry.name, f"its integers cannot be computed ({error})"))
+            continue
+        result.layers += 1
+        for name, values in zip(entry.outputs, found, strict=False):
+            if name in made:
+                compare_output(layer, name, operands, values, given[name], result)
+
+
+def compare_edge(
+    tensor: TensorEntry, layer: str, name: str, reals: NDArray[Any], runtime: NDArray[Any], result: Verification
+) -> None:
+    """Compare the quantization of a model input: equation 5 against the runtime's float32 division."""
+    scale, zero_point = np.array(tensor.scale, dtype=np.float32), np.array(tensor.zero_point)
+    found = quantize(reals, scale, zero_point, IntegerType(tensor.dtype), None).astype(np.int64)
+    steps = reals.astype(np.float64) / tensor.scale[0] + tensor.zero_point[0]
+    error = (np.abs(steps) + abs(tensor.zero_point[0]) + 1) * FLOAT32_ERROR
+    report(layer, f"input '{name}'", found, runtime.astype(np.int64), on_a_tie(steps, error), result)
+
+
+def compare_output(
+    layer: Layer,
+    name: str,
+    operands: list[NDArray[np.int64]],
+    found: NDArray[Any],
+    runtime: NDArray[Any],
+    result: Verification,
+) -> None:
+    """Compare a layer's output with the runtime's: equal, or both a rounding of the same real value."""
+    ours, theirs = found.astype(np.int64), runtime.astype(np.int64)
+    if ours.shape != theirs.shape:
+        result.findings.append(
+            Finding(layer.entry.name, f"output '{name}' is {list(ours.shape)}, the runtime's {list(theirs.shape)}")
+        )
+        return
+    explained = np.zeros(ours.shape, dtype=bool)
+    if (ours != theirs).any() and (reference := exact(layer, operands)) is not None:
+        low, high = layer.entry.clamp
+        values = np.clip(reference.values, low, high)
+        nearest = np.abs(theirs - values) <= 0.5 + reference.float_error
+        explained = nearest & rounding_of(layer.entry.rounding, ours - values, reference.integer_error)
+    report(layer.entry.name, f"output '{name}'", ours, theirs, explained, result)
+
+
+def rounding_of(rounding: str, distance: NDArray[np.float64], error: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Tell where an integer, at a distance from the exact value, is what the recorded rounding may make of it."""
+    if rounding == "floor":
+        return (distance <= error) & (distance >= -1 - error)
+    # Rounding twice moves by at most half a unit of the first rounding, which is far below half a step for M < 1.
+    slack = 0.5 if rounding == "double" else 0.0
+    return np.abs(distance) <= 0.5 + slack + error
+
+
+def on_a_tie(steps: NDArray[np.float64], error: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Tell where a real value lies within a distance of the middle between two integers."""
+    return np.abs(np.abs(steps - np.floor(steps)) - 0.5) <= error
+
+
+def report(
+    layer: str,
+    what: str,
+    ours: NDArray[np.int64],
+    theirs: NDArray[np.int64],
+    explained: NDArray[np.bool_],
+    result: Verification,
+) -> None:
+    """Count a comparison, and record its first difference that has no explanation."""
+    differs = ours != theirs
+    result.elements += ours.size
+    result.ties += int((differs & explained).sum())
+    wrong = differs & ~explained
+    if wrong.any():
+        index = tuple(int(i) for i in np.argwhere(wrong)[0])
+        values = f"{ours[index]} by the sidecar and {theirs[index]} in the runtime"
+        result.findings.append(
+            Finding(layer, f"{what}, index {list(index)}: {values} ({int(wrong.sum())} of {ours.size} differ)")
+        )
+
+
+def random_inputs(sidecar: Sidecar, runner: Runner, samples: int, seed: int) -> dict[str, NDArray[Any]]:
+    """Return seeded random inputs over the ranges that were calibrated; free dimensions behind the batch are 1.
+
+    Inputs without a range (indices) are zeros.
+    """
+    generator = np.random.default_rng(seed)
+    feeds = {}
+    for spec in runner.inputs:
+        shape = [samples if i == 0 and size is None else size or 1 for i, size in enumerate(spec.shape)]
+        tensor = sidecar.tensors.get(spec.name)
+        if tensor is None or spec.dtype.kind != "f":
+            feeds[spec.name] = np.zeros(shape, dtype=spec.dtype)
+        else:
+            feeds[spec.name] = generator.uniform(tensor.lo[0], tensor.hi[0], shape).astype(spec.dtype)
+    return feeds

@@ -1,0 +1,71 @@
+"""Every target that comes with quantcli: it plans what it says, and its integers are verified."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from quantcli import Recipe, convert, verify
+from quantcli.cli import run
+from quantcli.errors import RecipeError
+from quantcli.targets import FOLDER, known, load_target
+from tests.graphs import data_for, residual_net
+
+
+@pytest.mark.parametrize("name", known())
+def test_a_target_does_what_it_says(tmp_path: Path, name: str) -> None:
+    target = load_target(name)
+    model, data = residual_net(tmp_path / "m.onnx"), data_for(tmp_path / "d.npz")
+    done = convert(model, tmp_path / "q.onnx", data=data, recipe=Recipe(target=name))
+    assert target.name == name
+    assert done.sidecar.target == target
+    assert done.check.sqnr["y"] > 15
+    for tensor in done.sidecar.tensors.values():
+        if tensor.role == "weight":
+            largest = 2 ** (target.weight.bits - 1) - 1
+            assert (tensor.dtype, tensor.qmin, tensor.qmax) == ("int8", -largest, largest)
+        elif tensor.role != "bias":
+            assert tensor.dtype == target.activation.dtype
+            assert not target.activation.symmetric or tensor.zero_point == [0]
+        if target.activation.power_of_two and tensor.role != "bias":
+            assert all(scale.hex().startswith("0x1.0000000000000p") for scale in tensor.scale)
+    for layer in done.sidecar.layers:
+        assert layer.rounding == target.multiplier.rounding_of(layer.operator)
+        for multiplier in layer.multipliers:
+            bits = target.multiplier.bits
+            assert all(2 ** (bits - 2) <= m0 < 2 ** (bits - 1) for m0 in multiplier.multiplier)
+            if target.activation.power_of_two and target.weight.power_of_two:
+                assert set(multiplier.multiplier) == {2 ** (bits - 2)}
+    found = verify(tmp_path / "q.json", data)
+    assert found.findings == []
+    assert found.layers == len(done.plan.layers)
+
+
+def test_seven_bit_weights_cannot_overflow_pairs_of_products() -> None:
+    """The 16-bit multiply-add of AVX2 adds two products of a uint8 and an int8: 2·255·63 fits 2^15 − 1, 2·255·127 does not."""
+    largest = 2 ** (load_target("ort-x86-avx2").weight.bits - 1) - 1
+    assert 2 * 255 * largest <= 2**15 - 1 < 2 * 255 * (2 * largest + 1)
+
+
+def test_a_target_of_ones_own(tmp_path: Path) -> None:
+    text = (FOLDER / "npu-int8.toml").read_text()
+    (tmp_path / "mine.toml").write_text(
+        text.replace('"npu-int8"', '"mine"').replace("per_channel = true", "per_channel = false")
+    )
+    model, data = residual_net(tmp_path / "m.onnx"), data_for(tmp_path / "d.npz")
+    done = convert(model, tmp_path / "q.onnx", data=data, recipe=Recipe(target=str(tmp_path / "mine.toml")))
+    assert done.sidecar.target.name == "mine"
+    assert done.sidecar.recipe.target == "mine"
+    assert len(done.plan.tensors["w1"].scale) == 1
+
+
+def test_an_unknown_target_is_refused() -> None:
+    with pytest.raises(RecipeError, match="ort-x86"):
+        load_target("nothing-like-it")
+
+
+def test_the_list_names_them_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["targets"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in known())

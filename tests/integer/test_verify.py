@@ -1,0 +1,147 @@
+"""``verify`` passes on what convert wrote, and catches a single changed bit wherever it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from quantcli import convert, verify
+from quantcli.cli import run
+from tests.graphs import data_for, node, normal, residual_net, save
+
+Document = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted net with every arithmetic that has numbers in the sidecar."""
+    folder = tmp_path_factory.mktemp("verify")
+    constants = {
+        "w1": normal(8, 3, 3, 3, seed=1, scale=0.3),
+        "b1": normal(8, seed=2, scale=0.1),
+        "w4": normal(10, 8, seed=6, scale=0.5),
+    }
+    nodes = [
+        node("Conv", ["x", "w1", "b1"], ["c"], pads=[1, 1, 1, 1]),
+        node("HardSwish", ["c"], ["h"]),
+        node("Add", ["c", "h"], ["a"]),
+        node("GlobalAveragePool", ["a"], ["g"]),
+        node("Flatten", ["g"], ["f"]),
+        node("Gemm", ["f", "w4"], ["l"], transB=1),
+        node("Softmax", ["l"], ["y"]),
+    ]
+    model = save(folder / "m.onnx", nodes, {"x": ["N", 3, 8, 8]}, {"y": None}, constants)
+    convert(model, folder / "q.onnx", data=data_for(folder / "d.npz"), verified=True)
+    return folder
+
+
+@pytest.fixture
+def copy(written: Path, tmp_path: Path) -> Path:
+    for name in ("q.onnx", "q.json", "d.npz"):
+        shutil.copyfile(written / name, tmp_path / name)
+    return tmp_path
+
+
+def test_what_convert_wrote_passes(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = verify(copy / "q.json", copy / "d.npz")
+    assert found.findings == []
+    assert found.layers == 7
+    assert found.elements > 16 * (3 + 8 + 8 + 8) * 64
+    assert run(["verify", str(copy / "q.json")]) == 0
+    assert "7 layers" in capsys.readouterr().out
+
+
+def layer(document: Document, name: str) -> Document:
+    return next(entry for entry in document["layers"] if entry["name"] == name)
+
+
+def bump(values: list[int], index: int = 0, by: int = 1) -> None:
+    values[index] += by
+
+
+def next_float(values: list[float]) -> None:
+    """Move the first value to the next float32."""
+    values[0] = float(np.nextafter(np.float32(values[0]), np.float32(np.inf)))
+
+
+SIDECAR: dict[str, tuple[str, Callable[[Document], None]]] = {
+    "multiplier": ("c_node", lambda d: bump(layer(d, "c_node")["multipliers"][0]["multiplier"], 3)),
+    "multiplier of an operand": ("a_node", lambda d: bump(layer(d, "a_node")["multipliers"][1]["multiplier"])),
+    "shift": ("l_node", lambda d: bump(layer(d, "l_node")["multipliers"][0]["shift"], 9)),
+    "shift of a mean": ("g_node", lambda d: bump(layer(d, "g_node")["multipliers"][0]["shift"], by=-1)),
+    "scale of an activation": ("c_node", lambda d: next_float(d["tensors"]["x"]["scale"])),
+    "scale of a weight": ("l_node", lambda d: next_float(d["tensors"]["w4"]["scale"])),
+    "scale of a bias": ("c_node", lambda d: next_float(d["tensors"]["b1"]["scale"])),
+    "zero point": ("a_node", lambda d: bump(d["tensors"]["h"]["zero_point"])),
+    "zero point of an output": ("y_node", lambda d: bump(d["tensors"]["y"]["zero_point"])),
+    "clamp below": ("c_node", lambda d: bump(layer(d, "c_node")["clamp"])),
+    "clamp above": ("l_node", lambda d: bump(layer(d, "l_node")["clamp"], 1, -1)),
+    "table": ("h_node", lambda d: bump(layer(d, "h_node")["table"], 200, -1)),
+    "exponentials": ("y_node", lambda d: bump(layer(d, "y_node")["table"], 0, -1)),
+    "an operator": ("h_node", lambda d: layer(d, "h_node").update(operator="Sigmoid")),
+    "rounding": ("c_node", lambda d: layer(d, "c_node").update(rounding="floor")),
+}
+
+
+@pytest.mark.parametrize("name", SIDECAR)
+def test_a_change_in_the_sidecar_is_caught(copy: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    where, change = SIDECAR[name]
+    document = json.loads((copy / "q.json").read_text())
+    change(document)
+    (copy / "q.json").write_text(json.dumps(document))
+    assert run(["verify", str(copy / "q.json"), "--data", str(copy / "d.npz")]) == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert f"layer '{where}'" in lines[0]
+
+
+MODEL = {
+    "weight": ("w1_quantized", "c_node"),
+    "bias": ("b1_quantized", "c_node"),
+    "scale": ("a_scale", "g_node"),
+    "scale of a weight": ("w4_scale", "l_node"),
+    "zero point": ("h_zero_point", "a_node"),
+}
+
+
+@pytest.mark.parametrize("name", MODEL)
+@pytest.mark.parametrize("bit", [0, 6])
+def test_a_bit_in_the_model_is_caught(copy: Path, name: str, bit: int) -> None:
+    constant, where = MODEL[name]
+    model = onnx.load(copy / "q.onnx")
+    tensor = next(entry for entry in model.graph.initializer if entry.name == constant)
+    data = bytearray(numpy_helper.to_array(tensor).tobytes())
+    data[0] ^= 1 << bit
+    tensor.raw_data = bytes(data)
+    (copy / "q.onnx").write_bytes(model.SerializeToString())
+    found = verify(copy / "q.json", copy / "d.npz")
+    assert "sha256" in found.findings[0].what
+    assert where in {finding.layer for finding in found.findings}
+    assert run(["verify", str(copy / "q.json"), "--data", str(copy / "d.npz")]) == 3
+
+
+def test_convert_verifies_before_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = residual_net(tmp_path / "m.onnx"), data_for(tmp_path / "d.npz")
+    arguments = ["convert", str(model), "--data", str(data), "-o", str(tmp_path / "q.onnx"), "-q", "--verify"]
+    monkeypatch.setattr(
+        "quantcli.integer.layers.kernels.convolve", lambda x, w, _: np.zeros((len(x), len(w), 8, 8), np.int64)
+    )
+    assert run(arguments) == 3
+    assert not (tmp_path / "q.onnx").exists()
+    monkeypatch.undo()
+    assert run(arguments) == 0
+    assert (tmp_path / "q.onnx").exists()
+
+
+def test_a_missing_model_is_told(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "q.onnx").unlink()
+    assert run(["verify", str(copy / "q.json")]) == 1
+    assert "not beside it" in capsys.readouterr().err
