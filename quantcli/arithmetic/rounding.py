@@ -87,3 +87,13 @@ def divide(numerator: NDArray[np.int64], denominator: NDArray[np.int64], roundin
     up = (2 * rest > denominator) | (tie & (low % 2 == 1) if rounding == "half_even" else tie)
     quotient: NDArray[np.int64] = low + up
     return quotient
+
+
+def divide_half_away(numerator: NDArray[np.int64], denominator: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the quotient of integers rounded to nearest, ties away from zero (TFLite's average pool).
+
+    Args:
+        numerator: Integers, |n| ≤ 2^61.
+        denominator: Positive integers ≤ 2^61.
+    """
+    return np.sign(numerator) * divide(np.abs(numerator), denominator, "single")

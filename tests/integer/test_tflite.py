@@ -1,0 +1,123 @@
+"""Byte for byte what TFLite's reference kernels compute, on vectors recorded with LiteRT 2.3 from MLPerf Tiny's int8 models
+(mlcommons/tiny, Apache-2.0): keyword spotting and anomaly detection; the project carries a cut, one input each.
+
+Where QUANTCLI_GOLDEN names a folder with the whole recordings (NAME.json, NAME.npz), every layer of every sample is compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from quantcli.arithmetic.fixed_point import fixed_point, multiply
+from quantcli.arithmetic.rounding import divide_half_away
+from quantcli.integer import kernels
+from quantcli.targets import load_target
+
+CUT = Path(__file__).parent.parent / "golden"
+TARGET = load_target("tflite").multiplier
+ONNX_NAMES = {"CONV_2D": "Conv", "DEPTHWISE_CONV_2D": "Conv", "FULLY_CONNECTED": "Gemm"}
+
+Operator = dict[str, Any]
+Arrays = dict[str, NDArray[Any]]
+
+
+def cut() -> Iterator[tuple[str, Operator, Arrays]]:
+    """Yield name, operator and its arrays by tensor number, from the cut that the project carries."""
+    operators = json.loads((CUT / "tflite.json").read_text())
+    stored = np.load(CUT / "tflite.npz")
+    for model, entries in operators.items():
+        for operator in entries:
+            numbers = [t["tensor"] for t in (*operator["inputs"], *operator["outputs"])]
+            yield model, operator, {str(n): stored[f"{model}_t{n}"] for n in numbers}
+
+
+def whole(folder: Path) -> Iterator[tuple[str, Operator, Arrays]]:
+    """Yield the same from a folder of whole recordings, four samples each."""
+    for file in sorted(folder.glob("*.json")):
+        stored = np.load(file.with_suffix(".npz"))
+        for operator in json.loads(file.read_text()):
+            for sample in range(4):
+                numbers = [t["tensor"] for t in (*operator["inputs"], *operator["outputs"])]
+                arrays = {
+                    str(n): stored[f"s{sample}_t{n}" if f"s{sample}_t{n}" in stored else f"s0_t{n}"] for n in numbers
+                }
+                yield file.stem, operator, arrays
+
+
+def same_pads(size: int, outputs: int, kernel: int, stride: int) -> tuple[int, int]:
+    total = max((outputs - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+def computed(operator: Operator, arrays: Arrays) -> NDArray[np.int64] | None:
+    """Return an operator's output by our kernels; None for an operator that is not compared."""
+    kind = operator["op"]
+    entries = [*operator["inputs"], *operator["outputs"]]
+    x, y = (arrays[str(entry["tensor"])].astype(np.int64) for entry in (entries[0], entries[-1]))
+    if kind == "AVERAGE_POOL_2D":
+        kernel = x.shape[1] // y.shape[1], x.shape[2] // y.shape[2]
+        sums, counts = kernels.pooled_sums(
+            x.transpose(0, 3, 1, 2), {"kernel_shape": list(kernel), "strides": list(kernel)}
+        )
+        return divide_half_away(sums, counts).transpose(0, 2, 3, 1)
+    if kind == "RESHAPE":
+        return x.reshape(y.shape)
+    if kind not in ONNX_NAMES:
+        return None
+    w = arrays[str(entries[1]["tensor"])].astype(np.int64)
+    bias = arrays[str(entries[2]["tensor"])].astype(np.int64)
+    centred = x - entries[0]["zero_points"][0]
+    if kind == "FULLY_CONNECTED":
+        acc = kernels.multiply_matrices(centred.reshape(-1, w.shape[1]), w.T) + bias
+    else:
+        depthwise = kind == "DEPTHWISE_CONV_2D"
+        weight = w.transpose(3, 0, 1, 2) if depthwise else w.transpose(0, 3, 1, 2)
+        strides = [round(x.shape[axis] / y.shape[axis]) for axis in (1, 2)]
+        pads = [same_pads(x.shape[a], y.shape[a], weight.shape[a + 1], s) for a, s in zip((1, 2), strides, strict=True)]
+        attributes = {
+            "strides": strides,
+            "pads": [pads[0][0], pads[1][0], pads[0][1], pads[1][1]],
+            "group": x.shape[3] if depthwise else 1,
+        }
+        acc = kernels.convolve(centred.transpose(0, 3, 1, 2), weight, attributes).transpose(0, 2, 3, 1) + bias
+    scales = [
+        np.array(entry["scales"], dtype=np.float32).astype(np.float64)
+        for entry in (entries[0], entries[1], entries[-1])
+    ]
+    m0, n = fixed_point(scales[0] * scales[1] / scales[2], TARGET.bits)
+    out = multiply(acc, m0, n, TARGET.rounding_of(ONNX_NAMES[kind]), TARGET.bits) + entries[-1]["zero_points"][0]
+    clamped: NDArray[np.int64] = np.clip(out, -128, 127).reshape(y.shape)
+    return clamped
+
+
+def compare(recordings: Iterator[tuple[str, Operator, Arrays]]) -> dict[str, int]:
+    """Compare every layer with == and return how many integers were compared, by operator."""
+    counted: dict[str, int] = {}
+    for model, operator, arrays in recordings:
+        found = computed(operator, arrays)
+        if found is None:
+            continue
+        expected = arrays[str(operator["outputs"][0]["tensor"])]
+        assert (found == expected).all(), f"{model}: {operator['op']}, {int((found != expected).sum())} differ"
+        counted[operator["op"]] = counted.get(operator["op"], 0) + expected.size
+    return counted
+
+
+def test_our_kernels_compute_what_tflites_do() -> None:
+    counted = compare(cut())
+    assert set(counted) == {"CONV_2D", "DEPTHWISE_CONV_2D", "AVERAGE_POOL_2D", "FULLY_CONNECTED"}
+    assert sum(counted.values()) > 20_000
+
+
+@pytest.mark.skipif("QUANTCLI_GOLDEN" not in os.environ, reason="QUANTCLI_GOLDEN names no folder of whole recordings")
+def test_on_the_whole_recordings() -> None:
+    counted = compare(whole(Path(os.environ["QUANTCLI_GOLDEN"])))
+    assert sum(counted.values()) > 250_000
