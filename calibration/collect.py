@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from calibration.datasets.dataset import batches
+from calibration.datasets.dataset import batches, fixes_batch
 from calibration.errors import DataError
 from calibration.observers import OBSERVERS
 from calibration.statistics import TensorStatistics
@@ -54,7 +54,7 @@ def collect(
     """
     seen = {name: OBSERVERS[observer]() for name in tensors}
     inputs = {spec.name for spec in runner.inputs}
-    fixed = any(spec.shape and spec.shape[0] is not None for spec in runner.inputs)
+    fixed = fixes_batch(runner.inputs)
     usable = len(indices) - len(indices) % batch if fixed else len(indices)
     if not usable:
         raise DataError(f"the model takes batches of {batch} and there are {len(indices)} samples", "give more samples")

@@ -6,24 +6,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from calibration import statistics as statistics_file
 from calibration.collect import collect
-from calibration.datasets import Dataset, Selection, batches, fitted_batch, open_dataset, select
+from calibration.datasets import Selection, batches, fitted_batch, fixes_batch, open_dataset, select
 from calibration.errors import DataError, StatisticsError
 from calibration.hooks.onnxruntime import Runner
 from calibration.statistics import Statistics
 from quantcli import sidecar as sidecar_file
-from quantcli.errors import ModelError, OutputError, StrictError, UsageError, VerifyError
-from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs, worst
-from quantcli.evaluation.latency import Latency, measure
-from quantcli.evaluation.metrics import LABEL_METRICS, METRICS, Comparison, TopK
+from quantcli.errors import ModelError, StrictError, UsageError, VerifyError
+from quantcli.evaluation.check import SelfCheck, self_check
+from quantcli.evaluation.evaluate import Evaluation, evaluate
 from quantcli.files import check_output, staged
 from quantcli.fold import fold
 from quantcli.integer.verify import Verification, random_inputs
@@ -32,47 +28,20 @@ from quantcli.load import LoadedModel, load, shown_name
 from quantcli.placement import place
 from quantcli.plan import Plan, make_plan
 from quantcli.probe import model_bytes, with_outputs
+from quantcli.progress import Progress, silent
 from quantcli.quantize import quantize
 from quantcli.recipe import Recipe, resolve_target
 from quantcli.sidecar import FileEntry, Sidecar
 from quantcli.write import onnx_qdq
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-# Below this a self-check warns: the quantized output is then more noise than most uses bear.
-LOW_SQNR = 10.0
-
 # How many random samples are verified where there is no data.
 RANDOM_SAMPLES = 8
-
-Progress = Callable[[str, int, int], None]
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Report nothing."""
-    del stage, done, total
-
-
-@dataclass(frozen=True)
-class SelfCheck:
-    """What the written model did on calibration samples.
-
-    Attributes:
-        samples: How many samples were run.
-        sqnr: The SQNR of every real output against the float model, in dB.
-        suspects: Where an output lies below 10 dB, the layers that lost most.
-    """
-
-    samples: int
-    sqnr: dict[str, float]
-    suspects: tuple[LayerSqnr, ...]
-
-    @property
-    def low(self) -> bool:
-        """Whether an output is below 10 dB."""
-        return any(value < LOW_SQNR for value in self.sqnr.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,38 +61,6 @@ class Conversion:
     sidecar: Sidecar
     plan: Plan
     check: SelfCheck
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A quantized model's worth.
-
-    Attributes:
-        metric: The metric's name.
-        samples: How many samples were run.
-        quantized: The quantized model's metric.
-        reference: The float model's metric; None without a float model, or where the metric compares with it.
-        sqnr: The SQNR of every real output against the float model, in dB.
-        latency: Float and quantized latency; None where it was not measured.
-        size: The quantized model's bytes.
-        reference_size: The float model's bytes; None without one.
-        layers: Every layer's SQNR, in graph order; empty where it was not asked for.
-    """
-
-    metric: str
-    samples: int
-    quantized: float
-    reference: float | None
-    sqnr: dict[str, float]
-    latency: Latency | None
-    size: int
-    reference_size: int | None
-    layers: tuple[LayerSqnr, ...]
-
-    @property
-    def drop(self) -> float | None:
-        """Float minus quantized, in the metric's points; None without a float figure."""
-        return None if self.reference is None else self.reference - self.quantized
 
 
 def calibrate(
@@ -304,31 +241,6 @@ def check_strict(plan: Plan) -> None:
         raise StrictError(f"the weight '{name}' has dead channels: {', '.join(map(str, channels))}", "prune them")
 
 
-def self_check(source: LoadedModel, written: bytes, sidecar: Sidecar, statistics: Statistics) -> SelfCheck:
-    """Load what was written, run it on calibration samples, and compare it with the float model.
-
-    Raises:
-        OutputError: If an output that is finite in float is not finite any more.
-        RunError: If the runtime refuses what was written.
-    """
-    feeds = statistics.check_inputs
-    reference = Runner(source.runnable, what=source.name).run(feeds)
-    result = Runner(written, what="the quantized model").run(feeds)
-    for name, values in result.items():
-        real = values.dtype.kind == "f"
-        if real and np.isfinite(reference[name]).all() and not np.isfinite(values).all():
-            raise OutputError(
-                f"output '{name}' of the quantized model is not finite", "please report this, with the model"
-            )
-    comparison = Comparison()
-    comparison.update(reference, result)
-    sqnr = {name: difference.sqnr for name, difference in comparison.outputs.items()}
-    suspects: tuple[LayerSqnr, ...] = ()
-    if any(value < LOW_SQNR for value in sqnr.values()):
-        suspects = tuple(worst(layer_sqnrs(source.graph, written, sidecar, [feeds])))
-    return SelfCheck(len(next(iter(feeds.values()))), sqnr, suspects)
-
-
 def verify(
     sidecar: Path | str,
     data: Path | str | None = None,
@@ -370,9 +282,7 @@ def verify(
     )
     indices = select(len(dataset), selection or Selection())
     size = fitted_batch(runner.inputs, batch)
-    whole = (
-        indices[: len(indices) - len(indices) % size] if any(s.shape and s.shape[0] for s in runner.inputs) else indices
-    )
+    whole = indices[: len(indices) - len(indices) % size] if fixes_batch(runner.inputs) else indices
     if not len(whole):
         raise DataError(f"the model takes batches of {size} and there are {len(indices)} samples", "give more samples")
 
@@ -384,138 +294,12 @@ def verify(
     return compare_integers(model.read_bytes(), document, drawn())
 
 
-def evaluate(
-    quantized: Path | str,
-    data: Path | str,
-    reference: Path | str | None = None,
-    metric: str | None = None,
-    recipe: Recipe | None = None,
-    labels: Path | str | None = None,
-    split: str | None = None,
-    selection: Selection | None = None,
-    batch: int | None = None,
-    latency: bool = True,
-    layers: bool = False,
-    threads: int = 1,
-    progress: Progress = silent,
-) -> Evaluation:
-    """Evaluate a quantized model on data, beside the float model it came from.
-
-    Args:
-        quantized: The quantized model, ``.onnx``.
-        data: Evaluation data.
-        reference: The float model, ``.onnx`` or ``.pt2``.
-        metric: A key of `METRICS`; None for top1 where there are labels, else sqnr.
-        recipe: Where the preprocessing stands; None for the defaults.
-        labels: Labels, where the data does not carry them.
-        split: Keep only the labels' rows of this split.
-        selection: Which samples; all by default.
-        batch: The batch size; None for the model's own, or 32.
-        latency: Whether to measure latency.
-        layers: Whether to compare layer by layer (the sidecar must stand beside the model).
-        threads: Threads within an operator while latency is measured.
-        progress: Called with the stage, the samples done and their total.
-
-    Raises:
-        ReportedError: If anything given cannot be used, or the metric needs what is not there.
-    """
-    recipe = recipe or Recipe()
-    quantized, data = Path(quantized), Path(data)
-    candidate = load(quantized)
-    runner = Runner(candidate.runnable, what=candidate.name)
-    source = load(Path(reference)) if reference is not None else None
-    float_runner = Runner(source.runnable, what=source.name) if source is not None else None
-    dataset = open_dataset(data, runner.inputs, recipe.preprocess, Path(labels) if labels else None, split)
-    if source is not None and float_runner is not None and float_runner.outputs != runner.outputs:
-        theirs, ours = ", ".join(float_runner.outputs), ", ".join(runner.outputs)
-        what = f"{source.name} has the outputs {theirs}, {candidate.name} has {ours}"
-        raise ModelError(what, "give the float model that it came from")
-    metric = metric or ("top1" if dataset.labels is not None else "sqnr")
-    check_metric(metric, dataset, source)
-    indices = select(len(dataset), selection or Selection())
-    batch = fitted_batch(runner.inputs, batch)
-    tops = [TopK(LABEL_METRICS.get(metric, 1)) for _ in range(2)]
-    comparison = Comparison()
-    first: dict[str, NDArray[Any]] = {}
-    for start, feeds in zip(range(0, len(indices), batch), batches(dataset, indices, batch), strict=True):
-        rows = indices[start : start + batch]
-        first = first or feeds
-        result = run_padded(runner, feeds, batch)
-        expected = run_padded(float_runner, feeds, batch) if float_runner is not None else {}
-        comparison.update(expected, result)
-        if metric in LABEL_METRICS and dataset.labels is not None:
-            for top, outputs, model in ((tops[0], result, runner), (tops[1], expected, float_runner)):
-                if model is not None:
-                    top.update(outputs[model.outputs[0]], dataset.labels[rows])
-        progress("evaluate", start + len(rows), len(indices))
-    if metric in LABEL_METRICS:
-        value, reference_value = tops[0].percent, tops[1].percent if source is not None else None
-    else:
-        value, reference_value = getattr(next(iter(comparison.outputs.values())), metric), None
-    timing = None
-    if latency and source is not None:
-        progress("latency", 0, 1)
-        one = (
-            first
-            if any(spec.shape and spec.shape[0] for spec in runner.inputs)
-            else {k: v[:1] for k, v in first.items()}
-        )
-        timing = measure(Runner(source.runnable, threads), Runner(candidate.runnable, threads), one, threads)
-    found: list[LayerSqnr] = []
-    if layers and source is not None:
-        beside = sidecar_beside(candidate, quantized, source)
-        found = layer_sqnrs(source.graph, quantized.read_bytes(), beside, [first])
-    return Evaluation(
-        metric,
-        len(indices),
-        value,
-        reference_value,
-        {name: difference.sqnr for name, difference in comparison.outputs.items()},
-        timing,
-        candidate.size,
-        source.size if source is not None else None,
-        tuple(found),
-    )
-
-
-def sidecar_beside(candidate: LoadedModel, path: Path, source: LoadedModel) -> Sidecar:
-    """Return the sidecar that stands beside a quantized model, after checking that it speaks of these two models.
-
-    Raises:
-        ModelError: If there is none, or it speaks of others.
-    """
-    file = path.with_suffix(".json")
-    if not file.is_file():
-        raise ModelError(f"there is no sidecar at {file}", "layer by layer needs the sidecar that convert wrote")
-    sidecar = sidecar_file.read(file)
-    for entry, model in ((sidecar.model, candidate), (sidecar.float_model, source)):
-        if entry.sha256 != model.sha256:
-            raise ModelError(
-                f"{file} belongs to another model than {model.name}", "convert again, or give the right --float"
-            )
-    return sidecar
-
-
-def check_metric(metric: str, dataset: Dataset, source: LoadedModel | None) -> None:
-    """Raise where a metric is unknown or needs labels or a float model that are not there."""
-    if metric not in METRICS:
-        raise UsageError(f"there is no metric '{metric}'", f"known: {', '.join(METRICS)}")
-    if metric in LABEL_METRICS and dataset.labels is None:
-        raise DataError(
-            f"the metric {metric} needs labels and the data has none",
-            "put an array 'labels' into the .npz, give --labels, or sort the images into class folders",
-        )
-    if metric not in LABEL_METRICS and source is None:
-        raise UsageError(f"the metric {metric} compares with the float model and none was given", "add --float MODEL")
-
-
-def run_padded(runner: Runner, feeds: dict[str, NDArray[Any]], batch: int) -> dict[str, NDArray[Any]]:
-    """Run a batch; where the model fixes its batch size and the last batch is short, fill it up and cut the outputs again."""
-    count = len(next(iter(feeds.values())))
-    fixed = any(spec.shape and spec.shape[0] is not None for spec in runner.inputs)
-    if not fixed or count == batch:
-        return runner.run(feeds)
-    filled = {
-        name: np.concatenate([values, np.repeat(values[-1:], batch - count, axis=0)]) for name, values in feeds.items()
-    }
-    return {name: values[:count] if len(values) == batch else values for name, values in runner.run(filled).items()}
+__all__ = [
+    "Conversion",
+    "Evaluation",
+    "SelfCheck",
+    "calibrate",
+    "convert",
+    "evaluate",
+    "verify",
+]

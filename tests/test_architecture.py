@@ -20,7 +20,7 @@ ORDER = [
     {"calibration.statistics", "calibration.collect", "calibration.ranges"},
     {"calibration"},
     {"quantcli.errors"},
-    {"quantcli.targets", "quantcli.recipe", "quantcli.files"},
+    {"quantcli.targets", "quantcli.recipe", "quantcli.files", "quantcli.progress"},
     {"quantcli.load", "quantcli.fold", "quantcli.probe"},
     {"quantcli.arithmetic"},
     {"quantcli.rules"},

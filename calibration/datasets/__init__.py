@@ -5,14 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibration.datasets.dataset import Dataset, InputSpec, Selection, batches, fitted_batch, select
+from calibration.datasets.dataset import Dataset, InputSpec, Selection, batches, fitted_batch, fixes_batch, select
 from calibration.datasets.preprocess import Preprocess
 from calibration.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Dataset", "InputSpec", "Preprocess", "Selection", "batches", "fitted_batch", "open_dataset", "select"]
+__all__ = [
+    "Dataset",
+    "InputSpec",
+    "Preprocess",
+    "Selection",
+    "batches",
+    "fitted_batch",
+    "fixes_batch",
+    "open_dataset",
+    "select",
+]
 
 
 def open_dataset(

@@ -88,6 +88,11 @@ def select(count: int, selection: Selection) -> NDArray[np.intp]:
     return np.random.default_rng(selection.seed).permutation(count)[:wanted].astype(np.intp)
 
 
+def fixes_batch(inputs: tuple[InputSpec, ...]) -> bool:
+    """Tell whether a model fixes its batch size."""
+    return any(spec.shape and spec.shape[0] is not None for spec in inputs)
+
+
 def fitted_batch(inputs: tuple[InputSpec, ...], wanted: int | None) -> int:
     """Return the batch size to run a model with: what it fixes, else what is wanted, else the default.
 

@@ -82,6 +82,8 @@ class Runner:
             RunError: If ONNX Runtime fails.
         """
         names = list(outputs) if outputs is not None else list(self.outputs)
+        if not names:
+            return {}  # an empty list would mean all outputs to ONNX Runtime
         try:
             return dict(zip(names, self.session.run(names, feeds), strict=True))
         except Exception as error:

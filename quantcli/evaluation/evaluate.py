@@ -1,0 +1,190 @@
+"""Evaluate a quantized model on data, beside the float model it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calibration.datasets import Dataset, Selection, batches, fitted_batch, fixes_batch, open_dataset, select
+from calibration.errors import DataError
+from calibration.hooks.onnxruntime import Runner
+from quantcli import sidecar as sidecar_file
+from quantcli.errors import ModelError, UsageError
+from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs
+from quantcli.evaluation.latency import Latency, measure
+from quantcli.evaluation.metrics import LABEL_METRICS, METRICS, Comparison, TopK
+from quantcli.load import LoadedModel, load
+from quantcli.progress import Progress, silent
+from quantcli.recipe import Recipe
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from quantcli.sidecar import Sidecar
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A quantized model's worth.
+
+    Attributes:
+        metric: The metric's name.
+        samples: How many samples were run.
+        quantized: The quantized model's metric.
+        reference: The float model's metric; None without a float model, or where the metric compares with it.
+        sqnr: The SQNR of every real output against the float model, in dB.
+        latency: Float and quantized latency; None where it was not measured.
+        size: The quantized model's bytes.
+        reference_size: The float model's bytes; None without one.
+        layers: Every layer's SQNR, in graph order; empty where it was not asked for.
+    """
+
+    metric: str
+    samples: int
+    quantized: float
+    reference: float | None
+    sqnr: dict[str, float]
+    latency: Latency | None
+    size: int
+    reference_size: int | None
+    layers: tuple[LayerSqnr, ...]
+
+    @property
+    def drop(self) -> float | None:
+        """Float minus quantized, in the metric's points; None without a float figure."""
+        return None if self.reference is None else self.reference - self.quantized
+
+
+def evaluate(
+    quantized: Path | str,
+    data: Path | str,
+    reference: Path | str | None = None,
+    metric: str | None = None,
+    recipe: Recipe | None = None,
+    labels: Path | str | None = None,
+    split: str | None = None,
+    selection: Selection | None = None,
+    batch: int | None = None,
+    latency: bool = True,
+    layers: bool = False,
+    threads: int = 1,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Evaluate a quantized model on data, beside the float model it came from.
+
+    Args:
+        quantized: The quantized model, ``.onnx``.
+        data: Evaluation data.
+        reference: The float model, ``.onnx`` or ``.pt2``.
+        metric: A key of `METRICS`; None for top1 where there are labels, else sqnr.
+        recipe: Where the preprocessing stands; None for the defaults.
+        labels: Labels, where the data does not carry them.
+        split: Keep only the labels' rows of this split.
+        selection: Which samples; all by default.
+        batch: The batch size; None for the model's own, or 32.
+        latency: Whether to measure latency.
+        layers: Whether to compare layer by layer (the sidecar must stand beside the model).
+        threads: Threads within an operator while latency is measured.
+        progress: Called with the stage, the samples done and their total.
+
+    Raises:
+        ReportedError: If anything given cannot be used, or the metric needs what is not there.
+    """
+    recipe = recipe or Recipe()
+    quantized, data = Path(quantized), Path(data)
+    candidate = load(quantized)
+    runner = Runner(candidate.runnable, what=candidate.name)
+    source = load(Path(reference)) if reference is not None else None
+    float_runner = Runner(source.runnable, what=source.name) if source is not None else None
+    dataset = open_dataset(data, runner.inputs, recipe.preprocess, Path(labels) if labels else None, split)
+    if source is not None and float_runner is not None and float_runner.outputs != runner.outputs:
+        theirs, ours = ", ".join(float_runner.outputs), ", ".join(runner.outputs)
+        what = f"{source.name} has the outputs {theirs}, {candidate.name} has {ours}"
+        raise ModelError(what, "give the float model that it came from")
+    metric = metric or ("top1" if dataset.labels is not None else "sqnr")
+    check_metric(metric, dataset, source)
+    indices = select(len(dataset), selection or Selection())
+    batch = fitted_batch(runner.inputs, batch)
+    tops = [TopK(LABEL_METRICS.get(metric, 1)) for _ in range(2)]
+    comparison = Comparison()
+    first: dict[str, NDArray[Any]] = {}
+    for start, feeds in zip(range(0, len(indices), batch), batches(dataset, indices, batch), strict=True):
+        rows = indices[start : start + batch]
+        first = first or feeds
+        result = run_padded(runner, feeds, batch)
+        expected = run_padded(float_runner, feeds, batch) if float_runner is not None else {}
+        comparison.update(expected, result)
+        if metric in LABEL_METRICS and dataset.labels is not None:
+            for top, outputs, model in ((tops[0], result, runner), (tops[1], expected, float_runner)):
+                if model is not None:
+                    top.update(outputs[model.outputs[0]], dataset.labels[rows])
+        progress("evaluate", start + len(rows), len(indices))
+    if metric in LABEL_METRICS:
+        value, reference_value = tops[0].percent, tops[1].percent if source is not None else None
+    else:
+        value, reference_value = getattr(next(iter(comparison.outputs.values())), metric), None
+    timing = None
+    if latency and source is not None:
+        progress("latency", 0, 1)
+        one = first if fixes_batch(runner.inputs) else {k: v[:1] for k, v in first.items()}
+        timing = measure(Runner(source.runnable, threads), Runner(candidate.runnable, threads), one, threads)
+    found: list[LayerSqnr] = []
+    if layers and source is not None:
+        beside = sidecar_beside(candidate, quantized, source)
+        found = layer_sqnrs(source.graph, quantized.read_bytes(), beside, [first])
+    return Evaluation(
+        metric,
+        len(indices),
+        value,
+        reference_value,
+        {name: difference.sqnr for name, difference in comparison.outputs.items()},
+        timing,
+        candidate.size,
+        source.size if source is not None else None,
+        tuple(found),
+    )
+
+
+def sidecar_beside(candidate: LoadedModel, path: Path, source: LoadedModel) -> Sidecar:
+    """Return the sidecar that stands beside a quantized model, after checking that it speaks of these two models.
+
+    Raises:
+        ModelError: If there is none, or it speaks of others.
+    """
+    file = path.with_suffix(".json")
+    if not file.is_file():
+        raise ModelError(f"there is no sidecar at {file}", "layer by layer needs the sidecar that convert wrote")
+    sidecar = sidecar_file.read(file)
+    for entry, model in ((sidecar.model, candidate), (sidecar.float_model, source)):
+        if entry.sha256 != model.sha256:
+            raise ModelError(
+                f"{file} belongs to another model than {model.name}", "convert again, or give the right --float"
+            )
+    return sidecar
+
+
+def check_metric(metric: str, dataset: Dataset, source: LoadedModel | None) -> None:
+    """Raise where a metric is unknown or needs labels or a float model that are not there."""
+    if metric not in METRICS:
+        raise UsageError(f"there is no metric '{metric}'", f"known: {', '.join(METRICS)}")
+    if metric in LABEL_METRICS and dataset.labels is None:
+        raise DataError(
+            f"the metric {metric} needs labels and the data has none",
+            "put an array 'labels' into the .npz, give --labels, or sort the images into class folders",
+        )
+    if metric not in LABEL_METRICS and source is None:
+        raise UsageError(f"the metric {metric} compares with the float model and none was given", "add --float MODEL")
+
+
+def run_padded(runner: Runner, feeds: dict[str, NDArray[Any]], batch: int) -> dict[str, NDArray[Any]]:
+    """Run a batch; where the model fixes its batch size and the last batch is short, fill it up and cut the outputs again."""
+    count = len(next(iter(feeds.values())))
+    if not fixes_batch(runner.inputs) or count == batch:
+        return runner.run(feeds)
+    filled = {
+        name: np.concatenate([values, np.repeat(values[-1:], batch - count, axis=0)]) for name, values in feeds.items()
+    }
+    return {name: values[:count] if len(values) == batch else values for name, values in runner.run(filled).items()}
