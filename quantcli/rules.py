@@ -130,6 +130,12 @@ def needs_single_output(node: ir.Node) -> str | None:
     return "its second output is used" if used else None
 
 
+def needs_agreed_counts(node: ir.Node) -> str | None:
+    """Refuse average pools whose windows reach beyond counted padding: ONNX Runtime's kernels divide them differently."""
+    beyond = node.attributes.get_int("ceil_mode", 0) and node.attributes.get_int("count_include_pad", 0)
+    return "ONNX Runtime's kernels disagree on ceil_mode with count_include_pad" if beyond else None
+
+
 def needs_constant_bounds(node: ir.Node) -> str | None:
     """Refuse Clip whose bounds are computed while the model runs."""
     bounds = [value for value in node.inputs[1:] if value is not None]
@@ -191,7 +197,7 @@ RULES: dict[str, Rule] = {
     "Sigmoid": Rule(Arithmetic.TABLE, (OWN,), Operand.FIXED, fixed=(0.0, 1.0)),
     "Tanh": Rule(Arithmetic.TABLE, (OWN,), Operand.FIXED, fixed=(-1.0, 1.0)),
     "Softmax": Rule(Arithmetic.SOFTMAX, (OWN,), Operand.FIXED, fixed=(0.0, 1.0)),
-    "AveragePool": MEAN_RULE,
+    "AveragePool": Rule(Arithmetic.RESCALE, (OWN,), refuses=(needs_agreed_counts,)),
     "GlobalAveragePool": MEAN_RULE,
     "ReduceMean": MEAN_RULE,
     "Concat": Rule(Arithmetic.RESCALE, (OWN,), variadic=True),
