@@ -217,3 +217,21 @@ def schema() -> dict[str, Any]:
         "title": f"quantcli sidecar, version {VERSION}",
         **document,
     }
+
+
+def stored_weights(sidecar: Sidecar, model: Path) -> dict[str, NDArray[Any]]:
+    """Return the integers of every weight, by tensor name, from the quantized model's file.
+
+    Raises:
+        ModelError: If the file is no model, or not the one that the sidecar speaks of.
+    """
+    import onnx_ir as ir
+
+    from quantcli.load import load
+
+    loaded = load(model)
+    if loaded.sha256 != sidecar.model.sha256:
+        raise ModelError(f"{model} is not the model that its sidecar speaks of", "convert again")
+    constants: dict[str, ir.Value] = dict(loaded.graph.graph.initializers)
+    names = {name: tensor.integers for name, tensor in sidecar.tensors.items() if tensor.role == "weight"}
+    return {name: np.asarray(constants[stored].const_value) for name, stored in names.items() if stored in constants}

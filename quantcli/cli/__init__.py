@@ -17,6 +17,7 @@ from quantcli.cli.calibrate import calibrate
 from quantcli.cli.convert import convert
 from quantcli.cli.demo import demo
 from quantcli.cli.evaluate import evaluate
+from quantcli.cli.review import diff, lint
 from quantcli.cli.targets import targets
 from quantcli.cli.terminal import Terminal, WarningRelay, output_options
 from quantcli.cli.verify import verify
@@ -28,7 +29,7 @@ Exit codes:
   2  usage
   3  verify found a difference between sidecar, model and runtime
   4  a threshold was missed (what was to be written is written)
-  5  --strict found what it forbids
+  5  --strict found what it forbids, or lint what a target refuses
 """
 
 
@@ -56,7 +57,7 @@ def cli() -> None:
     """Turn a saved float PyTorch or ONNX model into an integer one."""
 
 
-for command in (calibrate, convert, evaluate, verify, targets, demo):
+for command in (calibrate, convert, evaluate, verify, lint, diff, targets, demo):
     cli.add_command(command)
 
 

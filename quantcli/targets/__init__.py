@@ -26,20 +26,28 @@ class ActivationFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WeightFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How weights are quantized: symmetric, stored as int8, narrow range (−127 … 127 with 8 bits, −63 … 63 with 7)."""
+    """How weights are quantized: symmetric, stored as int8, narrow range (−127 … 127 with 8 bits, −63 … 63 with 7).
+
+    ``pair_bits`` is 16 where the runtime adds two products in 16 bits, saturating, before it widens them.
+    """
 
     dtype: Literal["int8"]
     symmetric: Literal[True]
     per_channel: bool
     bits: Annotated[int, msgspec.Meta(ge=2, le=8)] = 8
     power_of_two: bool = False
+    pair_bits: Literal[16] | None = None
 
 
 class MultiplierFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How real multipliers become integers: the width of M0, and how the product is rounded (docs/arithmetic.md)."""
+    """How real multipliers become integers: the width of M0, and how the product is rounded (docs/arithmetic.md).
+
+    ``shifts`` is the lowest and the highest n that the runtime's integer shift can do.
+    """
 
     bits: MultiplierBits
     rounding: Rounding
+    shifts: tuple[int, int] | None = None
     by_operator: dict[str, Rounding] = {}
 
     def rounding_of(self, operator: str) -> Rounding:

@@ -1,0 +1,186 @@
+"""Review sidecars: what a target would refuse (lint), and what moved between two of them (diff)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+    from quantcli.sidecar import LayerEntry, Sidecar, TensorEntry
+    from quantcli.targets import Target
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a target would refuse a layer.
+
+    Attributes:
+        layer: The layer's name.
+        operator: Its type.
+        reason: What the target cannot do.
+    """
+
+    layer: str
+    operator: str
+    reason: str
+
+
+def lint(sidecar: Sidecar, target: Target, weights: Mapping[str, NDArray[np.integer]]) -> list[Refusal]:
+    """Return what a target would refuse of a quantized model, in layer order.
+
+    Args:
+        sidecar: The model's sidecar.
+        target: The target.
+        weights: The integers of the weights by tensor name, for what depends on their values; those that are missing are skipped.
+    """
+    found = []
+    for layer in sidecar.layers:
+        reasons = [*tensor_reasons(layer, sidecar, target), *multiplier_reasons(layer, target)]
+        reasons += pair_reasons(layer, sidecar, target, weights)
+        found.extend(Refusal(layer.name, layer.operator, reason) for reason in reasons)
+    return found
+
+
+def tensor_reasons(layer: LayerEntry, sidecar: Sidecar, target: Target) -> Iterator[str]:
+    """Yield what a target cannot do with a layer's operands and outputs."""
+    for name in dict.fromkeys([*layer.inputs, *layer.outputs]):
+        tensor = sidecar.tensors[name]
+        if tensor.role == "weight":
+            yield from weight_reasons(name, tensor, target)
+        elif tensor.role != "bias":
+            if tensor.dtype != target.activation.dtype:
+                yield f"'{name}' is {tensor.dtype}, the target takes {target.activation.dtype}"
+            if target.activation.symmetric and any(tensor.zero_point):
+                yield f"'{name}' has zero point {tensor.zero_point[0]}, the target is symmetric"
+            if target.activation.power_of_two and not all(is_power_of_two(scale) for scale in tensor.scale):
+                yield f"the scale of '{name}' is no power of two"
+
+
+def weight_reasons(name: str, tensor: TensorEntry, target: Target) -> Iterator[str]:
+    """Yield what a target cannot do with a weight."""
+    if len(tensor.scale) > 1 and not target.weight.per_channel:
+        yield f"'{name}' has {len(tensor.scale)} scales, the target has one per tensor"
+    if tensor.qmax >= 1 << (target.weight.bits - 1):
+        yield f"'{name}' reaches {tensor.qmax}, the target's weights have {target.weight.bits} bits"
+    if target.weight.power_of_two and not all(is_power_of_two(scale) for scale in tensor.scale):
+        yield f"a scale of '{name}' is no power of two"
+
+
+def multiplier_reasons(layer: LayerEntry, target: Target) -> Iterator[str]:
+    """Yield what a target cannot do with a layer's multipliers."""
+    if layer.multipliers and layer.rounding != target.multiplier.rounding_of(layer.operator):
+        yield f"it rounds '{layer.rounding}', the target '{target.multiplier.rounding_of(layer.operator)}'"
+    for entry in layer.multipliers:
+        if max(entry.multiplier) >= 1 << (target.multiplier.bits - 1):
+            yield f"a multiplier needs more than {target.multiplier.bits} bits"
+        if target.multiplier.shifts is not None:
+            low, high = target.multiplier.shifts
+            outside = [n for n in entry.shift if not low <= n <= high]
+            if outside:
+                yield f"a shift of {outside[0]} lies outside {low} … {high}"
+
+
+def pair_reasons(
+    layer: LayerEntry, sidecar: Sidecar, target: Target, weights: Mapping[str, NDArray[np.integer]]
+) -> Iterator[str]:
+    """Yield the channels whose products, two at a time, can leave the target's 16 bits.
+
+    Which products meet depends on the kernel's packing, so the two largest of a channel stand for any two.
+    """
+    if target.weight.pair_bits is None or layer.arithmetic != "accumulate":
+        return
+    tensor, values = sidecar.tensors[layer.inputs[1]], weights.get(layer.inputs[1])
+    if values is None:
+        return
+    channels = (
+        values.reshape(1, -1)
+        if tensor.axis is None
+        else np.moveaxis(values, tensor.axis, 0).reshape(values.shape[tensor.axis], -1)
+    )
+    magnitudes = np.sort(np.abs(channels.astype(np.int64)), axis=1)[:, -2:].sum(axis=1)
+    x = sidecar.tensors[layer.inputs[0]]
+    largest = max(abs(x.qmin), abs(x.qmax))
+    risky = np.flatnonzero(magnitudes * largest > (1 << (target.weight.pair_bits - 1)) - 1)
+    if risky.size:
+        shown = ", ".join(map(str, risky[:8])) + (", …" if risky.size > 8 else "")
+        yield f"two products of {risky.size} channels can leave {target.weight.pair_bits} bits: {shown}"
+
+
+def is_power_of_two(scale: float) -> bool:
+    """Tell whether a scale is a power of two."""
+    return float(np.frexp(scale)[0]) == 0.5
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that differs between two sidecars.
+
+    Attributes:
+        kind: ``tensor``, ``layer`` or ``float``.
+        name: Its name.
+        what: What changed.
+        before: In the first.
+        after: In the second.
+    """
+
+    kind: str
+    name: str
+    what: str
+    before: str
+    after: str
+
+
+def diff(first: Sidecar, second: Sidecar) -> list[Change]:
+    """Return what moved from one sidecar to another: tensors, layers, and what stays float."""
+    changes = []
+    for name in dict.fromkeys([*first.tensors, *second.tensors]):
+        a, b = first.tensors.get(name), second.tensors.get(name)
+        if a is None or b is None:
+            changes.append(Change("tensor", name, "quantized", presence(a), presence(b)))
+            continue
+        changes.extend(Change("tensor", name, what, x, y) for what, x, y in tensor_changes(a, b))
+    layers = {layer.name: layer for layer in first.layers}, {layer.name: layer for layer in second.layers}
+    for name in dict.fromkeys([*layers[0], *layers[1]]):
+        one, other = layers[0].get(name), layers[1].get(name)
+        if one is None or other is None:
+            changes.append(Change("layer", name, "integer", presence(one), presence(other)))
+            continue
+        pairs = (("clamp", str(one.clamp), str(other.clamp)), ("rounding", one.rounding, other.rounding))
+        changes.extend(Change("layer", name, what, before, after) for what, before, after in pairs if before != after)
+    floats = {f.name: f.reason for f in first.float_layers}, {f.name: f.reason for f in second.float_layers}
+    for name in dict.fromkeys([*floats[0], *floats[1]]):
+        reasons = floats[0].get(name, "integer"), floats[1].get(name, "integer")
+        if reasons[0] != reasons[1]:
+            changes.append(Change("float", name, "stays float", *reasons))
+    return changes
+
+
+def presence(entry: object) -> str:
+    """Say whether something is there."""
+    return "no" if entry is None else "yes"
+
+
+def tensor_changes(a: TensorEntry, b: TensorEntry) -> Iterator[tuple[str, str, str]]:
+    """Yield what changed of a tensor: its type, its scales (by how much at most), its zero point, its constants."""
+    if (a.dtype, a.qmin, a.qmax) != (b.dtype, b.qmin, b.qmax):
+        yield "type", f"{a.dtype} {a.qmin} … {a.qmax}", f"{b.dtype} {b.qmin} … {b.qmax}"
+    if len(a.scale) != len(b.scale):
+        yield "scales", str(len(a.scale)), str(len(b.scale))
+    elif a.scale != b.scale:
+        ratio = np.array(b.scale) / np.array(a.scale)
+        worst = int(np.abs(np.log(ratio)).argmax())
+        yield (
+            "scale" if ratio.size == 1 else f"scale, channel {worst}",
+            f"{a.scale[worst]:.6g}",
+            f"{b.scale[worst]:.6g} ({ratio[worst] - 1:+.1%})",
+        )
+    if a.zero_point != b.zero_point and len(a.zero_point) == len(b.zero_point) == 1:
+        yield "zero point", str(a.zero_point[0]), str(b.zero_point[0])
+    if a.sha256 != b.sha256 and a.scale == b.scale:
+        yield "integers", str(a.sha256)[:12], str(b.sha256)[:12]

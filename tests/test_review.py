@@ -1,0 +1,83 @@
+"""``lint`` names what a target would refuse; ``diff`` what moved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from quantcli import Conversion, Recipe, convert
+from quantcli.cli import run
+from quantcli.recipe import Layers
+from quantcli.review import diff, lint
+from quantcli.sidecar import read, stored_weights
+from quantcli.targets import known, load_target
+from tests.graphs import data_for, residual_net
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Callable[[str, Recipe], Conversion]:
+    model, data = residual_net(tmp_path / "m.onnx"), data_for(tmp_path / "d.npz")
+    return lambda name, recipe: convert(model, tmp_path / f"{name}.onnx", data=data, recipe=recipe)
+
+
+@pytest.mark.parametrize("name", known())
+def test_a_target_accepts_its_own(made: Callable[[str, Recipe], Conversion], name: str) -> None:
+    done = made("q", Recipe(target=name))
+    assert lint(done.sidecar, load_target(name), stored_weights(done.sidecar, done.model)) == []
+    assert run(["lint", str(done.sidecar_path), "--target", name]) == 0
+
+
+REFUSED = [
+    ("npu-pow2", "has zero point"),
+    ("npu-pow2", "no power of two"),
+    ("npu-int8", "the target takes int8"),
+    ("npu-int8", "it rounds 'single', the target 'half_even'"),
+    ("fixed16", "a multiplier needs more than 16 bits"),
+    ("ort-x86-avx2", "the target's weights have 7 bits"),
+    ("ort-x86-avx2", "two products of 8 channels can leave 16 bits"),
+]
+
+
+@pytest.mark.parametrize(("target", "reason"), REFUSED)
+def test_another_is_told_why_not(made: Callable[[str, Recipe], Conversion], target: str, reason: str) -> None:
+    done = made("q", Recipe())
+    found = lint(done.sidecar, load_target(target), stored_weights(done.sidecar, done.model))
+    assert [f for f in found if f.layer == "c1_node" and reason in f.reason]
+
+
+def test_one_scale_per_tensor(made: Callable[[str, Recipe], Conversion], tmp_path: Path) -> None:
+    (tmp_path / "t.toml").write_text(
+        'name = "t"\ndescription = "t"\n[activation]\ndtype = "uint8"\nsymmetric = false\n'
+        '[weight]\ndtype = "int8"\nsymmetric = true\nper_channel = false\n'
+        '[multiplier]\nbits = 32\nrounding = "single"\nshifts = [0, 30]\n'
+    )
+    done = made("q", Recipe())
+    reasons = {f.reason for f in lint(done.sidecar, load_target(str(tmp_path / "t.toml")), {})}
+    assert "'w1' has 8 scales, the target has one per tensor" in reasons
+    assert any("lies outside 0 … 30" in reason for reason in reasons)
+
+
+def test_the_commands(made: Callable[[str, Recipe], Conversion], capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = made("a", Recipe()), made("b", Recipe(layers=Layers(exclude=("y_node",))))
+    assert run(["lint", str(first.sidecar_path), "--target", "npu-int8", "--json"]) == 5
+    assert {entry["layer"] for entry in json.loads(capsys.readouterr().out)["refusals"]} >= {"c1_node", "y_node"}
+    assert run(["diff", str(first.sidecar_path), str(first.sidecar_path)]) == 0
+    assert "0 changes" in capsys.readouterr().out
+    assert run(["diff", str(first.sidecar_path), str(second.sidecar_path), "--json"]) == 0
+    changes = json.loads(capsys.readouterr().out)["changes"]
+    assert {"kind": "layer", "name": "y_node", "what": "integer", "before": "yes", "after": "no"} in changes
+    assert [c["after"] for c in changes if c["kind"] == "float"] == ["excluded by 'y_node'"]
+
+
+def test_scales_that_moved_are_told(made: Callable[[str, Recipe], Conversion]) -> None:
+    done = made("a", Recipe())
+    document = json.loads(done.sidecar_path.read_text())
+    document["tensors"]["r1"]["scale"][0] *= 1.5
+    document["tensors"]["x"]["zero_point"][0] += 2
+    done.sidecar_path.write_text(json.dumps(document))
+    changes = {(c.name, c.what): c.after for c in diff(done.sidecar, read(done.sidecar_path))}
+    assert changes.keys() == {("r1", "scale"), ("x", "zero point")}
+    assert changes["r1", "scale"].endswith("(+50.0%)")
