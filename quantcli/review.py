@@ -39,7 +39,7 @@ def lint(sidecar: Sidecar, target: Target, weights: Mapping[str, NDArray[np.inte
         target: The target.
         weights: The integers of the weights by tensor name, for what depends on their values; those that are missing are skipped.
     """
-    found = []
+    found: list[Refusal] = []
     for layer in sidecar.layers:
         reasons = [*tensor_reasons(layer, sidecar, target), *multiplier_reasons(layer, target)]
         reasons += pair_reasons(layer, sidecar, target, weights)
