@@ -1,7 +1,7 @@
 """LeNet on MNIST in integers only: uint8, ranges averaged over 1,000 samples, accuracy kept (Jacob et al., arXiv 1712.05877).
 
-The embedded network and images; 1,000 images calibrate, the other 4,000 evaluate. Each layer's range is the mean of the samples' own
-minima and maxima, so that a single bright sample does not stretch it.
+The embedded network and images; 1,000 images calibrate, the other 4,000 evaluate. Each range is the mean of the samples' own minima
+and maxima, so that a single bright sample does not stretch it.
 """
 
 import dataclasses
@@ -40,10 +40,10 @@ with tempfile.TemporaryDirectory() as folder:
         name: TensorStatistics(float(values.min(axis=1).mean()), float(values.max(axis=1).mean()), values.size)
         for name, values in rows.items()
     }
-    for name in means:
+    for name, mean in means.items():
         whole = statistics.tensors[name]
         print(
-            f"{name}: [{whole.minimum:.2f}, {whole.maximum:.2f}] of all, [{means[name].minimum:.2f}, {means[name].maximum:.2f}] on average"
+            f"{name}: [{whole.minimum:.2f}, {whole.maximum:.2f}] of all, [{mean.minimum:.2f}, {mean.maximum:.2f}] on average"
         )
 
     done = convert(MODEL, Path(folder) / "lenet.onnx", dataclasses.replace(statistics, tensors=means))

@@ -18,7 +18,6 @@ print(
 assert wrong_zero == -210
 
 values = np.array([2.1, 5.0, 8.6])
-wrapped = int(np.int64(wrong_zero).astype(np.int8))
 q = np.clip(np.round(values / wrong_scale) + wrapped, -128, 127)
 print("what comes back:", (wrong_scale * (q - wrapped)).round(3))
 
