@@ -1,7 +1,8 @@
 """A fully connected layer in integers, twice: with M0 = int(s·2^16) and a bare shift, and with quantcli's arithmetic.
 
-The first way quantizes the input symmetrically with a scale known ahead, the weights with the scale of their largest magnitude, and the bias at the input's scale. The product of the integers stands at S_x·S_w; multiplied by S_w it would stand at S_x,
-where the bias is. In place of that float multiplication stands an integer one, M0 = int(S_w·2^16), and a shift by 16.
+The first way quantizes the input symmetrically with a scale known ahead, the weights with the scale of their largest magnitude,
+and the bias at the input's scale. The product of the integers stands at S_x·S_w; multiplied by S_w it would stand at S_x, where
+the bias is. In place of that float multiplication stands an integer one, M0 = int(S_w·2^16), and a shift by 16.
 """
 
 import numpy as np

@@ -12,9 +12,8 @@ print(f"[-1.3, 4.7]: scale {scale:.7f}, zero point {zero_point}")
 lo, hi = 2.1, 8.6
 wrong_scale = (hi - lo) / 255
 wrong_zero = round(127 - hi / wrong_scale)
-print(
-    f"[2.1, 8.6] as it is: scale {wrong_scale:.7f}, zero point {wrong_zero}, stored in int8 as {np.int64(wrong_zero).astype(np.int8)}"
-)
+wrapped = int(np.int64(wrong_zero).astype(np.int8))
+print(f"[2.1, 8.6] as it is: scale {wrong_scale:.7f}, zero point {wrong_zero}, stored in int8 as {wrapped}")
 assert wrong_zero == -210
 
 values = np.array([2.1, 5.0, 8.6])
