@@ -33,8 +33,12 @@ QUANTIZED = frozenset({
 })  # fmt: skip
 
 
-def fold(model: ir.Model) -> ir.Model:
+def fold(model: ir.Model, opset: int = OLDEST_OPSET) -> ir.Model:
     """Return a folded copy of a float model; the model itself is left as it is.
+
+    Args:
+        model: The float model.
+        opset: The oldest operator set that will do.
 
     Raises:
         ModelError: If the model is quantized already, or its operator set cannot be lifted.
@@ -43,7 +47,7 @@ def fold(model: ir.Model) -> ir.Model:
     if quantized is not None:
         raise ModelError(f"the model is quantized already (it holds {quantized.op_type})", "convert the float model")
     with quiet("onnxscript", "onnx_ir"):
-        return folded_copy(model)
+        return folded_copy(model, opset)
 
 
 @contextlib.contextmanager
@@ -59,13 +63,13 @@ def quiet(*loggers: str) -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def folded_copy(model: ir.Model) -> ir.Model:
+def folded_copy(model: ir.Model, opset: int) -> ir.Model:
     """Return a copy of a float model after every rewrite."""
     folded = model.clone()
     passes.RemoveInitializersFromInputsPass()(folded)
     passes.InlinePass()(folded)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(folded)
-    lift_opset(folded)
+    lift_opset(folded, opset)
     simplify(folded)
     for node in list(folded.graph):
         if node.op_type == "BatchNormalization" and node.domain == "":
@@ -82,25 +86,24 @@ def folded_copy(model: ir.Model) -> ir.Model:
     return folded
 
 
-def lift_opset(model: ir.Model) -> None:
-    """Lift a model of an operator set below 13 to 17.
+def lift_opset(model: ir.Model, needed: int) -> None:
+    """Lift a model of an operator set below the needed one to 17, or to the needed one where that is newer.
 
     Raises:
         ModelError: If an operator has no counterpart there.
     """
     version = model.opset_imports.get("", LIFTED_OPSET)
-    if version >= OLDEST_OPSET:
+    if version >= needed:
         return
     from onnxscript import version_converter
 
+    wanted = max(needed, LIFTED_OPSET)
     try:
-        version_converter.convert_version(model, LIFTED_OPSET, fallback=True)
+        version_converter.convert_version(model, wanted, fallback=True)
     except Exception as error:
-        raise ModelError(f"the model's operator set {version} cannot be lifted to {LIFTED_OPSET} ({error})") from error
-    if model.opset_imports.get("") != LIFTED_OPSET:
-        raise ModelError(
-            f"the model's operator set {version} cannot be lifted to {LIFTED_OPSET}", "export it again, newer"
-        )
+        raise ModelError(f"the model's operator set {version} cannot be lifted to {wanted} ({error})") from error
+    if model.opset_imports.get("") != wanted:
+        raise ModelError(f"the model's operator set {version} cannot be lifted to {wanted}", "export it again, newer")
 
 
 def simplify(model: ir.Model) -> None:

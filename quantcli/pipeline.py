@@ -91,10 +91,10 @@ def calibrate(
     outputs = [Path(output)] if output is not None else []
     sources = [data, recipe.target_file, Path(labels) if labels else None]
     check_outputs(outputs, [model, *sources])
-    resolve_target(recipe)
+    target = resolve_target(recipe)
     source = load(model)
     check_outputs(outputs, source.files)
-    statistics = observe(source, fold(source.graph), data, recipe, labels, split, progress)
+    statistics = observe(source, fold(source.graph, target.activation.opset), data, recipe, labels, split, progress)
     if output is not None:
         with staged() as files:
             files.write(Path(output), statistics_file.serialized(statistics))
@@ -175,10 +175,10 @@ def convert(
     given = [data, labels, statistics if isinstance(statistics, (str, Path)) else None]
     sources = [model, recipe.target_file, *(Path(path) if path else None for path in given)]
     check_outputs([output, sidecar_path], sources)
-    resolve_target(recipe)
+    target = resolve_target(recipe)
     source = load(model)
     check_outputs([output, sidecar_path], source.files)
-    folded = fold(source.graph)
+    folded = fold(source.graph, target.activation.opset)
     if data is not None:
         found = observe(source, folded, Path(data), recipe, labels, split, progress)
     elif isinstance(statistics, Statistics):

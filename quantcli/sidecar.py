@@ -53,7 +53,7 @@ class TensorEntry(Entry, frozen=True):
     """One quantized tensor: real = scale · (q − zero_point), q in ``dtype`` from qmin to qmax."""
 
     role: Literal["activation", "constant", "weight", "bias"]
-    dtype: Literal["uint8", "int8", "int32"]
+    dtype: Literal["uint8", "int8", "int16", "int32"]
     qmin: int
     qmax: int
     scale: list[float]

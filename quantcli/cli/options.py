@@ -95,7 +95,9 @@ label_options = together(
 quantization_options = together(
     click.option("--target", help="A target's name or TOML file.  [default: ort-x86]"),
     click.option(
-        "--activation-dtype", type=click.Choice(["uint8", "int8"]), help="Type of activations.  [default: the target's]"
+        "--activation-dtype",
+        type=click.Choice(["uint8", "int8", "int16"]),
+        help="Type of activations.  [default: the target's]",
     ),
     click.option("--symmetric/--asymmetric", default=None, help="Form of activations.  [default: the target's]"),
     click.option("--per-channel/--per-tensor", default=None, help="Scales of weights.  [default: the target's]"),

@@ -44,7 +44,11 @@ def exact(layer: Layer, operands: list[NDArray[np.int64]]) -> Exact | None:
     kind, operator = layer.entry.arithmetic, layer.entry.operator
     if kind == "accumulate":
         acc, axis = accumulator(layer, operands)
-        return of_terms(layer, acc * along(layer, 0, acc.ndim, axis))
+        real = along(layer, 0, acc.ndim, axis)
+        if layer.tensors[layer.entry.inputs[0]].qmax < 1 << 8:
+            return of_terms(layer, acc * real)  # every product and sum of 8-bit integers is exact in the runtime too
+        magnitudes, _ = accumulator(layer, [np.abs(q) for q in operands])
+        return with_errors(layer, acc * real, magnitudes * real)
     if kind == "product":
         a, b = centred(layer, operands)
         return of_terms(layer, a * b * along(layer, 0, 0, None))

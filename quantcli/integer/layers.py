@@ -79,8 +79,9 @@ def rescaled(layer: Layer, acc: NDArray[np.int64], entry: MultiplierEntry, axis:
 def accumulate(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
     """Equation 13: acc = Σ (q_x − z_x)(q_w − z_w) + q_b in int32, then M and z_y."""
     acc, axis = accumulator(layer, operands)
-    if np.abs(acc).max(initial=0) > np.iinfo(np.int32).max:
-        raise IntegerError("the accumulator leaves int32")
+    width = 32 if layer.tensors[layer.entry.inputs[0]].qmax < 1 << 8 else 48
+    if np.abs(acc).max(initial=0) >= 1 << (width - 1):
+        raise IntegerError(f"the accumulator leaves {width} bits")
     return [rescaled(layer, acc, layer.entry.multipliers[0], axis) + layer.zero_point(layer.entry.outputs[0])]
 
 

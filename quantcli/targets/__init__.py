@@ -12,7 +12,7 @@ from quantcli.errors import RecipeError
 FOLDER = Path(__file__).parent
 DEFAULT_TARGET = "ort-x86"
 
-ActivationType = Literal["uint8", "int8"]
+ActivationType = Literal["uint8", "int8", "int16"]
 Rounding = Literal["single", "double", "half_even", "floor"]
 MultiplierBits = Literal[8, 16, 32]
 
@@ -23,6 +23,11 @@ class ActivationFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: ActivationType
     symmetric: bool
     power_of_two: bool = False
+
+    @property
+    def opset(self) -> int:
+        """The oldest ONNX operator set whose QuantizeLinear knows the type: 13 for 8 bits, 21 for 16."""
+        return 21 if self.dtype == "int16" else 13
 
 
 class WeightFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
