@@ -76,6 +76,8 @@ def folded_copy(model: ir.Model, opset: int) -> ir.Model:
             split_batch_norm(node)
         elif node.op_type == "Gemm" and node.domain == "":
             absorb_gemm_factors(node)
+        elif node.op_type == "AveragePool" and node.domain == "":
+            plain_average_pool(node)
     own_biases(folded)
     passes.RemoveUnusedNodesPass()(folded)
     passes.RemoveUnusedOpsetsPass()(folded)
@@ -184,6 +186,18 @@ def split_batch_norm(node: ir.Node) -> None:
     product.outputs[0].shape, product.outputs[0].type = output.shape, output.type
     addition = ir.node("Add", [product.outputs[0], addend_value], name=f"{node.name or output.name}_add")
     ir.convenience.replace_nodes_and_values(graph, node, [node], [product, addition], [output], [addition.outputs[0]])
+
+
+def plain_average_pool(node: ir.Node) -> None:
+    """Drop attributes of AveragePool that say nothing: dilations of 1, and counting a padding that is not there."""
+    if all(step == 1 for step in node.attributes.get_ints("dilations", ())):
+        node.attributes.pop("dilations", None)
+    unpadded = not any(node.attributes.get_ints("pads", ())) and node.attributes.get_string("auto_pad", "NOTSET") in {
+        "NOTSET",
+        "VALID",
+    }
+    if unpadded:
+        node.attributes.pop("count_include_pad", None)
 
 
 def absorb_gemm_factors(node: ir.Node) -> None:

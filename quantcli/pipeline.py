@@ -32,7 +32,7 @@ from quantcli.progress import Progress, silent
 from quantcli.quantize import quantize
 from quantcli.recipe import Recipe, resolve_target
 from quantcli.sidecar import FileEntry, Sidecar
-from quantcli.write import onnx_qdq
+from quantcli.write import WRITERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -146,6 +146,7 @@ def convert(
     split: str | None = None,
     strict: bool = False,
     verified: bool = False,
+    form: str = "qdq",
     progress: Progress = silent,
 ) -> Conversion:
     """Quantize a float model and write the quantized model and its sidecar (same name, ``.json``).
@@ -160,6 +161,7 @@ def convert(
         split: Keep only the CSV's rows of this split.
         strict: Refuse where an operator stays float or a weight channel is dead.
         verified: Run the integer executor against the runtime before the files get their names.
+        form: ``qdq`` (QuantizeLinear/DequantizeLinear) or ``qoperator`` (QLinearConv and its like).
         progress: Called with the stage, the samples done and their total.
 
     Raises:
@@ -171,6 +173,13 @@ def convert(
         raise UsageError("convert needs either statistics or calibration data", "give --stats or --data")
     if output.suffix != ".onnx":
         raise UsageError(f"the output {output} is of no known kind", "name it .onnx")
+    if form not in WRITERS:
+        raise UsageError(f"there is no format '{form}'", f"known: {', '.join(WRITERS)}")
+    writer = WRITERS[form]
+    if verified and form != "qdq":
+        raise UsageError(
+            f"--verify does not read the format {form} yet", "verify the qdq form: it holds the same integers"
+        )
     sidecar_path = output.with_suffix(".json")
     given = [data, labels, statistics if isinstance(statistics, (str, Path)) else None]
     sources = [model, recipe.target_file, *(Path(path) if path else None for path in given)]
@@ -190,7 +199,7 @@ def convert(
     if strict:
         check_strict(plan)
     quantized = quantize(folded, plan)
-    written = model_bytes(onnx_qdq.write(quantized))
+    written = model_bytes(writer(quantized))
     entry = FileEntry(shown_name(output), hashlib.sha256(written).hexdigest(), len(written))
     sidecar = sidecar_file.describe(quantized, source, entry, found, recipe)
     progress("check", 0, 1)

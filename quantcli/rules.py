@@ -136,6 +136,11 @@ def needs_agreed_counts(node: ir.Node) -> str | None:
     return "ONNX Runtime's kernels disagree on ceil_mode with count_include_pad" if beyond else None
 
 
+def needs_no_dilation(node: ir.Node) -> str | None:
+    """Refuse dilated average pools, which ONNX Runtime's integer kernel does not know."""
+    return "its windows are dilated" if node.attributes.get_ints("dilations", ()) else None
+
+
 def needs_constant_bounds(node: ir.Node) -> str | None:
     """Refuse Clip whose bounds are computed while the model runs."""
     bounds = [value for value in node.inputs[1:] if value is not None]
@@ -197,7 +202,7 @@ RULES: dict[str, Rule] = {
     "Sigmoid": Rule(Arithmetic.TABLE, (OWN,), Operand.FIXED, fixed=(0.0, 1.0)),
     "Tanh": Rule(Arithmetic.TABLE, (OWN,), Operand.FIXED, fixed=(-1.0, 1.0)),
     "Softmax": Rule(Arithmetic.SOFTMAX, (OWN,), Operand.FIXED, fixed=(0.0, 1.0)),
-    "AveragePool": Rule(Arithmetic.RESCALE, (OWN,), refuses=(needs_agreed_counts,)),
+    "AveragePool": Rule(Arithmetic.RESCALE, (OWN,), refuses=(needs_agreed_counts, needs_no_dilation)),
     "GlobalAveragePool": MEAN_RULE,
     "ReduceMean": MEAN_RULE,
     "Concat": Rule(Arithmetic.RESCALE, (OWN,), variadic=True),

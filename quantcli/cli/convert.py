@@ -33,6 +33,14 @@ if TYPE_CHECKING:
     "-o", "--output", type=OUTPUT, required=True, help="The quantized model to write (.onnx; .json beside it)."
 )
 @click.option(
+    "--format",
+    "form",
+    type=click.Choice(["qdq", "qoperator"]),
+    default="qdq",
+    show_default=True,
+    help="QuantizeLinear/DequantizeLinear around operators, or integer operators.",
+)
+@click.option(
     "--strict", is_flag=True, help="Fail (exit code 5) where an operator stays float or a weight channel is dead."
 )
 @click.option(
@@ -68,6 +76,7 @@ def convert(context: click.Context, /, model: Path, output: Path, strict: bool, 
             options["split"],
             strict,
             options["verify"],
+            options["form"],
             progress,
         )
     show(terminal, done)

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from quantcli.quantize import QuantizedModel
 
 
-SUFFIXES = ("_quantized", "_dequantized", "_unrounded", "_scale", "_zero_point")
+# What ends the name of a Max that keeps a float operator float, and of what it gives.
+FENCE = "_float"
+SUFFIXES = ("_quantized", "_dequantized", "_unrounded", "_scale", "_zero_point", FENCE)
 
 
 def write(quantized: QuantizedModel) -> ir.Model:
@@ -64,6 +66,7 @@ class Writer:
         self.names = tensor_names(quantized)
         self.mark = free_mark(quantized)
         self.nodes = {str(node.name): node for node in graph}
+        self.floats = {layer.name for layer in self.plan.floats}
         self.constants: dict[str, ir.Value] = {}
         self.parameters: dict[str, tuple[ir.Value, ir.Value | None]] = {}
 
@@ -134,11 +137,36 @@ class Writer:
         ir.convenience.replace_all_uses_with(value, to_real.outputs[0], replace_graph_outputs=True)
         to_integer.replace_input_with(0, value)
         producer = value.producer()
+        if (
+            producer is not None
+            and str(producer.name) in self.floats
+            and any(self.will_be_dequantized(v) for v in producer.inputs)
+        ):
+            producer = self.fence(producer, value, to_integer)
         if producer is None:
             first = self.graph[0]
             self.graph.insert_before(first, [to_integer, to_real])
         else:
             self.graph.insert_after(producer, [to_integer, to_real])
+
+    def will_be_dequantized(self, value: ir.Value | None) -> bool:
+        """Tell whether a reader gets a value from DequantizeLinear, now or once the writer has come to it."""
+        if value is None:
+            return False
+        producer = value.producer()
+        return str(value.name) in self.plan.tensors or (producer is not None and producer.op_type == "DequantizeLinear")
+
+    def fence(self, producer: ir.Node, value: ir.Value, reader: ir.Node) -> ir.Node:
+        """Keep an operator that stays float from being fused into an integer kernel, and return the node that does it.
+
+        ONNX Runtime turns whatever stands between DequantizeLinear and QuantizeLinear into integers if it can, quantizing float
+        weights by itself. Max of a single operand is the identity, exactly, and no kernel that it fuses or removes.
+        """
+        node = ir.node("Max", [value], name=f"{value.name}{FENCE}{self.mark}")
+        node.outputs[0].name = f"{value.name}{FENCE}{self.mark}"
+        self.graph.insert_after(producer, node)
+        reader.replace_input_with(0, node.outputs[0])
+        return node
 
     def dequantize_node(self, tensor: TensorPlan, stored: ir.Value, reals: str) -> ir.Node:
         """Return the DequantizeLinear that gives a tensor's reals."""

@@ -1,0 +1,141 @@
+"""Write ONNX in QOperator form: QLinearConv, QLinearMatMul, QLinearAdd, … in place of what stands between Q/DQ pairs.
+
+The same plan, the same names and the same integers as the QDQ form, which it starts from. An operator without an integer
+counterpart, and one with a clamp that saturation does not give, keeps its QDQ form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from quantcli.rules import RULES, Arithmetic
+from quantcli.write import onnx_qdq
+
+if TYPE_CHECKING:
+    from quantcli.quantize import QuantizedModel
+
+MICROSOFT = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class IntegerOperator:
+    """An operator's integer counterpart.
+
+    Attributes:
+        name: Its type.
+        domain: Its domain; the empty one is ONNX's own.
+        bias: Whether it takes a bias: ``last``, before the output's parameters (``inner``), or not at all (None).
+        output_first: Whether the output's scale and zero point come before the operands.
+        opset: Whether it has an attribute that names the operator set of its float counterpart.
+    """
+
+    name: str
+    domain: str = MICROSOFT
+    bias: str | None = None
+    output_first: bool = False
+    opset: bool = False
+
+
+OPERATORS: dict[str, IntegerOperator] = {
+    "Conv": IntegerOperator("QLinearConv", "", bias="last"),
+    "MatMul": IntegerOperator("QLinearMatMul", ""),
+    "Gemm": IntegerOperator("QGemm", bias="inner"),
+    "Add": IntegerOperator("QLinearAdd"),
+    "Mul": IntegerOperator("QLinearMul"),
+    "AveragePool": IntegerOperator("QLinearAveragePool"),
+    "GlobalAveragePool": IntegerOperator("QLinearGlobalAveragePool"),
+    "LeakyRelu": IntegerOperator("QLinearLeakyRelu"),
+    "Sigmoid": IntegerOperator("QLinearSigmoid"),
+    "Softmax": IntegerOperator("QLinearSoftmax", opset=True),
+    "Concat": IntegerOperator("QLinearConcat", output_first=True),
+}
+# What only moves values does so with integers as well as with reals; padding and interpolation make values of their own.
+MOVES = frozenset(name for name, rule in RULES.items() if rule.arithmetic is Arithmetic.MOVE) - {"Pad", "Resize"}
+
+
+def write(quantized: QuantizedModel) -> ir.Model:
+    """Return the quantized model as ONNX in QOperator form."""
+    model = onnx_qdq.write(quantized)
+    nodes = {str(node.name): node for node in model.graph}
+    for layer in quantized.plan.layers:
+        node = nodes[layer.name]
+        targets = [quantizer_of(value) for value in node.outputs if value.uses() or value.is_graph_output()]
+        if all(target is not None for target in targets):
+            replace(model, node, [target for target in targets if target is not None])
+    passes.RemoveUnusedNodesPass()(model)
+    passes.TopologicalSortPass()(model)
+    if any(node.domain == MICROSOFT for node in model.graph):
+        model.opset_imports[MICROSOFT] = 1
+    return model
+
+
+def quantizer_of(value: ir.Value) -> ir.Node | None:
+    """Return the QuantizeLinear that alone reads a value; None where something else stands behind it."""
+    users = list(value.consumers())
+    alone = len(users) == 1 and users[0].op_type == "QuantizeLinear" and not value.is_graph_output()
+    return users[0] if alone else None
+
+
+def dequantizer_of(value: ir.Value | None) -> ir.Node | None:
+    """Return the DequantizeLinear that makes a value."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def replace(model: ir.Model, node: ir.Node, targets: list[ir.Node]) -> None:
+    """Put an integer operator in place of one node between DequantizeLinear and QuantizeLinear, where there is one."""
+    if node.op_type in MOVES:
+        source = dequantizer_of(node.inputs[0])
+        if source is not None:
+            new = ir.Node(
+                "",
+                node.op_type,
+                [source.inputs[0], *node.inputs[1:]],
+                attributes_of(node),
+                num_outputs=len(node.outputs),
+            )
+            put(node, new, targets)
+        return
+    counterpart = OPERATORS.get(node.op_type)
+    sources = [dequantizer_of(value) for value in node.inputs]
+    if counterpart is None or any(source is None for source in sources) or len(targets) != 1:
+        return
+    operands = [source for source in sources if source is not None]
+    bias = operands.pop().inputs[0] if counterpart.bias is not None and len(operands) > 2 else None
+    output = list(targets[0].inputs[1:3])
+    inputs = [value for operand in operands for value in operand.inputs]
+    if counterpart.output_first:
+        inputs = [*output, *inputs]
+    elif counterpart.bias == "inner":
+        inputs = [*inputs, bias, *output]
+    else:
+        inputs = [*inputs, *output, *([bias] if bias is not None else [])]
+    attributes = attributes_of(node, without={"beta"} if counterpart.bias == "inner" else set())
+    if counterpart.opset:
+        attributes.append(ir.AttrInt64("opset", model.opset_imports[""]))
+    put(node, ir.Node(counterpart.domain, counterpart.name, inputs, attributes), targets)
+
+
+def attributes_of(node: ir.Node, without: set[str] = frozenset()) -> list[ir.Attr]:  # type: ignore[assignment]
+    """Return a node's attributes but for the named ones."""
+    return [attribute for name, attribute in node.attributes.items() if name not in without]
+
+
+def put(node: ir.Node, new: ir.Node, targets: list[ir.Node]) -> None:
+    """Let a new node make what the quantizers behind an old one made, under the same names."""
+    graph = node.graph
+    if not isinstance(graph, ir.Graph):
+        return
+    new.name = node.name
+    used = [i for i, value in enumerate(node.outputs) if value.uses() or value.is_graph_output()]
+    graph.insert_before(node, new)
+    for i, target in zip(used, targets, strict=True):
+        name = target.outputs[0].name
+        ir.convenience.replace_all_uses_with(target.outputs[0], new.outputs[i], replace_graph_outputs=True)
+        graph.remove(target, safe=True)
+        new.outputs[i].name = name
+    graph.remove(node, safe=True)
