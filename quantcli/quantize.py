@@ -50,12 +50,16 @@ def quantize(model: ir.Model, plan: Plan) -> QuantizedModel:
         for name, tensor in plan.tensors.items()
         if tensor.role != "activation"
     }
-    found = {
-        layer.name: layer_table(layer, nodes[layer.name], plan)
-        for layer in plan.layers
-        if layer.arithmetic in {Arithmetic.TABLE, Arithmetic.SOFTMAX}
-    }
+    found = {layer.name: layer_table(layer, nodes[layer.name], plan) for layer in plan.layers if has_table(layer, plan)}
     return QuantizedModel(model, plan, constants, found)
+
+
+def has_table(layer: LayerPlan, plan: Plan) -> bool:
+    """Tell whether a layer looks its outputs up; a softmax that rounds like gemmlowp, on TFLite's grid, computes them instead."""
+    if layer.arithmetic is Arithmetic.SOFTMAX:
+        y = plan.tensors[layer.outputs[0]]
+        return not (layer.rounding == "double" and (y.scale[0], y.zero_point[0]) == (2.0**-8, y.integer.qmin))
+    return layer.arithmetic is Arithmetic.TABLE
 
 
 def quantized_constant(tensor: TensorPlan, values: NDArray[Any]) -> NDArray[Any]:

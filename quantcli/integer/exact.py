@@ -106,9 +106,14 @@ def of_function(layer: Layer, q: NDArray[np.int64]) -> Exact:
     else:
         values = FUNCTIONS[layer.entry.operator](reals, function_parameters(layer))
     steps = values / layer.output.scale[0]
-    # The executor's exponentials are whole multiples of 2^-30, and its tables are exact; floats err as their functions do.
+    # The executor's exponentials are whole multiples of 2^-30 and its tables are exact; gemmlowp's softmax rounds some twenty
+    # products of 31 bits, and once more to 12 integer bits in its sum. Floats err as their functions do.
     error = (np.abs(steps) + 1) * FLOAT32_ERROR + FUNCTION_ERROR / layer.output.scale[0]
-    return Exact(steps + layer.zero_point(layer.entry.outputs[0]), np.full(steps.shape, 2.0**-12), error)
+    return Exact(
+        steps + layer.zero_point(layer.entry.outputs[0]),
+        np.full(steps.shape, 2.0**-12 if layer.entry.table is not None else 2.0**-6),
+        error,
+    )
 
 
 def function_parameters(layer: Layer) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quantcli.arithmetic import gemmlowp
 from quantcli.arithmetic.fixed_point import multiply
 from quantcli.arithmetic.rounding import divide
 from quantcli.integer import kernels
@@ -176,8 +177,14 @@ def look_up(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[Any
 
 
 def softmax(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
-    """Equation 17: y = table[max − x] / (S_y · Σ table[max − x]), rounded half up; S_y is a power of two."""
+    """Equation 17: y = table[max − x] / (S_y · Σ table[max − x]), rounded half up; S_y is a power of two.
+
+    Without a table, equation 18: gemmlowp's fixed-point softmax, to 8 bits.
+    """
     axis = int(layer.attributes.get("axis", -1))
+    if layer.entry.table is None:
+        found = gemmlowp.softmax(operands[0], layer.tensors[layer.entry.inputs[0]].scale[0], axis)
+        return [found + layer.zero_point(layer.entry.outputs[0])]
     table = np.array(layer.entry.table, dtype=np.int64)
     x = operands[0]
     exponentials = table[x.max(axis=axis, keepdims=True) - x]

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from quantcli.arithmetic import affine
 from quantcli.arithmetic.affine import IntegerType
 
-GRIDS = [IntegerType("uint8"), IntegerType("int8"), IntegerType("int8", narrow=True)]
-SIGNED = GRIDS[1:]
+GRIDS = [IntegerType(f"{sign}int{bits}") for bits in (2, 4, 7, 8, 16) for sign in ("u", "")]
+GRIDS += [IntegerType(f"int{bits}", narrow=True) for bits in (2, 4, 7, 8, 16)]
+SIGNED = [grid for grid in GRIDS if grid.signed]
 BOUND = st.floats(-(2.0**100), 2.0**100, width=32)
 
 
@@ -45,8 +46,8 @@ def test_round_trip_stays_within_half_a_step(bounds: tuple[float, float], grid: 
     real = float(scale) * (int(q[0]) - zero_point)
     saturated = q[0] in (grid.qmin, grid.qmax)
     steps = 1.0 if saturated else 0.5
-    # float32 rounding of the scale moves every grid point by up to 2^-24 relative: at most 255 steps of it.
-    assert abs(real - x) <= float(scale) * (steps + 255 * 2.0**-23)
+    # float32 rounding of the scale moves every grid point by up to 2^-24 relative: at most the grid's steps of it.
+    assert abs(real - x) <= float(scale) * (steps + (grid.qmax - grid.qmin) * 2.0**-23)
 
 
 @given(ranges(), st.sampled_from(GRIDS), st.lists(BOUND, min_size=2, max_size=20))
@@ -88,6 +89,38 @@ def test_ranges_that_are_none_are_refused(bounds: tuple[float, float]) -> None:
 def test_symmetric_needs_a_signed_type() -> None:
     with pytest.raises(ValueError, match="signed"):
         affine.symmetric_parameters(-1.0, 1.0, GRIDS[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "narrow", "limits", "stored"),
+    [
+        ("uint8", False, (0, 255), "uint8"),
+        ("int8", True, (-127, 127), "int8"),
+        ("int7", True, (-63, 63), "int8"),
+        ("int4", False, (-8, 7), "int8"),
+        ("uint2", False, (0, 3), "uint8"),
+        ("int12", False, (-2048, 2047), "int16"),
+        ("int16", False, (-32768, 32767), "int16"),
+        ("int32", False, (-(2**31), 2**31 - 1), "int32"),
+    ],
+)
+def test_grids(name: str, narrow: bool, limits: tuple[int, int], stored: str) -> None:
+    grid = IntegerType(name, narrow)
+    assert (grid.qmin, grid.qmax) == limits
+    assert grid.dtype == np.dtype(stored)
+
+
+@pytest.mark.parametrize("name", ["int1", "uint33", "float8", "int", "int8x"])
+def test_what_is_no_grid_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="no integer type"):
+        _ = IntegerType(name).bits
+
+
+@given(st.floats(2.0**-60, 2.0**60, width=32))
+def test_powers_of_two_are_the_next_above(scale: float) -> None:
+    wide = float(affine.power_of_two(np.array([scale], dtype=np.float32))[0])
+    assert wide / 2 < scale <= wide
+    assert math.frexp(wide)[0] == 0.5
 
 
 def test_ties_go_to_the_even_integer() -> None:

@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from quantcli.arithmetic import gemmlowp
 from quantcli.arithmetic.fixed_point import fixed_point, multiply
 from quantcli.arithmetic.rounding import divide_half_away
 from quantcli.integer import kernels
 from quantcli.targets import load_target
 
 CUT = Path(__file__).parent.parent / "golden"
+SOFTMAX_SCALE = 0.14469251036643982
 TARGET = load_target("tflite").multiplier
 ONNX_NAMES = {"CONV_2D": "Conv", "DEPTHWISE_CONV_2D": "Conv", "FULLY_CONNECTED": "Gemm"}
 
@@ -68,6 +70,8 @@ def computed(operator: Operator, arrays: Arrays) -> NDArray[np.int64] | None:
             x.transpose(0, 3, 1, 2), {"kernel_shape": list(kernel), "strides": list(kernel)}
         )
         return divide_half_away(sums, counts).transpose(0, 2, 3, 1)
+    if kind == "SOFTMAX":
+        return np.minimum(gemmlowp.softmax(x, entries[0]["scales"][0], -1) - 128, 127)
     if kind == "RESHAPE":
         return x.reshape(y.shape)
     if kind not in ONNX_NAMES:
@@ -115,6 +119,18 @@ def test_our_kernels_compute_what_tflites_do() -> None:
     counted = compare(cut())
     assert set(counted) == {"CONV_2D", "DEPTHWISE_CONV_2D", "AVERAGE_POOL_2D", "FULLY_CONNECTED"}
     assert sum(counted.values()) > 20_000
+
+
+def test_softmax_spreads_as_tflites_does() -> None:
+    """A recorded output with mass on every class (keyword spotting, second input)."""
+    x = np.array([[7, 6, 1, 1, 4, 5, -1, 2, 10, -1, 1, 28]])
+    expected = [-119, -120, -124, -124, -122, -121, -125, -124, -114, -125, -124, 62]
+    assert (gemmlowp.softmax(x, SOFTMAX_SCALE, -1) - 128).tolist() == [expected]
+
+
+def test_softmax_is_one_where_a_class_stands_alone() -> None:
+    assert gemmlowp.softmax(np.array([[5]]), 0.1, -1).tolist() == [[256]]
+    assert gemmlowp.softmax(np.array([[127, -128]]), 1.0, -1).tolist() == [[256, 0]]
 
 
 @pytest.mark.skipif("QUANTCLI_GOLDEN" not in os.environ, reason="QUANTCLI_GOLDEN names no folder of whole recordings")
