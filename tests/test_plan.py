@@ -244,3 +244,22 @@ def test_a_model_that_lost_its_signal_is_a_loud_warning(tmp_path: Path, capsys: 
     assert "warning: the quantized model is far from float" in told
     assert "Conv 'c_node' lost" in told
     assert (tmp_path / "q.onnx").exists()
+
+
+def test_dead_channels_are_told_and_forbidden_by_strict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weight = normal(3, 4, 3, 3)
+    weight[1] = 0
+    path = chain(tmp_path / "m.onnx", [node("Conv", ["x", "w", "b"], ["y"])], {"w": weight, "b": normal(3)})
+    arguments = [
+        "convert",
+        str(path),
+        "--data",
+        str(data_for(tmp_path / "d.npz", x=(4, 6, 6))),
+        "-o",
+        str(tmp_path / "q.onnx"),
+    ]
+    assert run([*arguments, "--strict"]) == 5
+    assert "'w' has dead channels: 1" in capsys.readouterr().err
+    assert not (tmp_path / "q.onnx").exists()
+    assert run([*arguments, "-q"]) == 0
+    assert "weight 'w' has 1 dead" in capsys.readouterr().err

@@ -99,6 +99,7 @@ quantization_options = together(
         type=click.Choice(["uint8", "int8", "int16"]),
         help="Type of activations.  [default: the target's]",
     ),
+    click.option("--range", "range_", type=click.Choice(["minmax"]), help="Ranges from statistics.  [default: minmax]"),
     click.option("--symmetric/--asymmetric", default=None, help="Form of activations.  [default: the target's]"),
     click.option("--per-channel/--per-tensor", default=None, help="Scales of weights.  [default: the target's]"),
     click.option(
@@ -127,7 +128,11 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
         "target": options.get("target"),
         "calibration": {key: options.get(key) for key in ("samples", "batch", "shuffle", "seed", "observer")},
         "preprocess": {key: options.get(key) for key in ("size", "crop", "scale", "mean", "std", "layout", "color")},
-        "activation": {"dtype": options.get("activation_dtype"), "symmetric": options.get("symmetric")},
+        "activation": {
+            "range": options.get("range_"),
+            "dtype": options.get("activation_dtype"),
+            "symmetric": options.get("symmetric"),
+        },
         "weight": {"per_channel": options.get("per_channel")},
         "multiplier": {"bits": int(bits) if bits else None, "rounding": options.get("rounding")},
         "layers": {key: list(options.get(key) or ()) or None for key in ("include", "exclude")},
