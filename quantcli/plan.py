@@ -18,7 +18,7 @@ from quantcli.arithmetic.affine import (
     symmetric_parameters,
     symmetric_scales,
 )
-from quantcli.arithmetic.fixed_point import fixed_point
+from quantcli.arithmetic.fixed_point import fixed_point, headroom_multipliers
 from quantcli.errors import PlanError
 from quantcli.fold import constant
 from quantcli.placement import FloatLayer, PlacedLayer, Placement, place
@@ -265,10 +265,15 @@ def plan_layer(layer: PlacedLayer, tensors: dict[str, TensorPlan], target: Targe
     """Return a layer's multipliers and clamp."""
     inputs = tuple(str(value.name) for _, value, _ in layer.operands())
     output = tensors[str(layer.output.name)]
+    rounding = target.multiplier.rounding_of(layer.node.op_type)
     scales = {name: np.array(tensors[name].scale, dtype=np.float64) for name in inputs}
     reals: list[tuple[str | None, NDArray[np.float64]]] = []
     if layer.rule.arithmetic in {Arithmetic.ACCUMULATE, Arithmetic.PRODUCT}:
         reals = [(None, scales[inputs[0]] * scales[inputs[1]] / output.scale[0])]
+    elif layer.rule.arithmetic is Arithmetic.SUM and rounding == "double":
+        a, b = (float(scales[name][0]) for name in inputs)
+        first, second, last = headroom_multipliers(a, b, output.scale[0])
+        reals = [(inputs[0], np.array([first])), (inputs[1], np.array([second])), (None, np.array([last]))]
     elif layer.rule.arithmetic in {Arithmetic.SUM, Arithmetic.RESCALE}:
         reals = [(name, scales[name] / output.scale[0]) for name in inputs]
     multipliers = []
@@ -283,7 +288,7 @@ def plan_layer(layer: PlacedLayer, tensors: dict[str, TensorPlan], target: Targe
         tuple(str(value.name) for value in layer.outputs),
         tuple(str(node.name) for node in layer.absorbed),
         tuple(multipliers),
-        target.multiplier.rounding_of(layer.node.op_type),
+        rounding,
         clamp_of(layer, output),
     )
 

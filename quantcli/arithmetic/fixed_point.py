@@ -50,6 +50,24 @@ def real_value(multiplier: NDArray[np.int64], shift: NDArray[np.int64]) -> NDArr
     return np.ldexp(np.asarray(multiplier, dtype=np.float64), -np.asarray(shift, dtype=np.int64).astype(np.intc))
 
 
+# How far TFLite shifts the operands of a sum to the left before it rescales them (its add.cc: kept in 32 bits).
+HEADROOM = 20
+
+
+def headroom_multipliers(first: float, second: float, output: float) -> tuple[float, float, float]:
+    """Return the three real multipliers of a sum as TFLite defines it (equation 14a).
+
+    The operands, shifted left by 20, are rescaled to twice the larger scale, added, and the sum is rescaled to the output.
+
+    Args:
+        first: The scale of one operand.
+        second: The scale of the other.
+        output: The scale of the sum.
+    """
+    common = 2.0 * max(first, second)
+    return first / common, second / common, common / (2.0**HEADROOM * output)
+
+
 def multiply(
     acc: NDArray[np.int64], multiplier: NDArray[np.int64], shift: NDArray[np.int64], rounding: str, bits: int = 32
 ) -> NDArray[np.int64]:

@@ -53,7 +53,10 @@ def exact(layer: Layer, operands: list[NDArray[np.int64]]) -> Exact | None:
         a, b = centred(layer, operands)
         return of_terms(layer, a * b * along(layer, 0, 0, None))
     if kind == "sum" or operator == "Concat":
-        terms = [q * along(layer, i, 0, None) for i, q in enumerate(centred(layer, operands))]
+        output = layer.output.scale[0]
+        scales = [layer.tensors[name].scale[0] / output for name in layer.entry.inputs]
+        centres = [q.astype(np.float64) for q in centred(layer, operands)]
+        terms = [q * scale for q, scale in zip(centres, scales, strict=True)]
         if operator == "Concat":
             return of_terms(layer, np.concatenate(terms, axis=int(layer.attributes["axis"])))
         return of_terms(layer, terms[0], -terms[1] if operator == "Sub" else terms[1])

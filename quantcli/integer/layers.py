@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantcli.arithmetic import gemmlowp
-from quantcli.arithmetic.fixed_point import multiply
+from quantcli.arithmetic.fixed_point import HEADROOM, multiply
 from quantcli.arithmetic.rounding import divide
 from quantcli.integer import kernels
 from quantcli.integer.resize import resize
@@ -116,7 +116,9 @@ def product(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.
 
 
 def total(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
-    """Equation 14: the sum of the rescaled operands, formed exactly and rounded once."""
+    """Equation 14: the sum of the rescaled operands, formed exactly and rounded once; 14a where the sum has a multiplier too."""
+    if layer.entry.multipliers[-1].operand is None:
+        return [headroom_sum(layer, operands)]
     shifts = [entry.shift[0] for entry in layer.entry.multipliers]
     common = max(shifts)
     acc: NDArray[np.int64] | None = None
@@ -131,6 +133,16 @@ def total(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.in
         raise IntegerError("a sum without operands")
     rounded = multiply(acc, np.array(1), np.array(common), layer.entry.rounding, layer.bits)
     return [rounded + layer.zero_point(layer.entry.outputs[0])]
+
+
+def headroom_sum(layer: Layer, operands: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Equation 14a, TFLite's: operands shifted left by 20, rescaled to a common scale, added, rescaled to the output."""
+    *entries, last = layer.entry.multipliers
+    a, b = (
+        rescaled(layer, q << HEADROOM, entry, None) for q, entry in zip(centred(layer, operands), entries, strict=True)
+    )
+    together = a - b if layer.entry.operator == "Sub" else a + b
+    return rescaled(layer, together, last, None) + layer.zero_point(layer.entry.outputs[0])
 
 
 def rescale(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:

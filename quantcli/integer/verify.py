@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from calibration.hooks.onnxruntime import Runner
 from quantcli.arithmetic.affine import IntegerType, quantize
-from quantcli.arithmetic.fixed_point import fixed_point
+from quantcli.arithmetic.fixed_point import fixed_point, headroom_multipliers
 from quantcli.arithmetic.tables import exponentials, table
 from quantcli.integer.exact import FLOAT32_ERROR, exact, function_parameters
 from quantcli.integer.executor import Executor, quantized
@@ -163,7 +163,10 @@ def layer_findings(executor: Executor) -> Iterator[Finding]:
 def multiplier_findings(entry: LayerEntry, multiplier: MultiplierEntry, sidecar: Sidecar) -> Iterator[Finding]:
     """Compare M0 and n with the quotient of the scales."""
     output = sidecar.tensors[entry.outputs[0]].scale[0]
-    if multiplier.operand is None:
+    if entry.arithmetic == "sum" and entry.multipliers[-1].operand is None:
+        a, b = (sidecar.tensors[name].scale[0] for name in entry.inputs)
+        real = np.array([headroom_multipliers(a, b, output)[entry.multipliers.index(multiplier)]])
+    elif multiplier.operand is None:
         x, w = (np.array(sidecar.tensors[name].scale, dtype=np.float64) for name in entry.inputs[:2])
         real = x * w / output
     else:

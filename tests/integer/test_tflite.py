@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from quantcli import Recipe, convert
 from quantcli.arithmetic import gemmlowp
 from quantcli.arithmetic.fixed_point import fixed_point, multiply
 from quantcli.arithmetic.rounding import divide_half_away
 from quantcli.integer import kernels
+from quantcli.integer.executor import Executor
 from quantcli.targets import load_target
+from tests.graphs import data_for, node, normal, save
 
 CUT = Path(__file__).parent.parent / "golden"
 SOFTMAX_SCALE = 0.14469251036643982
@@ -137,3 +141,41 @@ def test_softmax_is_one_where_a_class_stands_alone() -> None:
 def test_on_the_whole_recordings() -> None:
     counted = compare(whole(Path(os.environ["QUANTCLI_GOLDEN"])))
     assert sum(counted.values()) > 250_000
+
+
+def tflite_add(a: int, b: int, sign: int, multipliers: list[tuple[int, int]], zero_points: tuple[int, int, int]) -> int:
+    """TFLite's integer Add (reference add.cc), in Python's integers: shift 20 to the left, rescale, add, rescale, clamp."""
+
+    def by_quantized_multiplier(x: int, m0: int, n: int) -> int:
+        product = x * m0
+        nudge = (1 << 30) if product >= 0 else 1 - (1 << 30)
+        high = abs(product + nudge) // (1 << 31) * (1 if product + nudge >= 0 else -1)
+        right = n - 31
+        mask = (1 << right) - 1
+        threshold = (mask >> 1) + (1 if high < 0 else 0)
+        return (high >> right) + (1 if (high & mask) > threshold else 0)
+
+    terms = [
+        by_quantized_multiplier((q - z) << 20, *m)
+        for q, z, m in zip((a, b), zero_points[:2], multipliers[:2], strict=True)
+    ]
+    total = by_quantized_multiplier(terms[0] + sign * terms[1], *multipliers[2]) + zero_points[2]
+    return min(max(total, -128), 127)
+
+
+@pytest.mark.parametrize("operator", ["Add", "Sub"])
+def test_sums_follow_tflites_definition(tmp_path: Path, operator: str) -> None:
+    nodes = [node("Conv", ["x", "w"], ["c"]), node("Sigmoid", ["c"], ["s"]), node(operator, ["c", "s"], ["o"])]
+    model = save(tmp_path / "m.onnx", nodes, {"x": ["N", 3, 8, 8]}, {"o": None}, {"w": normal(4, 3, 3, 3, scale=0.3)})
+    data = data_for(tmp_path / "d.npz")
+    done = convert(model, tmp_path / "q.onnx", data=data, recipe=Recipe(target="tflite"), verified=True)
+    entry = next(layer for layer in done.sidecar.layers if layer.operator == operator)
+    multipliers = [(m.multiplier[0], m.shift[0]) for m in entry.multipliers]
+    names = (*entry.inputs, entry.outputs[0])
+    zero_points = tuple(done.sidecar.tensors[name].zero_point[0] for name in names)
+    executor = Executor(ir.load(done.model), done.sidecar)
+    integers, _ = executor.run_all({"x": normal(4, 3, 8, 8, seed=9)})
+    a, b, found = (integers[name].reshape(-1).tolist() for name in names)
+    sign = -1 if operator == "Sub" else 1
+    expected = [tflite_add(p, q, sign, multipliers, zero_points) for p, q in zip(a, b, strict=True)]  # type: ignore[arg-type]
+    assert found == expected
