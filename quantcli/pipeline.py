@@ -15,7 +15,7 @@ from calibration.collect import collect
 from calibration.datasets import Selection, batches, fitted_batch, fixes_batch, open_dataset, select
 from calibration.errors import DataError, StatisticsError
 from calibration.hooks.onnxruntime import Runner
-from calibration.statistics import Statistics
+from calibration.statistics import Statistics, TensorStatistics
 from quantcli import sidecar as sidecar_file
 from quantcli.errors import ModelError, StrictError, UsageError, VerifyError
 from quantcli.evaluation.check import SelfCheck, self_check
@@ -26,7 +26,7 @@ from quantcli.integer.verify import Verification, random_inputs
 from quantcli.integer.verify import verify as compare_integers
 from quantcli.load import LoadedModel, load, shown_name
 from quantcli.placement import place
-from quantcli.plan import Plan, make_plan
+from quantcli.plan import Plan, make_plan, unresolvable
 from quantcli.probe import model_bytes, with_outputs
 from quantcli.progress import Progress, silent
 from quantcli.quantize import quantize
@@ -111,20 +111,26 @@ def observe(
     progress: Progress,
 ) -> Statistics:
     """Return the statistics of a folded model's tensors over a data set."""
-    tensors = place(folded, recipe).observed()
-    runner = Runner(with_outputs(folded, tensors), what=source.name)
+    runner = Runner(model_bytes(folded), what=source.name)
     dataset = open_dataset(data, runner.inputs, recipe.preprocess, Path(labels) if labels else None, split)
     indices = select(len(dataset), recipe.calibration.selection)
     batch = fitted_batch(runner.inputs, recipe.calibration.batch)
-    seen, kept, samples = collect(
-        runner,
-        tensors,
-        dataset,
-        indices,
-        batch,
-        recipe.calibration.observer,
-        lambda done: progress("calibrate", done, len(indices)),
-    )
+    seen: dict[str, TensorStatistics] = {}
+    wanted = place(folded, recipe).observed()
+    while wanted:
+        found, kept, samples = collect(
+            Runner(with_outputs(folded, wanted), what=source.name),
+            wanted,
+            dataset,
+            indices,
+            batch,
+            recipe.calibration.observer,
+            lambda done: progress("calibrate", done, len(indices)),
+        )
+        seen.update(found)
+        # Where a tensor turns out to span a mask's range, the plan stands elsewhere: a second pass sees what it needs there.
+        needed = place(folded, recipe, unresolvable(seen)).observed()
+        wanted = tuple(name for name in needed if name not in seen) if found else ()
     return Statistics(
         source.sha256,
         dataset.digest,

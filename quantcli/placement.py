@@ -95,8 +95,13 @@ class Placement:
         return tuple(name for name in names if name not in self.fixed and name not in constants)
 
 
-def place(model: ir.Model, recipe: Recipe) -> Placement:
+def place(model: ir.Model, recipe: Recipe, barred: frozenset[str] = frozenset()) -> Placement:
     """Decide for every operator of a folded model whether it becomes an integer layer.
+
+    Args:
+        model: The folded model.
+        recipe: What the user wants.
+        barred: Activations that must not be quantized, because no grid of theirs would mean anything.
 
     Raises:
         UsageError: If a pattern of the recipe matches nothing.
@@ -104,6 +109,9 @@ def place(model: ir.Model, recipe: Recipe) -> Placement:
     """
     nodes = [node for node in model.graph if carries_floats(node)]
     excluded = exclusions(nodes, recipe.layers)
+    for node in nodes:
+        if masked := next((v for v in (*node.inputs, *node.outputs) if v is not None and v.name in barred), None):
+            excluded.setdefault(node, f"'{masked.name}' spans a range that no integer grid resolves, as a mask's does")
     reasons = {node: reason for node in nodes if (reason := why_float(node, excluded)) is not None}
     heads = absorptions(nodes, reasons)
     quantized: set[ir.Value] = set()

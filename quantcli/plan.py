@@ -26,14 +26,18 @@ from quantcli.recipe import resolve_target
 from quantcli.rules import Arithmetic, Operand
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-    from calibration.statistics import Statistics
+    from calibration.statistics import Statistics, TensorStatistics
     from quantcli.recipe import Recipe
     from quantcli.targets import Target
 
 INT32 = IntegerType("int32")
+# Beyond this a step of any grid swallows whatever data shares the tensor: float32 data of networks lies tens of orders below.
+LARGEST_RANGE = 1e20
 
 
 @dataclass(frozen=True)
@@ -146,12 +150,17 @@ def make_plan(model: ir.Model, statistics: Statistics, recipe: Recipe) -> Plan:
         RecipeError, UsageError: If the recipe's target or patterns have no meaning for the model.
     """
     target = resolve_target(recipe)
-    placement = place(model, recipe)
+    placement = place(model, recipe, unresolvable(statistics.tensors))
     tensors = plan_activations(placement, statistics, recipe, target)
     tensors.update(plan_weights(placement, tensors, target))
     tensors.update(plan_biases(placement, tensors))
     layers = tuple(plan_layer(layer, tensors, target) for layer in placement.layers)
     return Plan(target, tensors, layers, placement.floats)
+
+
+def unresolvable(statistics: Mapping[str, TensorStatistics]) -> frozenset[str]:
+    """Return the tensors whose range is that of a mask (an attention mask adds the lowest float32), not of data."""
+    return frozenset(name for name, seen in statistics.items() if max(-seen.minimum, seen.maximum) > LARGEST_RANGE)
 
 
 def plan_activations(

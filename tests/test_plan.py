@@ -263,3 +263,28 @@ def test_dead_channels_are_told_and_forbidden_by_strict(tmp_path: Path, capsys: 
     assert not (tmp_path / "q.onnx").exists()
     assert run([*arguments, "-q"]) == 0
     assert "weight 'w' has 1 dead" in capsys.readouterr().err
+
+
+def test_a_mask_is_kept_out_of_the_integers(tmp_path: Path) -> None:
+    """An attention mask adds the lowest float32: a grid that reached it would hold nothing else."""
+    mask = np.zeros((1, 1, 6), dtype=np.float32)
+    mask[..., 4:] = np.finfo(np.float32).min
+    nodes = [
+        node("Conv", ["x", "w"], ["c"]),
+        node("Add", ["c", "mask"], ["a"]),
+        node("Softmax", ["a"], ["s"]),
+        node("MatMul", ["s", "v"], ["y"]),
+    ]
+    path = chain(tmp_path / "m.onnx", nodes, {"w": normal(4, 4, 1, 1), "mask": mask, "v": normal(6, 5, seed=2)})
+    data = data_for(tmp_path / "d.npz", x=(4, 6, 6))
+    done = convert(path, tmp_path / "q.onnx", data=data, verified=True)
+    assert [layer.operator for layer in done.plan.layers] == ["Conv", "MatMul"]
+    assert {(entry.operator, "mask" in entry.reason) for entry in done.plan.floats} == {
+        ("Add", True),
+        ("Softmax", True),
+    }
+    assert done.plan.tensors["s"].samples == 16
+    assert done.check.sqnr["y"] > 30
+    calibrate(path, data, tmp_path / "s.stats")
+    again = convert(path, tmp_path / "again.onnx", tmp_path / "s.stats")
+    assert again.plan == done.plan

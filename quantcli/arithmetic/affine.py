@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantcli.arithmetic.rounding import half_even
+from quantcli.arithmetic.rounding import ROUNDINGS, half_even
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -166,9 +166,14 @@ def power_of_two(scale: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def quantize(
-    values: NDArray[Any], scale: NDArray[np.float32], zero_point: NDArray[Any], integer: IntegerType, axis: int | None
+    values: NDArray[Any],
+    scale: NDArray[np.float32],
+    zero_point: NDArray[Any],
+    integer: IntegerType,
+    axis: int | None,
+    rounding: str = "half_even",
 ) -> NDArray[Any]:
-    """Quantize reals: q = clamp(round(real / scale) + zero_point), ties to even (equation 5; ONNX QuantizeLinear).
+    """Quantize reals: q = clamp(round(real / scale) + zero_point), ties to even by default (equation 5; ONNX QuantizeLinear).
 
     Args:
         values: Reals of any shape.
@@ -176,10 +181,11 @@ def quantize(
         zero_point: One zero point, or one per channel.
         integer: The grid, whose dtype the result has.
         axis: The channel axis, or None for one scale.
+        rounding: ``half_even``, ``half_away`` or ``floor``.
     """
     scale64 = along_axis(np.atleast_1d(scale).astype(np.float64), values.ndim, axis)
     offset = along_axis(np.atleast_1d(zero_point).astype(np.float64), values.ndim, axis)
-    q = half_even(values.astype(np.float64) / scale64) + offset
+    q = ROUNDINGS[rounding](values.astype(np.float64) / scale64) + offset
     held: NDArray[Any] = np.clip(q, integer.qmin, integer.qmax).astype(integer.dtype)
     return held
 

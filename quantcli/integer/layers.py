@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calibration.errors import ReportedError
 from quantcli.arithmetic import gemmlowp
 from quantcli.arithmetic.fixed_point import HEADROOM, multiply
 from quantcli.arithmetic.rounding import divide
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from quantcli.sidecar import LayerEntry, MultiplierEntry, TensorEntry
 
 
-class IntegerError(Exception):
+class IntegerError(ReportedError):
     """The integers of a layer cannot be computed as the sidecar states them."""
 
 

@@ -128,6 +128,15 @@ def test_ties_go_to_the_even_integer() -> None:
     assert on_grid(values, np.float32(1.0), 0, IntegerType("int8")).tolist() == [-2, -2, 0, 0, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("rounding", "expected"), [("half_away", [-3, -2, -1, 1, 2, 3]), ("floor", [-3, -2, -1, 0, 1, 2])]
+)
+def test_other_roundings_have_names(rounding: str, expected: list[int]) -> None:
+    values = np.array([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])
+    found = affine.quantize(values, np.array(1.0, np.float32), np.array(0), IntegerType("int8"), None, rounding)
+    assert found.tolist() == expected
+
+
 def test_dead_channels_get_scale_one() -> None:
     scales = affine.symmetric_scales(np.array([0.0, 12.7, 1e-38], dtype=np.float32), IntegerType("int8", narrow=True))
     assert scales.tolist() == [1.0, float(np.float32(np.float64(np.float32(12.7)) / 127)), float(affine.SMALLEST_SCALE)]
