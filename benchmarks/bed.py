@@ -59,10 +59,14 @@ def interleaved(runs: int, *actions: Callable[[], object]) -> list[float]:
     return [statistics.median(spent) for spent in times]
 
 
-def ratios(blocks: int, runs: int, *actions: Callable[[], object]) -> list[float]:
-    """Return the first action's time over each action's: the medians of the ratios of several interleaved blocks."""
-    measured = [interleaved(runs, *actions) for _ in range(blocks)]
-    return [statistics.median(block[0] / block[i] for block in measured) for i in range(len(actions))]
+def timed_blocks(blocks: int, runs: int, *actions: Callable[[], object]) -> list[list[float]]:
+    """Return the median seconds of each action, for several blocks of interleaved runs."""
+    return [interleaved(runs, *actions) for _ in range(blocks)]
+
+
+def median_ratio(blocks: Sequence[Sequence[float]], above: int, below: int) -> float:
+    """Return the median over the blocks of one action's time over another's in the same block."""
+    return statistics.median(block[above] / block[below] for block in blocks)
 
 
 def machine() -> str:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from benchmarks.bed import as_feeds, bed_folder, interleaved, load_bed
+if __package__ in {None, ""}:  # run as a file: its folder stands on the path in the project's place
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.bed import as_feeds, bed_folder, entries, interleaved, load_bed
 from calibration.hooks.onnxruntime import Runner
 from calibration.observers import MinMax
 from quantcli.fold import add_constant, fold
@@ -29,11 +33,10 @@ ENTRIES = ("resnet56_cifar10", "mobilenetv1_025_imagenet", "dscnn_kws")
 
 
 def with_reductions(model: ir.Model, names: tuple[str, ...]) -> bytes:
-    """Return the bytes of a model whose outputs are the minimum and maximum of the named tensors."""
+    """Return the bytes of a model that also gives the minimum and maximum of the named tensors."""
     probed = model.clone()
     graph = probed.graph
     values = {value.name: value for value in graph.inputs} | {v.name: v for node in graph for v in node.outputs}
-    graph.outputs.clear()
     for name in names:
         shape = add_constant(graph, f"{name}_flat", np.array([-1]))
         flat = ir.node("Reshape", [values[name], shape])
@@ -47,9 +50,8 @@ def with_reductions(model: ir.Model, names: tuple[str, ...]) -> bytes:
     return model_bytes(probed)
 
 
-def measure(name: str, threads: int) -> list[float]:
+def measure(bed: Any, name: str, threads: int) -> list[float]:
     """Return the times of reductions in the graph and of numpy on the outputs, over bare inference."""
-    bed = load_bed()
     loaded = load(bed_folder() / "models" / bed.BED[name]["onnx"])
     folded = fold(loaded.graph)
     names = place(folded, Recipe()).observed()
@@ -102,12 +104,14 @@ def bound(runner: Runner, batches: list[dict[str, NDArray[Any]]], names: tuple[s
 
 def main() -> None:
     """Print the table."""
+    bed = load_bed()
+    names = entries(bed, sys.argv[1:] or ENTRIES)
     print(
         "| model | threads | reductions in the graph | numpy on outputs | numpy on outputs in place |\n|---|---|---|---|---|"
     )
-    for name in sys.argv[1:] or ENTRIES:
+    for name in names:
         for threads in (1, 0):
-            cells = " | ".join(f"{ratio:.2f}" for ratio in measure(name, threads))
+            cells = " | ".join(f"{ratio:.2f}" for ratio in measure(bed, name, threads))
             print(f"| {name} | {threads or 'all'} | {cells} |", flush=True)
 
 
