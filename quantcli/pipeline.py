@@ -182,10 +182,6 @@ def convert(
     if form not in WRITERS:
         raise UsageError(f"there is no format '{form}'", f"known: {', '.join(WRITERS)}")
     writer = WRITERS[form]
-    if verified and form != "qdq":
-        raise UsageError(
-            f"--verify does not read the format {form} yet", "verify the qdq form: it holds the same integers"
-        )
     sidecar_path = output.with_suffix(".json")
     given = [data, labels, statistics if isinstance(statistics, (str, Path)) else None]
     sources = [model, recipe.target_file, *(Path(path) if path else None for path in given)]

@@ -11,7 +11,8 @@ import onnx_ir as ir
 
 from quantcli.errors import PlanError, UsageError
 from quantcli.fold import constant
-from quantcli.rules import RULES, Arithmetic, Operand, Rule
+from quantcli.recipe import resolve_target
+from quantcli.rules import RULES, Arithmetic, Operand, Rule, rule_for
 
 if TYPE_CHECKING:
     from quantcli.recipe import Layers, Recipe
@@ -109,6 +110,7 @@ def place(model: ir.Model, recipe: Recipe, barred: frozenset[str] = frozenset())
     """
     nodes = [node for node in model.graph if carries_floats(node)]
     excluded = exclusions(nodes, recipe.layers)
+    same_scale = resolve_target(recipe).activation.same_scale
     for node in nodes:
         if masked := next((v for v in (*node.inputs, *node.outputs) if v is not None and v.name in barred), None):
             excluded.setdefault(node, f"'{masked.name}' spans a range that no integer grid resolves, as a mask's does")
@@ -120,7 +122,7 @@ def place(model: ir.Model, recipe: Recipe, barred: frozenset[str] = frozenset())
     for node in nodes:
         if node in reasons or node in absorbed_nodes:
             continue
-        layer = PlacedLayer(node, RULES[node.op_type], tuple(heads.get(node, ())))
+        layer = PlacedLayer(node, rule_for(node, same_scale), tuple(heads.get(node, ())))
         reason = why_isolated(layer, quantized, reasons)
         if reason is not None:
             reasons[node] = reason

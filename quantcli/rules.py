@@ -7,7 +7,7 @@ operator. Anything without a row stays float. docs/operators.md is generated fro
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ import numpy as np
 from quantcli.fold import constant
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     import onnx_ir as ir
 
@@ -38,6 +38,7 @@ class Arithmetic(Enum):
     ACCUMULATE = "accumulate"  # y = M·Σ(x−z_x)(w−z_w) + z_y, M = S_x·S_w/S_y
     PRODUCT = "product"  # y = M·(a−z_a)(b−z_b) + z_y, M = S_a·S_b/S_y
     SUM = "sum"  # y = M_a·(a−z_a) ± M_b·(b−z_b) + z_y, M_i = S_i/S_y
+    MEAN = "mean"  # y = (Σ x) / count, at the input's parameters
     RESCALE = "rescale"  # y = M_i·(x−z_i) + z_y, M_i = S_i/S_y (a mean divides by its count first)
     TABLE = "table"  # y = table[x]
     SOFTMAX = "softmax"  # y = softmax over an axis, output fixed
@@ -75,7 +76,7 @@ class Rule:
     @property
     def absorbs(self) -> bool:
         """Whether a Relu or Clip behind the operator can become its clamp."""
-        return self.arithmetic in {Arithmetic.ACCUMULATE, Arithmetic.PRODUCT, Arithmetic.SUM, Arithmetic.RESCALE}
+        return self.arithmetic not in {Arithmetic.TABLE, Arithmetic.SOFTMAX, Arithmetic.MOVE}
 
 
 def conv_axis(node: ir.Node) -> int | None:
@@ -219,3 +220,17 @@ RULES: dict[str, Rule] = {
     "Pad": Rule(Arithmetic.MOVE, (OWN,), SAME, refuses=(needs_zero_padding,)),
     "Resize": Rule(Arithmetic.MOVE, (OWN,), SAME, refuses=(needs_interpolation_within,)),
 }
+
+
+def rule_for(node: ir.Node, same_scale: Collection[str] = ()) -> Rule:
+    """Return a node's row, as a target has it whose output of some operators shares the parameters of the input.
+
+    Args:
+        node: A node of an operator of the table.
+        same_scale: Those operators. A mean over windows with counted padding is no mean of its inputs, and keeps its row.
+    """
+    rule = RULES[node.op_type]
+    if node.op_type not in same_scale or rule.arithmetic is not Arithmetic.RESCALE:
+        return rule
+    padded = node.attributes.get_int("count_include_pad", 0) and any(node.attributes.get_ints("pads", ()))
+    return rule if padded else replace(rule, arithmetic=Arithmetic.MEAN, output=SAME)

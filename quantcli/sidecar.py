@@ -83,7 +83,7 @@ class LayerEntry(Entry, frozen=True):
 
     name: str
     operator: str
-    arithmetic: Literal["accumulate", "product", "sum", "rescale", "table", "softmax", "move"]
+    arithmetic: Literal["accumulate", "product", "sum", "mean", "rescale", "table", "softmax", "move"]
     inputs: list[str]
     outputs: list[str]
     absorbed: list[str]

@@ -9,10 +9,11 @@ import onnx
 import pytest
 
 from calibration.hooks.onnxruntime import Runner
-from quantcli import Recipe, convert
+from quantcli import Recipe, convert, verify
 from quantcli.cli import run
+from quantcli.integer_operators import INTEGER_OPERATORS
 from quantcli.rules import RULES
-from quantcli.write.onnx_qoperator import MOVES, OPERATORS
+from quantcli.write.onnx_qoperator import MOVES
 from tests.graphs import data_for, normal, residual_net, save
 from tests.integer.test_layers import CASES
 
@@ -25,14 +26,16 @@ def test_both_forms_give_the_same(tmp_path: Path, name: str) -> None:
     np.savez(tmp_path / "d.npz", x=x)
     results, kinds = [], []
     for form in ("qdq", "qoperator"):
-        done = convert(model, tmp_path / f"{form}.onnx", data=tmp_path / "d.npz", form=form)
+        done = convert(model, tmp_path / f"{form}.onnx", data=tmp_path / "d.npz", form=form, verified=True)
+        found = verify(done.sidecar_path, tmp_path / "d.npz")
+        assert (found.findings, found.layers) == ([], len(done.sidecar.layers))
         results.append(Runner(done.model).run({"x": x})["o"])
         kinds.append({n.op_type for n in onnx.load(done.model).graph.node})
     assert (results[0] == results[1]).all()
     for n in nodes:
-        if n.op_type in OPERATORS:
+        if n.op_type in INTEGER_OPERATORS:
             assert n.op_type not in kinds[1]
-            assert OPERATORS[n.op_type].name in kinds[1]
+            assert INTEGER_OPERATORS[n.op_type].name in kinds[1]
 
 
 def test_a_whole_net_is_integer_from_edge_to_edge(tmp_path: Path) -> None:
@@ -60,9 +63,33 @@ def test_a_clamp_that_saturation_does_not_give_keeps_its_activation(tmp_path: Pa
     assert done.check.sqnr["y"] > 15
 
 
-def test_the_tables_speak_of_known_operators(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert set(OPERATORS) | set(MOVES) <= set(RULES)
+def test_the_tables_speak_of_known_operators() -> None:
+    assert set(INTEGER_OPERATORS) | set(MOVES) <= set(RULES)
+
+
+PARAMETERS = {
+    "scale of the input": 1,
+    "scale of the weight": 4,
+    "scale of the output": 6,
+    "zero point of the output": 7,
+}
+
+
+@pytest.mark.parametrize("what", PARAMETERS)
+def test_verify_reads_the_parameters_that_an_integer_operator_holds(tmp_path: Path, what: str) -> None:
+    """Every operator's own parameters are compared, also where the operator before it holds the right ones."""
     model, data = residual_net(tmp_path / "m.onnx"), data_for(tmp_path / "d.npz")
-    arguments = ["convert", str(model), "--data", str(data), "-o", str(tmp_path / "q.onnx"), "--verify"]
-    assert run([*arguments, "--format", "qoperator"]) == 2
-    assert "--verify" in capsys.readouterr().err
+    done = convert(model, tmp_path / "q.onnx", data=data, form="qoperator", verified=True)
+    written = onnx.load(done.model)
+    operator = [n for n in written.graph.node if n.op_type == "QLinearConv"][1]
+    held = next(t for t in written.graph.initializer if t.name == operator.input[PARAMETERS[what]])
+    values = onnx.numpy_helper.to_array(held)
+    changed = (
+        np.nextafter(values, np.inf, dtype=values.dtype) if values.dtype.kind == "f" else values + values.dtype.type(1)
+    )
+    copy = onnx.numpy_helper.from_array(np.asarray(changed, values.dtype), "changed")
+    written.graph.initializer.append(copy)
+    operator.input[PARAMETERS[what]] = "changed"
+    onnx.save(written, done.model)
+    found = [str(finding) for finding in verify(done.sidecar_path, data).findings]
+    assert any("index 0, is" in line and operator.name in line for line in found), found

@@ -65,6 +65,10 @@ def exact(layer: Layer, operands: list[NDArray[np.int64]]) -> Exact | None:
         magnitude, _ = sums_and_counts(layer, np.abs(centred(layer, operands)[0]))
         factor = along(layer, 0, 0, None) / counts
         return with_errors(layer, sums * factor, magnitude * factor)
+    if kind == "mean":
+        sums, counts = sums_and_counts(layer, centred(layer, operands)[0])
+        magnitude, _ = sums_and_counts(layer, np.abs(operands[0]))
+        return with_errors(layer, sums / counts, magnitude / counts)
     if kind in {"table", "softmax"}:
         return of_function(layer, operands[0])
     if operator == "Resize" and layer.attributes.get("mode", "nearest") == "linear":

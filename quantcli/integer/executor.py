@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from quantcli.arithmetic.affine import IntegerType, dequantize, quantize
+from quantcli.integer.expand import EDGES, expanded
 from quantcli.integer.layers import IntegerError, Layer, run_layer
 
 if TYPE_CHECKING:
@@ -19,15 +20,13 @@ if TYPE_CHECKING:
 
     from quantcli.sidecar import LayerEntry, Sidecar, TensorEntry
 
-EDGES = frozenset({"QuantizeLinear", "DequantizeLinear"})
-
 
 @dataclass(eq=False)
 class Executor:
     """A quantized model and its sidecar, ready to run.
 
     Args:
-        model: The quantized model, in QDQ form.
+        model: The quantized model, in QDQ or QOperator form.
         sidecar: Its sidecar.
 
     Attributes:
@@ -39,6 +38,7 @@ class Executor:
     islands: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
+        self.model = expanded(self.model, self.sidecar)
         self.nodes = {str(node.name): node for node in self.model.graph}
         self.entries = {entry.name: entry for entry in self.sidecar.layers}
         self.stored = {

@@ -10,7 +10,7 @@ import numpy as np
 from calibration.errors import ReportedError
 from quantcli.arithmetic import gemmlowp
 from quantcli.arithmetic.fixed_point import HEADROOM, multiply
-from quantcli.arithmetic.rounding import divide
+from quantcli.arithmetic.rounding import divide, divide_half_away
 from quantcli.integer import kernels
 from quantcli.integer.resize import resize
 
@@ -160,6 +160,12 @@ def rescale(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.
         raise IntegerError("a mean leaves 61 bits")
     numerator = sums * (entry.multiplier[0] << max(-entry.shift[0], 0))
     return [divide(numerator, denominator, layer.entry.rounding) + zero_point]
+
+
+def mean(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+    """Equation 14b, TFLite's average pool: the integers themselves, zero point and all; ties away from zero."""
+    sums, counts = sums_and_counts(layer, operands[0])
+    return [divide_half_away(sums, counts)]
 
 
 def sums_and_counts(layer: Layer, x: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -339,6 +345,7 @@ INTEGER_LAYERS: dict[str, Callable[[Layer, list[NDArray[np.int64]]], list[NDArra
     "accumulate": accumulate,
     "product": product,
     "sum": total,
+    "mean": mean,
     "rescale": rescale,
     "table": look_up,
     "softmax": softmax,

@@ -105,23 +105,31 @@ def reader_of(sidecar: Sidecar, tensor: str) -> str:
 def tensor_findings(executor: Executor) -> Iterator[Finding]:
     """Compare scales, zero points and constants with those that the model holds."""
     sidecar = executor.sidecar
-    made_by = {str(node.outputs[0].name): node for node in executor.model.graph if node.op_type == "DequantizeLinear"}
+    dequantizers: dict[tuple[str, str], list[ir.Node]] = {}
+    quantizers: dict[str, list[ir.Node]] = {}
+    for node in executor.model.graph:
+        if node.op_type == "DequantizeLinear" and node.inputs[0] is not None:
+            dequantizers.setdefault((str(node.inputs[0].name), str(node.outputs[0].name)), []).append(node)
+        elif node.op_type == "QuantizeLinear":
+            quantizers.setdefault(str(node.outputs[0].name), []).append(node)
     for name, tensor in sidecar.tensors.items():
         layer = reader_of(sidecar, name)
-        node = made_by.get(tensor.reals)
-        if node is None or node.inputs[0] is None or node.inputs[0].name != tensor.integers:
+        found = dequantizers.get((tensor.integers, tensor.reals), [])
+        if not found:
             yield Finding(layer, f"the model does not dequantize tensor '{name}' from '{tensor.integers}'")
-            continue
-        held = [None if value is None else executor.stored.get(str(value.name)) for value in (*node.inputs[1:], None)][
-            :2
-        ]
-        yield from differences(layer, f"scale of '{name}'", held[0], tensor.scale)
-        zero_points = held[1] if held[1] is not None else np.zeros(len(tensor.zero_point), dtype=np.int32)
-        yield from differences(layer, f"zero point of '{name}'", zero_points, tensor.zero_point)
+        makers = [entry.name for entry in sidecar.layers if name in entry.outputs]
+        for node in (*found, *quantizers.get(tensor.integers, ())):
+            at = makers[0] if node.op_type == "QuantizeLinear" and makers else layer
+            held = [None if value is None else executor.stored.get(str(value.name)) for value in node.inputs[1:3]]
+            scales, zero_points = (*held, None, None)[:2]
+            yield from differences(at, f"scale of '{name}'", scales, tensor.scale)
+            if zero_points is None:
+                zero_points = np.zeros(len(tensor.zero_point), dtype=np.int32)
+            yield from differences(at, f"zero point of '{name}'", zero_points, tensor.zero_point)
         if tensor.sha256 is not None:
             constant = executor.stored.get(tensor.integers)
-            found = "" if constant is None else hashlib.sha256(np.ascontiguousarray(constant).tobytes()).hexdigest()
-            if found != tensor.sha256:
+            digest = "" if constant is None else hashlib.sha256(np.ascontiguousarray(constant).tobytes()).hexdigest()
+            if digest != tensor.sha256:
                 yield Finding(layer, f"the integers of '{name}' are not those that the sidecar was written for")
 
 
@@ -274,7 +282,8 @@ def compare_output(
         low, high = layer.entry.clamp
         values = np.clip(reference.values, low, high)
         nearest = np.abs(theirs - values) <= 0.5 + reference.float_error
-        explained = nearest & rounding_of(layer.entry.rounding, ours - values, reference.integer_error)
+        rounding = "single" if layer.entry.arithmetic == "mean" else layer.entry.rounding
+        explained = nearest & rounding_of(rounding, ours - values, reference.integer_error)
     report(layer.entry.name, f"output '{name}'", ours, theirs, explained, result)
 
 

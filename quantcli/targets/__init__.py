@@ -18,11 +18,15 @@ MultiplierBits = Literal[8, 16, 32]
 
 
 class ActivationFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How activations are quantized: per tensor, affine or symmetric."""
+    """How activations are quantized: per tensor, affine or symmetric.
+
+    ``same_scale`` lists the operators (of AveragePool, GlobalAveragePool, ReduceMean) whose output has the parameters of its input.
+    """
 
     dtype: ActivationType
     symmetric: bool
     power_of_two: bool = False
+    same_scale: tuple[Literal["AveragePool", "GlobalAveragePool", "ReduceMean"], ...] = ()
 
     @property
     def opset(self) -> int:

@@ -6,53 +6,18 @@ counterpart, and one with a clamp that saturation does not give, keeps its QDQ f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from quantcli.integer_operators import INTEGER_OPERATORS, MICROSOFT
 from quantcli.rules import RULES, Arithmetic
 from quantcli.write import onnx_qdq
 
 if TYPE_CHECKING:
     from quantcli.quantize import QuantizedModel
 
-MICROSOFT = "com.microsoft"
-
-
-@dataclass(frozen=True)
-class IntegerOperator:
-    """An operator's integer counterpart.
-
-    Attributes:
-        name: Its type.
-        domain: Its domain; the empty one is ONNX's own.
-        bias: Whether it takes a bias: ``last``, before the output's parameters (``inner``), or not at all (None).
-        output_first: Whether the output's scale and zero point come before the operands.
-        opset: Whether it has an attribute that names the operator set of its float counterpart.
-    """
-
-    name: str
-    domain: str = MICROSOFT
-    bias: str | None = None
-    output_first: bool = False
-    opset: bool = False
-
-
-OPERATORS: dict[str, IntegerOperator] = {
-    "Conv": IntegerOperator("QLinearConv", "", bias="last"),
-    "MatMul": IntegerOperator("QLinearMatMul", ""),
-    "Gemm": IntegerOperator("QGemm", bias="inner"),
-    "Add": IntegerOperator("QLinearAdd"),
-    "Mul": IntegerOperator("QLinearMul"),
-    "AveragePool": IntegerOperator("QLinearAveragePool"),
-    "GlobalAveragePool": IntegerOperator("QLinearGlobalAveragePool"),
-    "LeakyRelu": IntegerOperator("QLinearLeakyRelu"),
-    "Sigmoid": IntegerOperator("QLinearSigmoid"),
-    "Softmax": IntegerOperator("QLinearSoftmax", opset=True),
-    "Concat": IntegerOperator("QLinearConcat", output_first=True),
-}
 # What only moves values does so with integers as well as with reals; padding and interpolation make values of their own.
 MOVES = frozenset(name for name, rule in RULES.items() if rule.arithmetic is Arithmetic.MOVE) - {"Pad", "Resize"}
 
@@ -100,7 +65,7 @@ def replace(model: ir.Model, node: ir.Node, targets: list[ir.Node]) -> None:
             )
             put(node, new, targets)
         return
-    counterpart = OPERATORS.get(node.op_type)
+    counterpart = INTEGER_OPERATORS.get(node.op_type)
     sources = [dequantizer_of(value) for value in node.inputs]
     if counterpart is None or any(source is None for source in sources) or len(targets) != 1:
         return
@@ -108,16 +73,11 @@ def replace(model: ir.Model, node: ir.Node, targets: list[ir.Node]) -> None:
     bias = operands.pop().inputs[0] if counterpart.bias is not None and len(operands) > 2 else None
     output = list(targets[0].inputs[1:3])
     inputs = [value for operand in operands for value in operand.inputs]
-    if counterpart.output_first:
-        inputs = [*output, *inputs]
-    elif counterpart.bias == "inner":
-        inputs = [*inputs, bias, *output]
-    else:
-        inputs = [*inputs, *output, *([bias] if bias is not None else [])]
+    arranged = counterpart.arranged(inputs, bias, output)
     attributes = attributes_of(node, without={"beta"} if counterpart.bias == "inner" else set())
     if counterpart.opset:
         attributes.append(ir.AttrInt64("opset", model.opset_imports[""]))
-    put(node, ir.Node(counterpart.domain, counterpart.name, inputs, attributes), targets)
+    put(node, ir.Node(counterpart.domain, counterpart.name, arranged, attributes), targets)
 
 
 def attributes_of(node: ir.Node, without: set[str] = frozenset()) -> list[ir.Attr]:  # type: ignore[assignment]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 
 from quantcli import Recipe, convert, verify
 from quantcli.cli import run
 from quantcli.errors import RecipeError
+from quantcli.integer.executor import Executor
 from quantcli.targets import FOLDER, known, load_target
-from tests.graphs import data_for, residual_net
+from tests.graphs import data_for, node, normal, residual_net, save
 
 
 @pytest.mark.parametrize("name", known())
@@ -69,3 +73,26 @@ def test_the_list_names_them_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["targets"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in known())
+
+
+def test_average_pools_share_their_scale_where_the_target_does(tmp_path: Path) -> None:
+    """TFLite sums the integers and divides with ties away from zero; a pool that counts padding is rescaled as elsewhere."""
+    nodes = [
+        node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1]),
+        node("AveragePool", ["c"], ["p"], kernel_shape=[2, 2], strides=[2, 2]),
+        node("AveragePool", ["p"], ["q"], kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+        node("AveragePool", ["q"], ["y"], kernel_shape=[3, 3], pads=[1, 1, 1, 1], count_include_pad=1),
+    ]
+    model = save(tmp_path / "m.onnx", nodes, {"x": ["N", 3, 8, 8]}, {"y": None}, {"w": normal(8, 3, 3, 3, seed=1)})
+    done = convert(model, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz"), recipe=Recipe(target="tflite"))
+    kinds = {layer.name: layer.arithmetic for layer in done.sidecar.layers}
+    assert kinds == {"c_node": "accumulate", "p_node": "mean", "q_node": "mean", "y_node": "rescale"}
+    assert done.sidecar.tensors["q"].same_as == "c"
+    found = verify(tmp_path / "q.json", tmp_path / "d.npz")
+    assert found.findings == []
+    executor = Executor(ir.from_proto(onnx.load(done.model)), done.sidecar)
+    integers, _ = executor.run_all({"x": normal(4, 3, 8, 8, seed=9)})
+    sums = integers["c"].astype(int).reshape(4, 8, 4, 2, 4, 2).sum(axis=(3, 5))
+    away = (np.sign(sums) * ((np.abs(sums) + 2) // 4)).tolist()
+    assert integers["p"].tolist() == away
+    assert (np.abs(sums) % 4 == 2).any()

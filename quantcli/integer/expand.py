@@ -1,0 +1,109 @@
+"""Read a model in QOperator form as one in QDQ form, so that one executor and one verification serve both.
+
+Nothing is taken from the sidecar but names: every scale and zero point is the one that the model itself holds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from quantcli.integer_operators import FLOAT_OPERATORS, INTEGER_OPERATORS
+
+if TYPE_CHECKING:
+    from quantcli.sidecar import Sidecar
+
+EDGES = frozenset({"QuantizeLinear", "DequantizeLinear"})
+
+
+def expanded(model: ir.Model, sidecar: Sidecar) -> ir.Model:
+    """Return a copy of a model whose integer operators are float operators between DequantizeLinear and QuantizeLinear.
+
+    An operator that moves integers has the parameters of what makes those integers. The copy is for reading only: a tensor that
+    two operators read is dequantized twice under one name, once with the parameters that each of them holds.
+    """
+    copy = model.clone()
+    return Expansion(copy, sidecar).run()
+
+
+class Expansion:
+    """One model being expanded.
+
+    Args:
+        model: The model, which is changed.
+        sidecar: Its sidecar, for the names of the dequantized tensors.
+    """
+
+    def __init__(self, model: ir.Model, sidecar: Sidecar) -> None:
+        self.model, self.graph = model, model.graph
+        self.reals = {tensor.integers: tensor.reals for tensor in sidecar.tensors.values()}
+        self.parameters: dict[str, list[ir.Value | None]] = {}
+
+    def run(self) -> ir.Model:
+        """Expand every node in turn."""
+        for node in list(self.graph):
+            operator = FLOAT_OPERATORS.get((node.domain, node.op_type))
+            if operator is not None:
+                self.expand(node, operator)
+            elif node.op_type not in EDGES and node.inputs and self.held(node.inputs[0]) is not None:
+                self.expand_move(node)
+            elif node.op_type == "QuantizeLinear":
+                self.parameters[str(node.outputs[0].name)] = list(node.inputs[1:])
+        return self.model
+
+    def held(self, value: ir.Value | None) -> list[ir.Value | None] | None:
+        """Return the scale and zero point that a value's integers were made with; None where it holds no integers."""
+        return None if value is None else self.parameters.get(str(value.name))
+
+    def expand(self, node: ir.Node, operator: str) -> None:
+        """Put a float operator in an integer one's place."""
+        operands, bias, output = INTEGER_OPERATORS[operator].taken_apart(list(node.inputs))
+        triples = [operands[i : i + 3] for i in range(0, len(operands), 3)]
+        inputs = [self.dequantized(node, integers, parameters) for integers, *parameters in triples]
+        if bias is not None:
+            inputs.append(self.dequantized(node, bias, [self.bias_scale(node, triples[0][1], triples[1][1])]))
+        attributes = [attribute for name, attribute in node.attributes.items() if name != "opset"]
+        self.put(node, operator, inputs, attributes, output)
+
+    def expand_move(self, node: ir.Node) -> None:
+        """Put an operator on real numbers in the place of one on integers."""
+        parameters = self.held(node.inputs[0]) or []
+        moved = self.dequantized(node, node.inputs[0], parameters)
+        self.put(node, node.op_type, [moved, *node.inputs[1:]], list(node.attributes.values()), parameters)
+
+    def dequantized(self, node: ir.Node, integers: ir.Value | None, parameters: list[ir.Value | None]) -> ir.Value:
+        """Return what a new DequantizeLinear before a node makes of integers."""
+        new = ir.Node("", "DequantizeLinear", [integers, *parameters], num_outputs=1)
+        name = str(integers.name) if integers is not None else ""
+        new.outputs[0].name = self.reals.get(name, f"{name}_real")
+        self.graph.insert_before(node, new)
+        return new.outputs[0]
+
+    def bias_scale(self, node: ir.Node, x: ir.Value | None, w: ir.Value | None) -> ir.Value:
+        """Return the scale that a bias has without saying so: float32(S_x · S_w), equation 8."""
+        scales = [np.asarray(value.const_value) for value in (x, w) if value is not None]
+        tensor = ir.tensor(np.asarray(scales[0] * scales[1], dtype=np.float32).reshape(-1), name=f"{node.name}_bias")
+        value = ir.Value(name=tensor.name, const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def put(
+        self,
+        node: ir.Node,
+        operator: str,
+        inputs: list[ir.Value | None] | list[ir.Value],
+        attributes: list[ir.Attr],
+        parameters: list[ir.Value | None],
+    ) -> None:
+        """Put an operator and the QuantizeLinear behind each of its outputs in a node's place, under the same names."""
+        new = ir.Node("", operator, inputs, attributes, num_outputs=len(node.outputs), name=node.name)
+        self.graph.insert_before(node, new)
+        for made, old in zip(new.outputs, node.outputs, strict=True):
+            quantizer = ir.Node("", "QuantizeLinear", [made, *parameters], num_outputs=1)
+            self.graph.insert_before(node, quantizer)
+            made.name, quantizer.outputs[0].name = f"{old.name}_float", old.name
+            self.parameters[str(old.name)] = parameters
+            ir.convenience.replace_all_uses_with(old, quantizer.outputs[0], replace_graph_outputs=True)
+        self.graph.remove(node, safe=True)
