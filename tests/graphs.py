@@ -30,9 +30,13 @@ def save(
     opset: int = 17,
     ir_version: int = 8,
     constants_as_inputs: bool = False,
+    kinds: Mapping[str, int] | None = None,
 ) -> Path:
-    """Write a model of float inputs and outputs and return its path."""
-    given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()]
+    """Write a model of float inputs (but for those that ``kinds`` gives a type) and outputs, and return its path."""
+    types = dict(kinds or {})
+    given = [
+        helper.make_tensor_value_info(name, types.get(name, TensorProto.FLOAT), shape) for name, shape in inputs.items()
+    ]
     if constants_as_inputs:
         given += [
             helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)

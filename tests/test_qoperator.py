@@ -14,7 +14,7 @@ from quantcli.cli import run
 from quantcli.integer_operators import INTEGER_OPERATORS
 from quantcli.rules import RULES
 from quantcli.write.onnx_qoperator import MOVES
-from tests.graphs import data_for, normal, residual_net, save
+from tests.graphs import data_for, node, normal, residual_net, save
 from tests.integer.test_layers import CASES
 
 
@@ -93,3 +93,17 @@ def test_verify_reads_the_parameters_that_an_integer_operator_holds(tmp_path: Pa
     onnx.save(written, done.model)
     found = [str(finding) for finding in verify(done.sidecar_path, data).findings]
     assert any("index 0, is" in line and operator.name in line for line in found), found
+
+
+@pytest.mark.parametrize("form", ["qdq", "qoperator"])
+def test_a_table_that_is_looked_up_is_verified(tmp_path: Path, form: str) -> None:
+    """A constant that is only moved holds no parameters of its own in the QOperator form: its reader holds them."""
+    nodes = [node("Gather", ["table", "x"], ["e"]), node("MatMul", ["e", "w"], ["y"])]
+    constants = {"table": normal(20, 8, seed=1), "w": normal(8, 4, seed=2)}
+    model = save(
+        tmp_path / "m.onnx", nodes, {"x": ["N", 5]}, {"y": None}, constants, kinds={"x": onnx.TensorProto.INT64}
+    )
+    np.savez(tmp_path / "d.npz", x=np.arange(40).reshape(8, 5) % 20)
+    done = convert(model, tmp_path / "q.onnx", data=tmp_path / "d.npz", form=form, verified=True)
+    assert done.sidecar.tensors["table"].role == "constant"
+    assert verify(done.sidecar_path, tmp_path / "d.npz").findings == []

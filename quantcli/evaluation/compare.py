@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 
 from calibration.hooks.onnxruntime import Runner
+from quantcli.arithmetic.affine import dequantize
 from quantcli.evaluation.metrics import Difference
 from quantcli.fold import fold
 from quantcli.probe import with_outputs
@@ -50,17 +52,18 @@ def layer_sqnrs(
         sidecar: Its sidecar.
         batches: Inputs by name.
     """
-    reals = {name: tensor.reals for name, tensor in sidecar.tensors.items() if tensor.role == "activation"}
-    float_runner = Runner(with_outputs(fold(model), reals))
-    written = ir.from_proto(parsed(quantized))
-    quantized_runner = Runner(with_outputs(written, reals.values()))
+    activations = {name: tensor for name, tensor in sidecar.tensors.items() if tensor.role == "activation"}
+    integers = [tensor.integers for tensor in activations.values()]  # which stand in every form of the model
+    float_runner = Runner(with_outputs(fold(model), activations))
+    quantized_runner = Runner(with_outputs(ir.from_proto(parsed(quantized)), integers))
     inputs = {spec.name for spec in float_runner.inputs}
-    differences = {name: Difference() for name in reals}
+    differences = {name: Difference() for name in activations}
     for feeds in batches:
-        expected = {**feeds, **float_runner.run(feeds, [name for name in reals if name not in inputs])}
-        found = quantized_runner.run(feeds, list(reals.values()))
-        for name, real in reals.items():
-            differences[name].update(expected[name], found[real])
+        expected = {**feeds, **float_runner.run(feeds, [name for name in activations if name not in inputs])}
+        found = quantized_runner.run(feeds, integers)
+        for name, tensor in activations.items():
+            scale, zero_point = np.array(tensor.scale, dtype=np.float32), np.array(tensor.zero_point)
+            differences[name].update(expected[name], dequantize(found[tensor.integers], scale, zero_point, None))
     layers = []
     for layer in sidecar.layers:
         sqnr = differences[layer.outputs[0]].sqnr

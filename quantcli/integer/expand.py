@@ -55,7 +55,31 @@ class Expansion:
 
     def held(self, value: ir.Value | None) -> list[ir.Value | None] | None:
         """Return the scale and zero point that a value's integers were made with; None where it holds no integers."""
-        return None if value is None else self.parameters.get(str(value.name))
+        if value is None:
+            return None
+        name = str(value.name)
+        if name not in self.parameters and name in self.reals and value.is_initializer():
+            found = self.read_with(value)
+            if found is not None:
+                self.parameters[name] = found
+        return self.parameters.get(name)
+
+    def read_with(self, value: ir.Value) -> list[ir.Value | None] | None:
+        """Return the scale and zero point that the first reader of integers holds, behind operators that only move them."""
+        for user, position in value.uses():
+            operator = FLOAT_OPERATORS.get((user.domain, user.op_type))
+            if operator is not None:
+                operands, _, _ = INTEGER_OPERATORS[operator].taken_apart(list(user.inputs))
+                found = next(
+                    (operands[i + 1 : i + 3] for i in range(0, len(operands), 3) if operands[i] is value), None
+                )
+            elif user.op_type == "DequantizeLinear":
+                found = list(user.inputs[1:])
+            else:
+                found = self.read_with(user.outputs[0]) if position == 0 and user.outputs else None
+            if found is not None:
+                return found
+        return None
 
     def expand(self, node: ir.Node, operator: str) -> None:
         """Put a float operator in an integer one's place."""
