@@ -2,82 +2,286 @@
 
 from __future__ import annotations
 
-import logging
-from typing import TYPE_CHECKING, Any
+import contextlib
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
-from calibration.datasets.dataset import batches, fixes_batch
 from calibration.errors import DataError
-from calibration.observers import OBSERVERS
-from calibration.statistics import TensorStatistics
+from calibration.observers import TensorStatistics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
-    from calibration.datasets.dataset import Dataset
-    from calibration.hooks.onnxruntime import Runner
-
-logger = logging.getLogger(__name__)
+    from calibration.datasets.dataset import Dataset, InputSpec
+    from calibration.observers import Counting
 
 # How many samples are kept for self-checks: enough for a number that means something, few enough to be small.
 CHECK_SAMPLES = 4
 
+Span = tuple[int, int]
+
+
+class Hook(Protocol):
+    """A float model that runs a batch and hands out the asked tensors."""
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """The model's inputs."""
+        ...
+
+    def run(self, feeds: dict[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+        """Run one batch and return the asked tensors by name."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Shortcut:
+    """How the extremes of tensors with a known lowest value can be had without handing the tensors out.
+
+    Attributes:
+        pooled: The tensors that it can serve, once their minimum is settled: only the highest value is of interest then.
+        limit: As long as no value is larger in magnitude, no operator of the model can make one that is not finite.
+        build: Return, for some of the tensors, a hook that gives their highest values (one per channel), and the names of those.
+    """
+
+    pooled: frozenset[str]
+    limit: float
+    build: Callable[[list[str]], tuple[Hook, dict[str, str]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What is to be run.
+
+    Attributes:
+        dataset: The samples.
+        indices: The chosen ones, in order.
+        spans: The batches of this run, as positions in ``indices``.
+        pilot: The first batch of the whole calibration, which fixes how histograms look at their tensors.
+        counting: What is counted.
+        whole: Whether a batch is kept whole for self-checks, since the model fixes its batch size.
+    """
+
+    dataset: Dataset
+    indices: NDArray[np.intp]
+    spans: list[Span]
+    pilot: Span
+    counting: Counting
+    whole: bool = False
+
+    def feeds(self, span: Span) -> dict[str, NDArray[Any]]:
+        """Return a batch."""
+        return self.dataset.read(self.indices[span[0] : span[1]])
+
+    def kept(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Return what is kept of the first batch."""
+        return {name: values if self.whole else values[:CHECK_SAMPLES].copy() for name, values in feeds.items()}
+
+
+@dataclass
+class Seen:
+    """What was counted so far.
+
+    Attributes:
+        tensors: By tensor name.
+        kept: The first samples, by input name.
+        done: How many batches were run.
+        samples: How many samples they held.
+    """
+
+    tensors: dict[str, TensorStatistics]
+    kept: dict[str, NDArray[Any]] = field(default_factory=dict)
+    done: int = 0
+    samples: int = 0
+
+
+@dataclass
+class Checkpoint:
+    """Keeps what was counted, every so often.
+
+    Attributes:
+        seconds: How often.
+        save: Keeps it.
+    """
+
+    seconds: float = float("inf")
+    save: Callable[[Seen], None] = lambda _: None
+    last: float = field(default_factory=time.monotonic)
+
+    def offer(self, seen: Seen) -> None:
+        """Keep what was counted if it is time."""
+        if time.monotonic() - self.last >= self.seconds:
+            self.save(seen)
+            self.last = time.monotonic()
+
 
 def collect(
-    runner: Runner,
+    hook: Hook,
     tensors: Sequence[str],
-    dataset: Dataset,
-    indices: NDArray[np.intp],
-    batch: int,
-    observer: str = "minmax",
+    work: Work,
+    seen: Seen | None = None,
+    floors: dict[str, float] | None = None,
+    shortcut: Shortcut | None = None,
     progress: Callable[[int], None] = lambda _: None,
-) -> tuple[dict[str, TensorStatistics], dict[str, NDArray[Any]], int]:
-    """Run the chosen samples and return what the observers counted.
+    checkpoint: Checkpoint | None = None,
+) -> Seen:
+    """Run the batches and return what the observers counted.
 
     Args:
-        runner: The model, with every asked tensor among its outputs or inputs.
+        hook: The model.
         tensors: The names of the float tensors to observe.
-        dataset: The samples.
-        indices: Which of them, in which order.
-        batch: The batch size.
-        observer: A key of ``OBSERVERS``.
+        work: The batches.
+        seen: What an earlier run counted, to go on from.
+        floors: The lowest value that a tensor can have, where it is known.
+        shortcut: A cheaper way to the extremes, where there is one.
         progress: Called with the number of samples done after every batch.
-
-    Returns:
-        The statistics by tensor name, the first samples by input name, and the number of samples that were run. Where the
-        model fixes its batch size, samples that do not fill a last batch are left out.
+        checkpoint: Keeps what was counted; also where the user interrupts.
 
     Raises:
-        DataError: If a value is not finite, or there are too few samples for one batch.
+        DataError: If a value is not finite and that is not allowed.
     """
-    seen = {name: OBSERVERS[observer]() for name in tensors}
-    inputs = {spec.name for spec in runner.inputs}
-    fixed = fixes_batch(runner.inputs)
-    usable = len(indices) - len(indices) % batch if fixed else len(indices)
-    if not usable:
-        raise DataError(f"the model takes batches of {batch} and there are {len(indices)} samples", "give more samples")
-    if usable < len(indices):
-        logger.warning("the model takes batches of %d: the last %d samples are left out", batch, len(indices) - usable)
-    asked = [name for name in tensors if name not in inputs]
-    kept: dict[str, NDArray[Any]] = {}
-    done = 0
-    for feeds in batches(dataset, indices[:usable], batch):
-        if not kept:
-            kept = {
-                name: values[: max(CHECK_SAMPLES, batch) if fixed else CHECK_SAMPLES] for name, values in feeds.items()
-            }
-        computed = {**feeds, **runner.run(feeds, asked)}
-        for name, counter in seen.items():
-            try:
-                counter.update(computed[name])
-            except DataError as error:
-                raise DataError(
-                    f"tensor '{name}', samples {done} to {done + batch - 1}: {error.what}",
-                    "look for a division by zero or an overflow in the model, or clean the data",
-                ) from error
-        done += len(next(iter(feeds.values())))
-        progress(done)
-    found = {n: TensorStatistics(c.minimum, c.maximum, c.elements) for n, c in seen.items() if c.elements}
-    return found, kept, done
+    counting = work.counting
+    if seen is None or not seen.done:
+        seen = Seen({name: TensorStatistics.for_counting(counting) for name in tensors})
+        prepare(hook, seen, work)
+    for name, floor in (floors or {}).items():
+        if name in seen.tensors:
+            seen.tensors[name].floor = floor
+    checkpoint = checkpoint or Checkpoint()
+    light: Light | None = None
+    with interruptions() as interrupted:
+        for span in work.spans[seen.done :]:
+            feeds = work.feeds(span)
+            if not seen.kept:
+                seen.kept = work.kept(feeds)
+            if light is None or not light.count(feeds, span):
+                count(hook, seen.tensors, feeds, span, work)
+                light = None
+                if shortcut is not None and not counting.parts:
+                    light = Light.of(shortcut, seen, feeds)
+                    shortcut = None  # built once; given up for good where a value turns out too large
+            seen.done, seen.samples = seen.done + 1, seen.samples + span[1] - span[0]
+            progress(seen.samples)
+            checkpoint.offer(seen)
+            if interrupted():
+                checkpoint.save(seen)
+                raise KeyboardInterrupt
+    for held in seen.tensors.values():
+        if held.histogram is not None:
+            held.histogram.flush()
+    return seen
+
+
+@contextlib.contextmanager
+def interruptions() -> Iterator[Callable[[], bool]]:
+    """Hold back Ctrl-C (and a request to end) until a batch is counted whole; give a function that tells whether one came.
+
+    A second Ctrl-C is not held back.
+    """
+    came: list[int] = []
+
+    def remember(number: int, frame: object) -> None:
+        del frame
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def prepare(hook: Hook, seen: Seen, work: Work) -> None:
+    """Let histograms see the first batch of the whole calibration, where this run does not begin with it."""
+    if "histogram" not in work.counting.parts or (work.spans and work.spans[0] == work.pilot):
+        return
+    found = computed(hook, list(seen.tensors), work.feeds(work.pilot))
+    for name in list(found):
+        seen.tensors[name].prepare(found.pop(name), work.pilot[1] - work.pilot[0], work.counting)
+
+
+def computed(hook: Hook, names: Sequence[str], feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Return tensors of one batch; inputs among them are what was fed."""
+    found = hook.run(feeds, [name for name in names if name not in feeds])
+    return {name: found[name] if name in found else feeds[name] for name in names}
+
+
+def count(
+    hook: Hook, tensors: dict[str, TensorStatistics], feeds: dict[str, NDArray[Any]], span: Span, work: Work
+) -> None:
+    """Run one batch and count it; every tensor is let go as soon as it was counted.
+
+    Raises:
+        DataError: If a value is not finite and that is not allowed, naming tensor and samples.
+    """
+    found, rows = computed(hook, list(tensors), feeds), span[1] - span[0]
+    for name in list(found):
+        values = found.pop(name)
+        if span == work.pilot:
+            tensors[name].prepare(values, rows, work.counting)
+        try:
+            tensors[name].update(values, span[0], rows, work.counting)
+        except DataError as error:
+            raise DataError(
+                f"tensor '{name}', samples {span[0]} to {span[1] - 1}: {error.what}",
+                "look for a division by zero or an overflow in the model, or clean the data, or --allow-non-finite",
+            ) from error
+
+
+@dataclass
+class Light:
+    """The shortcut at work.
+
+    Attributes:
+        hook: Gives the highest values of the settled tensors, and the others whole.
+        names: Where the highest values stand, by tensor.
+        sizes: How many elements a sample has in each tensor.
+        limit: Beyond which a value is too large for the shortcut.
+        seen: What was counted so far.
+    """
+
+    hook: Hook
+    names: dict[str, str]
+    sizes: dict[str, int]
+    limit: float
+    seen: Seen
+
+    @classmethod
+    def of(cls, shortcut: Shortcut, seen: Seen, feeds: dict[str, NDArray[Any]]) -> Light | None:
+        """Return the shortcut for the tensors that are settled after a first batch; None where there are none."""
+        settled = [name for name, held in seen.tensors.items() if name in shortcut.pooled and held.settled]
+        if not settled:
+            return None
+        hook, names = shortcut.build(settled)
+        rows = len(next(iter(feeds.values())))
+        sizes = {name: held.elements // rows for name, held in seen.tensors.items()}
+        return cls(hook, names, sizes, shortcut.limit, seen)
+
+    def count(self, feeds: dict[str, NDArray[Any]], span: Span) -> bool:
+        """Run one batch and count it; return whether every value was small enough. If not, nothing is counted."""
+        asked = [self.names.get(name, name) for name in self.seen.tensors if name not in feeds]
+        found = self.hook.run(feeds, asked)
+        rows = span[1] - span[0]
+        extremes = {}
+        for name in self.seen.tensors:
+            values = feeds[name] if name in feeds else found.pop(self.names.get(name, name))
+            highest = float(values.max())
+            lowest = self.seen.tensors[name].minimum if name in self.names else float(values.min())
+            if not (highest <= self.limit and lowest >= -self.limit):  # false for NaN too
+                return False
+            extremes[name] = lowest, highest
+        for name, (lowest, highest) in extremes.items():
+            self.seen.tensors[name].count_extremes(lowest, highest, self.sizes[name] * rows)
+        return True

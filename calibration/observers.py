@@ -1,51 +1,498 @@
-"""Observers count; they compute no range and no scale."""
+"""Observers count; they compute no range and no scale.
+
+Everything that is counted can be merged: what two runs over parts of the data counted is what one run over all of it counts.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from calibration.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
+
+# Bins of a histogram on either side of zero.
+BINS = 2048
+# The narrowest bin, 2^-126: its inverse is a float32.
+SMALLEST_EXPONENT = -126
+# About how many elements of a tensor's bulk a histogram looks at over a whole calibration.
+BULK = 1 << 15
+# About which share of a tensor, at either end, is counted to the last element.
+TAIL = 1 / 1024
+# How many elements of a first batch tell where that share begins.
+TAIL_SAMPLE = 8192
+# How many looked-at elements wait before they are put into bins together.
+PENDING = 8192
+# A tensor's extremes and tails are found in columns of so many elements, from this size on.
+COLUMN, WORTH_COLUMNS = 64, 1 << 16
+# Sums of float32 values are kept as whole multiples of the smallest float32, 2^-149, so that their order does not matter.
+UNIT = 149
+
+# What each observer counts besides the lowest and the highest value.
+OBSERVERS: dict[str, frozenset[str]] = {
+    "minmax": frozenset(),
+    "moving-average": frozenset({"samples"}),
+    "mean-minmax": frozenset({"samples"}),
+    "percentile": frozenset({"histogram"}),
+    "mse": frozenset({"histogram"}),
+    "entropy": frozenset({"histogram"}),
+    "all": frozenset({"samples", "histogram"}),
+}
+
+
+# Relative entropies of histograms move by more than half a percent when a part of the elements is left out.
+WHOLE = frozenset({"entropy", "all"})
+
+
+@dataclass(frozen=True)
+class Counting:
+    """What is counted of every tensor.
+
+    Attributes:
+        observer: A key of ``OBSERVERS``.
+        channels: Whether the extremes of every channel (the second axis) are counted as well.
+        momentum: How much of a moving average a new sample leaves as it was, in [0, 1).
+        allow_non_finite: Whether values that are not finite are counted and left out rather than refused.
+        samples: How many samples the whole calibration has; a histogram looks at fewer elements of each where there are many.
+    """
+
+    observer: str = "minmax"
+    channels: bool = False
+    momentum: float = 0.99
+    allow_non_finite: bool = False
+    samples: int = 1
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """What is counted besides the lowest and the highest value."""
+        return OBSERVERS[self.observer] | (frozenset({"channels"}) if self.channels else frozenset())
 
 
 @dataclass
-class MinMax:
-    """The lowest and the highest value of a tensor over everything seen.
+class SampleRanges:
+    """The ranges of single samples: their sum, and their exponential moving average.
+
+    The moving average m ← μ·m + (1−μ)·x begins at the first sample. It is kept as what the samples add to an average that begins
+    at zero, so that two parts of the data can be put together.
 
     Attributes:
-        minimum: The lowest value so far; +inf before the first.
-        maximum: The highest value so far; −inf before the first.
-        elements: How many values were seen.
+        count: How many samples.
+        low: The sum of their lowest values, in units of 2^-149.
+        high: The sum of their highest values.
+        first: The range of the first sample.
+        average: What the samples add to the moving average of the lowest and highest values.
+        momentum: μ.
     """
 
-    minimum: float = float("inf")
-    maximum: float = float("-inf")
-    elements: int = 0
+    count: int = 0
+    low: int = 0
+    high: int = 0
+    first: tuple[float, float] = (0.0, 0.0)
+    average: tuple[float, float] = (0.0, 0.0)
+    momentum: float = 0.99
 
-    def update(self, values: NDArray[np.floating]) -> None:
-        """Count one batch of values, of any shape; an empty array changes nothing.
+    def update(self, lowest: NDArray[np.floating], highest: NDArray[np.floating]) -> None:
+        """Count the lowest and highest values of some samples, in order."""
+        lows, highs = lowest.astype(np.float64).tolist(), highest.astype(np.float64).tolist()
+        if not lows:
+            return
+        if self.count == 0:
+            self.first = lows[0], highs[0]
+        self.low += sum(int(math.ldexp(value, UNIT)) for value in lows)
+        self.high += sum(int(math.ldexp(value, UNIT)) for value in highs)
+        a, b = self.average
+        for low, high in zip(lows, highs, strict=True):
+            a = self.momentum * a + (1 - self.momentum) * low
+            b = self.momentum * b + (1 - self.momentum) * high
+        self.average = a, b
+        self.count += len(lows)
+
+    def merge(self, later: SampleRanges) -> None:
+        """Count everything that a later part of the data counted."""
+        if later.count == 0:
+            return
+        if self.count == 0:
+            self.first = later.first
+        kept = self.momentum**later.count
+        self.average = (
+            kept * self.average[0] + later.average[0],
+            kept * self.average[1] + later.average[1],
+        )
+        self.low, self.high, self.count = self.low + later.low, self.high + later.high, self.count + later.count
+
+    @property
+    def mean(self) -> tuple[float, float]:
+        """The average of the samples' lowest and of their highest values, each rounded once."""
+        low, high = (total / self.count for total in (self.low, self.high))  # integers divide correctly rounded
+        return math.ldexp(low, -UNIT), math.ldexp(high, -UNIT)
+
+    @property
+    def moving(self) -> tuple[float, float]:
+        """The moving average of the samples' lowest and highest values."""
+        kept = self.momentum**self.count
+        return kept * self.first[0] + self.average[0], kept * self.first[1] + self.average[1]
+
+
+@dataclass
+class Histogram:
+    """A histogram over bins of width 2^k around zero; where a value lies outside, k grows by one and bins go together in pairs.
+
+    The final k follows from the extremes alone, and floor(floor(x / 2^k) / 2) = floor(x / 2^(k+1)): whatever the order of the
+    values and the parts that they were counted in, the bins and their counts are the same.
+
+    Of a large tensor's bulk only every ``stride``-th element is looked at, and counts ``stride`` times; what lies beyond ``tails``
+    is counted to the last element. Both are fixed by the first batch of a calibration.
+
+    Attributes:
+        exponent: k.
+        counts: int64, 2·BINS; bin i holds [(i − BINS)·2^k, (i − BINS + 1)·2^k).
+        zeros: How many of the counted values are exactly zero.
+        stride: Of how many elements of the bulk one is looked at; odd, so that it meets all channels and places.
+        tails: Below and above which every element is counted.
+        pending: Looked-at elements that wait for their bins.
+        beyond: Elements beyond the tails that wait.
+        waiting: How many.
+    """
+
+    exponent: int = SMALLEST_EXPONENT
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2 * BINS, dtype=np.int64))
+    zeros: int = 0
+    stride: int = 1
+    tails: tuple[float, float] = (-math.inf, math.inf)
+    pending: list[NDArray[np.float32]] = field(default_factory=list, compare=False, repr=False)
+    beyond: list[NDArray[np.float32]] = field(default_factory=list, compare=False, repr=False)
+    waiting: int = field(default=0, compare=False, repr=False)
+
+    def prepare(self, values: NDArray[np.float32], elements: int, bulk: int = BULK) -> None:
+        """Fix stride and tails from a first batch.
+
+        Args:
+            values: The batch, of any shape, finite.
+            elements: About how many elements the whole calibration will have.
+            bulk: About how many of them are to be looked at.
+        """
+        self.stride = max(1, elements // bulk) | 1
+        if values.size and self.stride > 1:
+            looked = values.reshape(-1)[:: max(1, values.size // TAIL_SAMPLE) | 1]
+            place = max(1, int(TAIL * looked.size))
+            ordered = np.partition(looked, (place, looked.size - 1 - place))
+            self.tails = float(ordered[place]), float(ordered[looked.size - 1 - place])
+
+    def grow(self, lowest: float, highest: float) -> None:
+        """Widen the bins until both values lie inside."""
+        needed = self.exponent
+        largest = max(-lowest, highest)
+        if largest > 0:
+            # 2^e > largest ≥ 2^(e−1); BINS bins of 2^(e − log2 BINS) reach 2^e. A lowest value of −2^e' just fits.
+            needed = max(needed, math.frexp(largest)[1] - (BINS.bit_length() - 1))
+        self.widen(needed)
+
+    def widen(self, exponent: int) -> None:
+        """Put bins together until they are 2^exponent wide."""
+        turns = min(exponent - self.exponent, BINS.bit_length()) if self.counts.any() else 0
+        for _ in range(turns):
+            pairs = self.counts.reshape(-1, 2).sum(axis=1)
+            self.counts = np.zeros(2 * BINS, dtype=np.int64)
+            self.counts[BINS // 2 : BINS // 2 + BINS] = pairs
+        self.exponent = max(self.exponent, exponent)
+
+    def update(self, values: NDArray[np.float32], start: int, tails: list[NDArray[np.float32]]) -> None:
+        """Count one batch.
+
+        Args:
+            values: The values, one after the other, all finite.
+            start: The first of them that belongs to the looked-at ones.
+            tails: Those that lie beyond the tails.
+        """
+        bulk = values[start :: self.stride]
+        self.pending.append(bulk.copy())
+        self.waiting += bulk.size
+        for beyond in tails:
+            if beyond.size:
+                self.beyond.append(beyond)
+                self.waiting += beyond.size
+        if self.waiting >= PENDING:
+            self.flush()
+
+    def flush(self) -> None:
+        """Put into bins what waits for it."""
+        if not self.pending:
+            return
+        values = np.concatenate(self.pending)
+        if self.beyond:
+            self.add(np.concatenate(self.beyond), 1)
+        self.pending, self.beyond, self.waiting = [], [], 0
+        below, above = np.float32(self.tails[0]), np.float32(self.tails[1])
+        if self.stride > 1 and values.size and (values.min() < below or values.max() > above):
+            values = values[(values >= below) & (values <= above)]
+        self.add(values, self.stride)
+
+    def add(self, values: NDArray[np.float32], weight: int) -> None:
+        """Put values into bins, each so many times."""
+        if not values.size:
+            return
+        lowest = float(values.min())
+        self.grow(lowest, float(values.max()))
+        inverse = np.float32(math.ldexp(1.0, -self.exponent))
+        first = math.floor(lowest * float(inverse))
+        scaled = values * inverse
+        places = np.floor(scaled).astype(np.intp)
+        if lowest < 0:
+            places -= (scaled == 0) & (values < 0)  # what is so small that its product vanishes lies below zero still
+        places -= first
+        found = np.bincount(places)
+        self.counts[BINS + first : BINS + first + len(found)] += weight * found
+        self.zeros += weight * (values.size - int(np.count_nonzero(values)))
+
+    def merge(self, other: Histogram) -> None:
+        """Count everything that ``other`` counted as well."""
+        self.flush()
+        other.flush()
+        self.widen(other.exponent)
+        same = Histogram(other.exponent, other.counts)
+        same.widen(self.exponent)
+        self.counts = self.counts + same.counts
+        self.zeros += other.zeros
+
+    def edges(self) -> NDArray[np.float64]:
+        """Return the bins' edges, 2·BINS + 1 values."""
+        return np.ldexp(np.arange(-BINS, BINS + 1, dtype=np.float64), self.exponent)
+
+
+@dataclass
+class ChannelRanges:
+    """The lowest and the highest value of every channel: the second axis, or the only one behind the sample's.
+
+    Attributes:
+        minimum: float32, one per channel.
+        maximum: float32, one per channel.
+    """
+
+    minimum: NDArray[np.float32]
+    maximum: NDArray[np.float32]
+
+    def merge(self, other: ChannelRanges) -> None:
+        """Count everything that ``other`` saw as well."""
+        self.minimum = np.minimum(self.minimum, other.minimum)
+        self.maximum = np.maximum(self.maximum, other.maximum)
+
+
+@dataclass
+class TensorStatistics:
+    """What was seen of one tensor.
+
+    Attributes:
+        minimum: The lowest finite value so far; +inf before the first.
+        maximum: The highest; −inf before the first.
+        elements: How many finite values were seen.
+        nan: How many values were no numbers.
+        infinite: How many were infinite.
+        samples: The ranges of single samples, where they are counted.
+        histogram: The histogram, where it is counted.
+        channels: The extremes of every channel, where they are counted.
+        floor: The lowest value that the tensor can have, where it is known: once it was seen, the minimum is not looked for.
+    """
+
+    minimum: float = math.inf
+    maximum: float = -math.inf
+    elements: int = 0
+    nan: int = 0
+    infinite: int = 0
+    samples: SampleRanges | None = None
+    histogram: Histogram | None = None
+    channels: ChannelRanges | None = None
+    floor: float | None = field(default=None, compare=False)
+
+    @classmethod
+    def for_counting(cls, counting: Counting, floor: float | None = None) -> TensorStatistics:
+        """Return empty statistics that will count what is asked for."""
+        parts = counting.parts
+        return cls(
+            floor=floor,
+            samples=SampleRanges(momentum=counting.momentum) if "samples" in parts else None,
+            histogram=Histogram() if "histogram" in parts else None,
+        )
+
+    def prepare(self, values: NDArray[np.floating], rows: int, counting: Counting) -> None:
+        """Fix what a first batch fixes, without counting it."""
+        if self.histogram is not None:
+            numbers = as_float32(values).reshape(-1)
+            if counting.allow_non_finite:
+                numbers = numbers[np.isfinite(numbers)]
+            elements = values.size * counting.samples // max(rows, 1)
+            self.histogram.prepare(numbers, elements, elements if counting.observer in WHOLE else BULK)
+
+    def update(self, values: NDArray[np.floating], first: int, rows: int, counting: Counting) -> None:
+        """Count one batch.
+
+        Args:
+            values: The tensor, of any shape; an empty one changes nothing.
+            first: The number of the batch's first sample in the whole calibration.
+            rows: How many samples the batch has.
+            counting: What is counted.
 
         Raises:
-            DataError: If a value is not finite.
+            DataError: If a value is not finite and that is not allowed; nothing is counted then.
         """
         if values.size == 0:
             return
-        lowest, highest = float(values.min()), float(values.max())  # both carry a NaN through
-        if not (np.isfinite(lowest) and np.isfinite(highest)):
-            bad = int(values.size - np.isfinite(values).sum())
-            raise DataError(f"{bad} of {values.size} values are not finite")
+        whole = rows > 0 and values.size % rows == 0
+        tails: list[NDArray[np.float32]] = []
+        by_sample: tuple[NDArray[np.floating], NDArray[np.floating]] | None = None
+        if self.samples is not None:
+            shaped = values.reshape((rows, -1) if whole else (1, -1))
+            by_sample = shaped.min(axis=1), shaped.max(axis=1)
+            lowest, highest = float(by_sample[0].min()), float(by_sample[1].max())
+        if self.histogram is not None:
+            values = as_float32(values)
+            lowest, highest, tails = self.extremes_and_tails(values.reshape(-1), self.histogram.tails)
+        elif by_sample is None:
+            highest = float(values.max())  # carries a NaN through, as min does
+            lowest = self.minimum if self.settled else float(values.min())
+        if not (math.isfinite(lowest) and math.isfinite(highest)):
+            self.update_finite(values, first, rows, counting)
+            return
+        self.count_extremes(lowest, highest, values.size)
+        if self.samples is not None and by_sample is not None:
+            self.samples.update(*by_sample)
+        if self.histogram is not None:
+            self.histogram.update(values.reshape(-1), self.start(values, first, rows), tails)
+        if counting.channels and values.ndim >= 2:
+            self.count_channels(values, values)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the minimum cannot become lower, since it is the lowest value that the tensor can have."""
+        return self.floor is not None and self.minimum == self.floor
+
+    def start(self, values: NDArray[Any], first: int, rows: int) -> int:
+        """Return the first element of a batch whose number in the whole calibration is a multiple of the histogram's stride."""
+        passed = first * (values.size // rows) if rows > 0 and values.size % rows == 0 else 0
+        return -passed % self.histogram.stride if self.histogram is not None else 0
+
+    def extremes_and_tails(
+        self, values: NDArray[np.float32], bounds: tuple[float, float]
+    ) -> tuple[float, float, list[NDArray[np.float32]]]:
+        """Return the lowest and the highest of some values, and those that lie beyond two bounds.
+
+        Most values are read once: columns whose highest value lies within the bounds hold none beyond them.
+        """
+        highest, tails = beyond(values, bounds[1])
+        if self.settled or math.isnan(highest):
+            return self.minimum, highest, tails
+        lowest, others = beyond(values, bounds[0], above=False)
+        return lowest, highest, tails + others
+
+    def count_extremes(self, lowest: float, highest: float, elements: int) -> None:
+        """Count values of which only the extremes are known."""
         self.minimum, self.maximum = min(self.minimum, lowest), max(self.maximum, highest)
-        self.elements += values.size
+        self.elements += elements
 
-    def merge(self, other: MinMax) -> None:
-        """Count everything that ``other`` saw as well."""
-        self.minimum, self.maximum = min(self.minimum, other.minimum), max(self.maximum, other.maximum)
-        self.elements += other.elements
+    def count_channels(self, lows: NDArray[np.floating], highs: NDArray[np.floating]) -> None:
+        """Count the extremes of every channel; a tensor whose number of channels varies has none."""
+        axes = tuple(axis for axis in range(lows.ndim) if axis != 1)
+        found = ChannelRanges(as_float32(lows.min(axis=axes)), as_float32(highs.max(axis=axes)))
+        if self.channels is None:
+            self.channels = found
+        elif len(self.channels.minimum) == len(found.minimum):
+            self.channels.merge(found)
+
+    def update_finite(self, values: NDArray[np.floating], first: int, rows: int, counting: Counting) -> None:
+        """Count a batch that holds values that are not finite: they have no extremes, and are zero to a histogram.
+
+        Raises:
+            DataError: If they are not allowed.
+        """
+        bad = self.non_finite(values, counting)
+        if bad.all():
+            return
+        finite = values[~bad]
+        self.count_extremes(float(finite.min()), float(finite.max()), finite.size)
+        lows, highs = np.where(bad, np.float32(np.inf), values), np.where(bad, np.float32(-np.inf), values)
+        if self.samples is not None:
+            shape = (rows, -1) if rows > 0 and values.size % rows == 0 else (1, -1)
+            lowest, highest = lows.reshape(shape).min(axis=1), highs.reshape(shape).max(axis=1)
+            seen = lowest <= highest
+            self.samples.update(lowest[seen], highest[seen])
+        if self.histogram is not None:
+            numbers = as_float32(np.where(bad, np.float32(0), values)).reshape(-1)
+            below, above = (np.float32(bound) for bound in self.histogram.tails)
+            tails = [numbers[numbers > above], numbers[numbers < below]]
+            self.histogram.update(numbers, self.start(values, first, rows), tails)
+        if counting.channels and values.ndim >= 2:
+            self.count_channels(lows, highs)
+
+    def non_finite(self, values: NDArray[np.floating], counting: Counting) -> NDArray[np.bool_]:
+        """Count what is not finite and return where it is.
+
+        Raises:
+            DataError: If it is not allowed.
+        """
+        nan, infinite = np.isnan(values), np.isinf(values)
+        counts = int(nan.sum()), int(infinite.sum())
+        if not counting.allow_non_finite:
+            raise DataError(
+                f"{sum(counts)} of {values.size} values are not finite ({counts[0]} NaN, {counts[1]} infinite)"
+            )
+        self.nan, self.infinite = self.nan + counts[0], self.infinite + counts[1]
+        both: NDArray[np.bool_] = nan | infinite
+        return both
+
+    def merge(self, later: TensorStatistics) -> None:
+        """Count everything that a later part of the data counted."""
+        self.minimum, self.maximum = min(self.minimum, later.minimum), max(self.maximum, later.maximum)
+        self.elements += later.elements
+        self.nan, self.infinite = self.nan + later.nan, self.infinite + later.infinite
+        for mine, theirs in self.pairs(later):
+            mine.merge(theirs)
+        if self.channels is None:
+            self.channels = later.channels
+
+    def pairs(self, other: TensorStatistics) -> Iterator[tuple[Any, Any]]:
+        """Yield the parts that both have counted."""
+        for part in ("samples", "histogram", "channels"):
+            mine, theirs = getattr(self, part), getattr(other, part)
+            if mine is not None and theirs is not None:
+                yield mine, theirs
 
 
-OBSERVERS = {"minmax": MinMax}
+def as_float32(values: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Return values as contiguous float32."""
+    if values.dtype == np.float32 and values.flags.c_contiguous:
+        return values
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(values, dtype=np.float32)
+
+
+def beyond(values: NDArray[np.float32], bound: float, above: bool = True) -> tuple[float, list[NDArray[np.float32]]]:
+    """Return the highest (or lowest) of some values, a NaN if there is one, and those above (or below) a bound.
+
+    Large arrays are read once: the extremes of columns tell which of them hold values beyond the bound.
+    """
+    extreme = np.max if above else np.min
+    outside = np.greater if above else np.less
+    limit = np.float32(bound)
+    if values.size < WORTH_COLUMNS:
+        end = float(values.max() if above else values.min())
+        found = outside(end, limit)
+        return end, [values[outside(values, limit)]] if found else []
+    cut = values.size - values.size % COLUMN
+    columns, rest = values[:cut].reshape(COLUMN, -1), values[cut:]
+    peaks = columns.max(axis=0) if above else columns.min(axis=0)
+    end = float(extreme(peaks))
+    tails = []
+    if outside(end, limit):
+        some = columns[:, np.flatnonzero(outside(peaks, limit))].reshape(-1)
+        tails.append(some[outside(some, limit)])
+    if rest.size:
+        last = float(extreme(rest))
+        end = end if math.isnan(end) else (last if math.isnan(last) or outside(last, end) else end)
+        tails.append(rest[outside(rest, limit)])
+    return end, tails

@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration import statistics as statistics_file
-from calibration.collect import collect
 from calibration.datasets import Selection, batches, fitted_batch, fixes_batch, open_dataset, select
 from calibration.errors import DataError, StatisticsError
 from calibration.hooks.onnxruntime import Runner
-from calibration.statistics import Statistics, TensorStatistics
+from calibration.statistics import Statistics
 from quantcli import sidecar as sidecar_file
 from quantcli.errors import ModelError, StrictError, UsageError, VerifyError
 from quantcli.evaluation.check import SelfCheck, self_check
@@ -25,9 +25,9 @@ from quantcli.fold import fold
 from quantcli.integer.verify import Verification, random_inputs
 from quantcli.integer.verify import verify as compare_integers
 from quantcli.load import LoadedModel, load, shown_name
-from quantcli.placement import place
-from quantcli.plan import Plan, make_plan, unresolvable
-from quantcli.probe import model_bytes, with_outputs
+from quantcli.observation import Data, Run, observe
+from quantcli.plan import Plan, make_plan
+from quantcli.probe import model_bytes
 from quantcli.progress import Progress, silent
 from quantcli.quantize import quantize
 from quantcli.recipe import Recipe, resolve_target
@@ -37,8 +37,9 @@ from quantcli.write import WRITERS
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    import onnx_ir as ir
     from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
 
 # How many random samples are verified where there is no data.
 RANDOM_SAMPLES = 8
@@ -65,81 +66,67 @@ class Conversion:
 
 def calibrate(
     model: Path | str,
-    data: Path | str,
+    data: Path | str | None = None,
     output: Path | str | None = None,
     recipe: Recipe | None = None,
     labels: Path | str | None = None,
     split: str | None = None,
+    function: str | None = None,
+    synthetic: int | None = None,
+    run: Run | None = None,
     progress: Progress = silent,
 ) -> Statistics:
     """Run calibration data through a float model and return (and save) the statistics of the tensors that a plan needs.
 
     Args:
         model: An ``.onnx`` or ``.pt2`` file.
-        data: An ``.npz`` or ``.npy`` file, or a folder of images.
-        output: Where to save the statistics; None to only return them.
+        data: A file or folder that `calibration.datasets` reads; None where ``function`` or ``synthetic`` takes its place.
+        output: Where to save the statistics; None to only return them. Checkpoints stand beside it, as ``NAME.partial``.
         recipe: What the user wants; None for the defaults.
         labels: A CSV that names the image files (its labels are not needed here).
         split: Keep only the CSV's rows of this split.
+        function: A callable ``module:function`` that yields batches as dicts by input name.
+        synthetic: So many random samples instead of data.
+        run: A shard of the samples, how much memory, going on from a checkpoint, the runtime; None for the defaults.
         progress: Called with the stage, the samples done and their total.
 
     Raises:
         ReportedError: If anything given cannot be used; nothing is written then.
     """
-    recipe = recipe or Recipe()
-    model, data = Path(model), Path(data)
-    outputs = [Path(output)] if output is not None else []
-    sources = [data, recipe.target_file, Path(labels) if labels else None]
-    check_outputs(outputs, [model, *sources])
+    recipe, run = recipe or Recipe(), run or Run()
+    model, given = Path(model), data_of(data, labels, split, function, synthetic)
+    path = Path(output) if output is not None else None
+    if path is not None:
+        run = replace(run, partial=path.with_name(f"{path.name}.partial"))
+    outputs = [path] if path is not None else []
+    check_outputs(outputs, [model, recipe.target_file, *given.files])
     target = resolve_target(recipe)
     source = load(model)
     check_outputs(outputs, source.files)
-    statistics = observe(source, fold(source.graph, target.activation.opset), data, recipe, labels, split, progress)
-    if output is not None:
+    statistics = observe(source, fold(source.graph, target.activation.opset), given, recipe, run, progress)
+    if path is not None:
         with staged() as files:
-            files.write(Path(output), statistics_file.serialized(statistics))
+            files.write(path, statistics_file.serialized(statistics))
+        if run.partial is not None:
+            run.partial.unlink(missing_ok=True)
     return statistics
 
 
-def observe(
-    source: LoadedModel,
-    folded: ir.Model,
-    data: Path,
-    recipe: Recipe,
-    labels: Path | str | None,
-    split: str | None,
-    progress: Progress,
-) -> Statistics:
-    """Return the statistics of a folded model's tensors over a data set."""
-    runner = Runner(model_bytes(folded), what=source.name)
-    dataset = open_dataset(data, runner.inputs, recipe.preprocess, Path(labels) if labels else None, split)
-    indices = select(len(dataset), recipe.calibration.selection)
-    batch = fitted_batch(runner.inputs, recipe.calibration.batch)
-    seen: dict[str, TensorStatistics] = {}
-    wanted = place(folded, recipe).observed()
-    while wanted:
-        found, kept, samples = collect(
-            Runner(with_outputs(folded, wanted), what=source.name),
-            wanted,
-            dataset,
-            indices,
-            batch,
-            recipe.calibration.observer,
-            lambda done: progress("calibrate", done, len(indices)),
-        )
-        seen.update(found)
-        # Where a tensor turns out to span a mask's range, the plan stands elsewhere: a second pass sees what it needs there.
-        needed = place(folded, recipe, unresolvable(seen)).observed()
-        wanted = tuple(name for name in needed if name not in seen) if found else ()
-    return Statistics(
-        source.sha256,
-        dataset.digest,
-        asdict(recipe.preprocess) if recipe.preprocess else {},
-        samples,
-        recipe.calibration.observer,
-        seen,
-        kept,
-    )
+def data_of(
+    data: Path | str | None,
+    labels: Path | str | None = None,
+    split: str | None = None,
+    function: str | None = None,
+    synthetic: int | None = None,
+) -> Data:
+    """Return where data comes from.
+
+    Raises:
+        UsageError: If it is not exactly one place.
+    """
+    if sum(given is not None for given in (data, function, synthetic)) != 1:
+        raise UsageError("calibration needs data from one place", "give one of --data, --data-function, --synthetic")
+    return Data(Path(data) if data is not None else None, Path(labels) if labels else None, split, function, synthetic)
 
 
 def convert(
@@ -153,6 +140,9 @@ def convert(
     strict: bool = False,
     verified: bool = False,
     form: str = "qdq",
+    function: str | None = None,
+    synthetic: int | None = None,
+    run: Run | None = None,
     progress: Progress = silent,
 ) -> Conversion:
     """Quantize a float model and write the quantized model and its sidecar (same name, ``.json``).
@@ -168,6 +158,9 @@ def convert(
         strict: Refuse where an operator stays float or a weight channel is dead.
         verified: Run the integer executor against the runtime before the files get their names.
         form: ``qdq`` (QuantizeLinear/DequantizeLinear) or ``qoperator`` (QLinearConv and its like).
+        function: A callable ``module:function`` that yields calibration batches, where there are neither statistics nor data.
+        synthetic: So many random samples instead; refused by ``strict``.
+        run: How the calibration is run.
         progress: Called with the stage, the samples done and their total.
 
     Raises:
@@ -175,8 +168,12 @@ def convert(
     """
     recipe = recipe or Recipe()
     model, output = Path(model), Path(output)
-    if (statistics is None) == (data is None):
-        raise UsageError("convert needs either statistics or calibration data", "give --stats or --data")
+    places = (statistics, data, function, synthetic)
+    if sum(given is not None for given in places) != 1:
+        raise UsageError(
+            "convert needs either statistics or calibration data",
+            "give one of --stats, --data, --data-function, --synthetic",
+        )
     if output.suffix != ".onnx":
         raise UsageError(f"the output {output} is of no known kind", "name it .onnx")
     if form not in WRITERS:
@@ -190,8 +187,10 @@ def convert(
     source = load(model)
     check_outputs([output, sidecar_path], source.files)
     folded = fold(source.graph, target.activation.opset)
-    if data is not None:
-        found = observe(source, folded, Path(data), recipe, labels, split, progress)
+    if statistics is None:
+        found = observe(
+            source, folded, data_of(data, labels, split, function, synthetic), recipe, run or Run(), progress
+        )
     elif isinstance(statistics, Statistics):
         found = statistics
     else:
@@ -199,7 +198,9 @@ def convert(
     check_belongs(found, source)
     plan = make_plan(folded, found, recipe)
     if strict:
-        check_strict(plan)
+        check_strict(plan, found)
+    if found.synthetic:
+        logger.warning("the ranges come from random data: the model is for trying out, not for use")
     quantized = quantize(folded, plan)
     written = model_bytes(writer(quantized))
     entry = FileEntry(shown_name(output), hashlib.sha256(written).hexdigest(), len(written))
@@ -240,8 +241,10 @@ def check_belongs(statistics: Statistics, source: LoadedModel) -> None:
         )
 
 
-def check_strict(plan: Plan) -> None:
-    """Raise StrictError where an operator stays float or a weight channel holds nothing but zeros."""
+def check_strict(plan: Plan, statistics: Statistics) -> None:
+    """Raise StrictError for ranges of random data, operators that stay float, and weight channels of nothing but zeros."""
+    if statistics.synthetic:
+        raise StrictError("the ranges come from random data (--synthetic)", "calibrate with real data")
     if plan.floats:
         first = plan.floats[0]
         more = f" and {len(plan.floats) - 1} more" if len(plan.floats) > 1 else ""

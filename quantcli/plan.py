@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from calibration.ranges import RANGES
+from calibration.ranges import Grid, RangeSpec, parse_range, range_of
 from quantcli.arithmetic.affine import (
     IntegerType,
     affine_parameters,
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-    from calibration.statistics import Statistics, TensorStatistics
+    from calibration.observers import TensorStatistics
+    from calibration.statistics import Statistics
     from quantcli.recipe import Recipe
     from quantcli.targets import Target
 
@@ -168,6 +169,7 @@ def plan_activations(
 ) -> dict[str, TensorPlan]:
     """Return the parameters of every activation and constant operand."""
     integer = IntegerType(target.activation.dtype)
+    spec, grid = range_spec(statistics, recipe), Grid(integer.qmax - integer.qmin, target.activation.symmetric)
     parameters = symmetric_parameters if target.activation.symmetric else affine_parameters
     constants = {
         str(value.name): values
@@ -185,7 +187,7 @@ def plan_activations(
             if name in constants:
                 role, lo, hi = "constant", float(constants[name].min()), float(constants[name].max())
             elif name in statistics.tensors:
-                lo, hi = RANGES[recipe.activation.range](statistics.tensors[name])
+                lo, hi = range_of(spec, name, statistics.tensors[name], grid)
                 samples = statistics.samples
             else:
                 raise PlanError(
@@ -203,6 +205,12 @@ def plan_activations(
                 name, "activation", integer, root.scale, root.zero_point, None, root.lo, root.hi, root.samples, source
             )
     return tensors
+
+
+def range_spec(statistics: Statistics, recipe: Recipe) -> RangeSpec:
+    """Return how ranges are computed: as the recipe says, or as the observer of the statistics is meant for."""
+    meant = "minmax" if statistics.observer == "all" else statistics.observer
+    return parse_range(recipe.activation.range or meant)
 
 
 def to_power_of_two(scale: np.float32, lo: float, integer: IntegerType, symmetric: bool) -> tuple[np.float32, int]:

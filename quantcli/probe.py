@@ -38,3 +38,40 @@ def with_outputs(model: ir.Model, names: Iterable[str]) -> bytes:
     wanted = {name for name in names if name not in given}
     probed.graph.outputs.extend(v for node in probed.graph for v in node.outputs if v.name in wanted)
     return model_bytes(probed)
+
+
+def with_highest(model: ir.Model, names: Iterable[str], settled: Iterable[str]) -> tuple[bytes, dict[str, str]]:
+    """Return the bytes of a model that gives the named tensors, but of the settled ones only their highest values.
+
+    GlobalMaxPool finds them, one per sample and channel: ONNX Runtime runs it on the layout in which convolutions leave their
+    results, while handing a tensor out means copying it to another one.
+
+    Args:
+        model: The folded model.
+        names: All tensors that are asked for.
+        settled: Those whose highest values are enough; each has three dimensions or more.
+
+    Returns:
+        The bytes, and the names of the outputs that hold the highest values.
+    """
+    probed = model.clone()
+    graph = probed.graph
+    values = {str(value.name): value for node in graph for value in node.outputs}
+    taken = {*values, *(str(value.name) for value in graph.inputs), *graph.initializers}
+    mark = "_highest"
+    while any(f"{name}{mark}" in taken for name in values):
+        mark += "_"
+    held = {str(value.name) for value in graph.outputs}
+    pooled = {name: f"{name}{mark}" for name in settled}
+    for name in names:
+        value = values.get(name)
+        if value is None:
+            continue
+        if name in pooled:
+            node = ir.node("GlobalMaxPool", [value])
+            node.outputs[0].name, node.outputs[0].type = pooled[name], value.type
+            graph.append(node)
+            graph.outputs.append(node.outputs[0])
+        elif name not in held:
+            graph.outputs.append(value)
+    return model_bytes(probed), pooled

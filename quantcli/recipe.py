@@ -9,6 +9,7 @@ import msgspec
 
 from calibration.datasets.dataset import Selection
 from calibration.datasets.preprocess import Preprocess
+from calibration.ranges import parse_range
 from quantcli.errors import RecipeError
 from quantcli.targets import DEFAULT_TARGET, ActivationType, MultiplierBits, Rounding, Target, load_target
 
@@ -22,7 +23,10 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     batch: Annotated[int, msgspec.Meta(ge=1)] | None = None
     shuffle: bool | None = None
     seed: Annotated[int, msgspec.Meta(ge=0)] = 0
-    observer: Literal["minmax"] = "minmax"
+    observer: Literal["minmax", "moving-average", "mean-minmax", "percentile", "mse", "entropy", "all"] | None = None
+    momentum: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.99
+    channels: bool = False
+    allow_non_finite: bool = False
 
     @property
     def selection(self) -> Selection:
@@ -31,11 +35,20 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Activation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How activations are quantized (section ``[activation]``); None leaves it to the target."""
+    """How activations are quantized (section ``[activation]``); None leaves it to the target, or to what the observer is for."""
 
-    range: Literal["minmax"] = "minmax"
+    range: str | None = None
     dtype: ActivationType | None = None
     symmetric: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Check the range.
+
+        Raises:
+            ValueError: If there is no such range.
+        """
+        if self.range is not None:
+            parse_range(self.range)
 
 
 class Weight(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -47,6 +47,7 @@ class CalibrationEntry(Entry, frozen=True):
     observer: str
     synthetic: bool
     preprocess: dict[str, Any]
+    selection: dict[str, Any]
 
 
 class TensorEntry(Entry, frozen=True):
@@ -137,8 +138,9 @@ def describe(
             statistics.data_sha256,
             statistics.samples,
             statistics.observer,
-            False,
+            statistics.synthetic,
             dict(sorted(statistics.preprocess.items())),
+            dict(sorted(statistics.selection.items())),
         ),
         plan.target,
         msgspec.structs.replace(recipe, target=plan.target.name),

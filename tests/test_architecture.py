@@ -30,6 +30,7 @@ ORDER = [
     {"quantcli.write"},
     {"quantcli.sidecar"},
     {"quantcli.integer"},
+    {"quantcli.observation"},
     {"quantcli.review"},
     {"quantcli.evaluation"},
     {"quantcli.pipeline"},

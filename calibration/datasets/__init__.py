@@ -5,12 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibration.datasets.dataset import Dataset, InputSpec, Selection, batches, fitted_batch, fixes_batch, select
+from calibration.datasets.dataset import (
+    Dataset,
+    InputSpec,
+    Selection,
+    batches,
+    boundaries,
+    fitted_batch,
+    fixes_batch,
+    select,
+)
 from calibration.datasets.preprocess import Preprocess
 from calibration.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 __all__ = [
     "Dataset",
@@ -18,6 +27,7 @@ __all__ = [
     "Preprocess",
     "Selection",
     "batches",
+    "boundaries",
     "fitted_batch",
     "fixes_batch",
     "open_dataset",
@@ -25,38 +35,68 @@ __all__ = [
 ]
 
 
+KINDS = ".npz, .npy, .safetensors, .pt, .csv, .jsonl, a folder of images, or of test_data_set_*/input_*.pb"
+
+
 def open_dataset(
-    path: Path,
+    path: Path | None,
     inputs: Sequence[InputSpec],
     preprocess: Preprocess | None = None,
     labels: Path | None = None,
     split: str | None = None,
+    *,
+    function: str | None = None,
+    synthetic: int | None = None,
+    seed: int = 0,
+    allow_non_finite: bool = False,
 ) -> Dataset:
     """Open a data set for a model, choosing the reader by what stands at ``path``.
 
     Args:
-        path: An ``.npz`` or ``.npy`` file, or a folder of images.
+        path: A file or folder; None where ``function`` or ``synthetic`` takes its place.
         inputs: The model's inputs.
         preprocess: How stored values become what the model takes; None leaves arrays as they are and gives images defaults.
         labels: A CSV file (columns ``file`` and ``label``) for images, an ``.npy`` file for arrays.
         split: Keep only those rows of the CSV whose column ``split`` says so.
+        function: A Python callable, ``module:function``, that yields batches as dicts by input name.
+        synthetic: So many random samples.
+        seed: Of the random samples.
+        allow_non_finite: Whether NaN and infinities pass.
 
     Raises:
         DataError: If the data cannot be read or does not fit the model.
     """
-    from calibration.datasets import arrays, images
+    from calibration.datasets import arrays, images, samples
 
-    path = Path(path)
+    if sum(given is not None for given in (path, function, synthetic)) != 1:
+        raise DataError("data comes from exactly one place", "give a path, a function, or a number of random samples")
+    if synthetic is not None:
+        return samples.Synthetic(synthetic, tuple(inputs), seed)
+    if function is not None:
+        return samples.open_function(function, inputs, preprocess, allow_non_finite)
+    path = Path(str(path))
     if not path.exists():
-        raise DataError(f"there is no data at {path}", "give an .npz or .npy file, or a folder of images")
+        raise DataError(f"there is no data at {path}", f"give {KINDS}")
     if path.is_dir():
+        if folders := samples.test_set_folders(path):
+            return samples.open_test_sets(folders, inputs, allow_non_finite)
         return images.open_images(path, inputs, preprocess or Preprocess(), labels, split)
     if split is not None:
         raise DataError(f"{path.name} has no splits", "--split chooses rows of a labels CSV beside a folder of images")
-    if path.suffix == ".npz":
-        return arrays.open_npz(path, inputs, preprocess, labels)
-    if path.suffix == ".npy":
-        return arrays.open_npy(path, inputs, preprocess, labels)
-    raise DataError(
-        f"{path} is not a kind of data that can be read", "give an .npz or .npy file, or a folder of images"
-    )
+    readers: dict[str, Callable[[Path, Sequence[InputSpec], Preprocess | None, Path | None, bool], Dataset]] = {
+        ".npz": arrays.open_npz,
+        ".npy": arrays.open_npy,
+        ".safetensors": arrays.open_safetensors,
+        ".pt": samples.open_torch,
+        ".pth": samples.open_torch,
+    }
+    if path.suffix in readers:
+        return readers[path.suffix](path, inputs, preprocess, labels, allow_non_finite)
+    rows = {".csv": samples.open_csv, ".jsonl": samples.open_lines}
+    if path.suffix in rows:
+        if labels is not None:
+            raise DataError(
+                f"{path.name} holds its labels itself", "name a column or key label, and leave out --labels"
+            )
+        return rows[path.suffix](path, inputs, preprocess, allow_non_finite)
+    raise DataError(f"{path} is not a kind of data that can be read", f"give {KINDS}")

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.datasets.preprocess import Preprocess, normalized, shown
+from calibration.datasets.stored import Spool, StoredArray, npy_at, npz_members, safetensors_members
 from calibration.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from calibration.datasets.dataset import InputSpec
+
+Stored = np.ndarray | StoredArray | Spool
 
 # Arrays under one of these names are labels unless the model has an input of that name.
 LABEL_NAMES = ("labels", "label", "targets", "target", "y")
@@ -27,12 +30,19 @@ LABEL_NAMES = ("labels", "label", "targets", "target", "y")
 class Arrays:
     """A data set held as arrays, one per input, first axis the sample."""
 
-    stored: dict[str, NDArray[Any]]
+    stored: dict[str, Stored]
     inputs: tuple[InputSpec, ...]
     preprocess: Preprocess | None
     labels: NDArray[np.integer] | None
     digest: str
     source: str
+    allow_non_finite: bool = False
+    synthetic: bool = False
+
+    def shape_of(self, index: int) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of a sample's arrays."""
+        ragged = [values for values in self.stored.values() if isinstance(values, Spool)]
+        return tuple(values.shapes[index] for values in ragged)
 
     def __len__(self) -> int:
         return len(next(iter(self.stored.values())))
@@ -49,17 +59,65 @@ class Arrays:
             values = normalized(values, self.preprocess, scale, self.preprocess.layout, self.source)
         values = cast_to(spec, values, self.source)
         check_shape(spec, values, self.source)
-        check_finite(spec, values, self.source)
+        if not self.allow_non_finite:
+            check_finite(spec, values, self.source)
         return values
 
 
-def open_npz(path: Path, inputs: Sequence[InputSpec], preprocess: Preprocess | None, labels: Path | None) -> Arrays:
+def open_npz(
+    path: Path,
+    inputs: Sequence[InputSpec],
+    preprocess: Preprocess | None,
+    labels: Path | None,
+    allow_non_finite: bool = False,
+) -> Arrays:
     """Open an ``.npz``: arrays under the inputs' names, or a single array under any name for a model with a single input.
 
     Raises:
         DataError: If the file cannot be read, an input has no array, or an array is nobody's.
     """
-    found = read_archive(path)
+    try:
+        found = npz_members(path)
+    except Exception as error:
+        raise DataError(f"{path} cannot be read as .npz ({first_line(error)})", "write it with numpy.savez") from error
+    return named(path, found, inputs, preprocess, labels, allow_non_finite)
+
+
+def open_safetensors(
+    path: Path,
+    inputs: Sequence[InputSpec],
+    preprocess: Preprocess | None,
+    labels: Path | None,
+    allow_non_finite: bool = False,
+) -> Arrays:
+    """Open a ``.safetensors`` file, by the rules of ``.npz``.
+
+    Raises:
+        DataError: If the file cannot be read, an input has no array, or an array is nobody's.
+    """
+    try:
+        found = safetensors_members(path)
+    except Exception as error:
+        raise DataError(
+            f"{path} cannot be read as .safetensors ({first_line(error)})", "write it with safetensors"
+        ) from error
+    return named(path, found, inputs, preprocess, labels, allow_non_finite)
+
+
+def named(
+    path: Path,
+    found: Mapping[str, Stored],
+    inputs: Sequence[InputSpec],
+    preprocess: Preprocess | None,
+    labels: Path | None,
+    allow_non_finite: bool = False,
+) -> Arrays:
+    """Return arrays by name as the model's inputs, and those under one of the labels' names as labels.
+
+    Raises:
+        DataError: If an input has no array, or an array is nobody's.
+    """
+    found = dict(found)
     names = {spec.name for spec in inputs}
     label_name = next((name for name in LABEL_NAMES if name in found and name not in names), None)
     stored_labels = found.pop(label_name) if label_name else None
@@ -78,41 +136,27 @@ def open_npz(path: Path, inputs: Sequence[InputSpec], preprocess: Preprocess | N
             f"{path} holds '{extra[0]}', which is no input of the model (inputs: {', '.join(sorted(names))})",
             f"remove it, or call the labels one of {', '.join(LABEL_NAMES)}",
         )
-    return checked(path, found, inputs, preprocess, read_labels(labels) if labels else stored_labels)
+    given = read_labels(labels) if labels else None if stored_labels is None else whole(stored_labels)
+    return checked(path, found, inputs, preprocess, given, allow_non_finite)
 
 
-def read_archive(path: Path) -> dict[str, NDArray[Any]]:
-    """Return the arrays of an ``.npz``.
-
-    Raises:
-        DataError: If it cannot be read, or holds anything but arrays.
-    """
-    try:
-        with path.open("rb") as stream:
-            archive = np.load(stream, allow_pickle=False)
-            if isinstance(archive, np.ndarray):
-                raise TypeError("it is a single array")
-            found = {name: archive[name] for name in archive.files}
-    except Exception as error:
-        raise DataError(f"{path} cannot be read as .npz ({first_line(error)})", "write it with numpy.savez") from error
-    if other := next((name for name, values in found.items() if not isinstance(values, np.ndarray)), None):
-        raise DataError(f"{path} holds '{other}', which is no array", "write it with numpy.savez")
-    return found
+def whole(values: Stored) -> NDArray[Any]:
+    """Return all rows."""
+    if isinstance(values, np.ndarray) or values.ndim == 0:
+        return np.zeros(()) if not isinstance(values, np.ndarray) else values
+    return values[np.arange(len(values))]
 
 
-def read_array(path: Path, mapped: bool = False) -> NDArray[Any]:
-    """Return the array of an ``.npy``, mapped into memory where asked.
+def read_array(path: Path) -> StoredArray | NDArray[Any]:
+    """Return the array of an ``.npy``.
 
     Raises:
         DataError: If it cannot be read.
     """
     try:
-        values = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
-        if not isinstance(values, np.ndarray):
-            raise TypeError("it is an archive of arrays")
+        return npy_at(path, 0, path.stat().st_size)
     except Exception as error:
         raise DataError(f"{path} cannot be read as .npy ({first_line(error)})", "write it with numpy.save") from error
-    return values
 
 
 def first_line(error: Exception) -> str:
@@ -120,27 +164,44 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def open_npy(path: Path, inputs: Sequence[InputSpec], preprocess: Preprocess | None, labels: Path | None) -> Arrays:
-    """Open an ``.npy`` for a model with a single input; the file is mapped, not read.
+def open_npy(
+    path: Path,
+    inputs: Sequence[InputSpec],
+    preprocess: Preprocess | None,
+    labels: Path | None,
+    allow_non_finite: bool = False,
+) -> Arrays:
+    """Open an ``.npy`` for a model with a single input.
 
     Raises:
         DataError: If the file cannot be read, or the model has several inputs.
+    """
+    name = single_input(path, inputs)
+    given = read_labels(labels) if labels else None
+    return checked(path, {name: read_array(path)}, inputs, preprocess, given, allow_non_finite)
+
+
+def single_input(path: Path | str, inputs: Sequence[InputSpec]) -> str:
+    """Return the name of a model's only input.
+
+    Raises:
+        DataError: If it has several.
     """
     if len(inputs) != 1:
         names = ", ".join(spec.name for spec in inputs)
         raise DataError(
             f"{path} holds one array and the model has inputs {names}", "give an .npz with one array per input"
         )
-    values = read_array(path, mapped=True)
-    return checked(path, {inputs[0].name: values}, inputs, preprocess, read_labels(labels) if labels else None)
+    return inputs[0].name
 
 
 def checked(
-    path: Path,
-    stored: dict[str, NDArray[Any]],
+    path: Path | str,
+    stored: dict[str, Stored],
     inputs: Sequence[InputSpec],
     preprocess: Preprocess | None,
     labels: NDArray[Any] | None,
+    allow_non_finite: bool = False,
 ) -> Arrays:
     """Return the data set after checking that every array has the same, positive number of samples."""
     for name, values in stored.items():
@@ -160,14 +221,14 @@ def checked(
         raise DataError(
             f"{path} has {next(iter(counts.values()))} samples and {len(labels)} labels", "give one label a sample"
         )
-    return Arrays(stored, tuple(inputs), preprocess, labels, digest_of(stored), str(path))
+    return Arrays(stored, tuple(inputs), preprocess, labels, digest_of(stored), str(path), allow_non_finite)
 
 
 def read_labels(path: Path) -> NDArray[Any]:
     """Read labels from an ``.npy`` file."""
     if path.suffix != ".npy":
         raise DataError(f"the labels {path} of array data are not an .npy file", "save them with numpy.save")
-    return read_array(path)
+    return whole(read_array(path))
 
 
 def cast_to(spec: InputSpec, values: NDArray[Any], source: str) -> NDArray[Any]:
@@ -209,12 +270,18 @@ def check_finite(spec: InputSpec, values: NDArray[Any], source: str) -> None:
     raise DataError(f"{source} holds {nans} NaN and {infs} infinite values for input '{spec.name}'", "clean the data")
 
 
-def digest_of(stored: dict[str, NDArray[Any]]) -> str:
+def digest_of(stored: Mapping[str, Stored]) -> str:
     """Return the sha256 over names, dtypes, shapes and bytes of the arrays, in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(stored):
         values = stored[name]
         digest.update(f"{name}\0{values.dtype.str}\0{values.shape}\0".encode())
-        for part in np.array_split(values, max(1, values.nbytes >> 26)):
-            digest.update(np.ascontiguousarray(part).tobytes())
+        for piece in values.chunks() if not isinstance(values, np.ndarray) else pieces(values):
+            digest.update(piece)
     return digest.hexdigest()
+
+
+def pieces(values: NDArray[Any]) -> Iterator[bytes]:
+    """Yield an array's bytes in pieces."""
+    for part in np.array_split(values, max(1, values.nbytes >> 26)):
+        yield np.ascontiguousarray(part).tobytes()

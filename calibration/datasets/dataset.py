@@ -10,7 +10,7 @@ import numpy as np
 from calibration.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Hashable, Iterator
 
     from numpy.typing import NDArray
 
@@ -46,8 +46,17 @@ class Dataset(Protocol):
         """The sha256 of what is stored."""
         ...
 
+    @property
+    def synthetic(self) -> bool:
+        """Whether the samples are made up."""
+        ...
+
     def __len__(self) -> int:
         """Return the number of samples."""
+        ...
+
+    def shape_of(self, index: int) -> Hashable:
+        """Return something that is equal for samples that can be read together."""
         ...
 
     def read(self, indices: NDArray[np.intp]) -> dict[str, NDArray[Any]]:
@@ -108,7 +117,29 @@ def fitted_batch(inputs: tuple[InputSpec, ...], wanted: int | None) -> int:
     return size
 
 
+def boundaries(dataset: Dataset, indices: NDArray[np.intp], size: int, fixed: bool = False) -> list[tuple[int, int]]:
+    """Return the batches of some samples, as (start, stop) positions in ``indices``.
+
+    Args:
+        dataset: The samples.
+        indices: The chosen ones, in order.
+        size: How many a batch holds at most; one ends where the shape of the samples changes, too.
+        fixed: Whether smaller batches are left out.
+    """
+    spans: list[tuple[int, int]] = []
+    start = 0
+    shape: Hashable = None
+    for position, index in enumerate(indices.tolist()):
+        found = dataset.shape_of(index)
+        if position > start and (position - start == size or found != shape):
+            spans.append((start, position))
+            start = position
+        shape = found
+    spans.append((start, len(indices)))
+    return [span for span in spans if not fixed or span[1] - span[0] == size]
+
+
 def batches(dataset: Dataset, indices: NDArray[np.intp], size: int) -> Iterator[dict[str, NDArray[Any]]]:
-    """Yield the chosen samples in batches of ``size``; the last one may be smaller."""
-    for start in range(0, len(indices), size):
-        yield dataset.read(indices[start : start + size])
+    """Yield the chosen samples in batches of ``size``; one ends where the shape of the samples changes, too."""
+    for start, stop in boundaries(dataset, indices, size):
+        yield dataset.read(indices[start:stop])

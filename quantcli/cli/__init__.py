@@ -13,13 +13,14 @@ import click
 
 from calibration.errors import ReportedError
 from quantcli import __version__
-from quantcli.cli.calibrate import calibrate
+from quantcli.cli.calibrate import calibrate, merge
 from quantcli.cli.convert import convert
 from quantcli.cli.demo import demo
 from quantcli.cli.evaluate import evaluate
+from quantcli.cli.inspect import inspect
 from quantcli.cli.review import diff, lint
 from quantcli.cli.targets import targets
-from quantcli.cli.terminal import Terminal, WarningRelay, output_options
+from quantcli.cli.terminal import MessageRelay, Terminal, output_options
 from quantcli.cli.verify import verify
 
 EXIT_CODES = """\b
@@ -57,7 +58,7 @@ def cli() -> None:
     """Turn a saved float PyTorch or ONNX model into an integer one."""
 
 
-for command in (calibrate, convert, evaluate, verify, lint, diff, targets, demo):
+for command in (calibrate, merge, inspect, convert, evaluate, verify, lint, diff, targets, demo):
     cli.add_command(command)
 
 
@@ -72,12 +73,19 @@ def run(arguments: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no failure
-    relay = WarningRelay(Terminal())
-    logging.getLogger("calibration").addHandler(relay)
+    relay = MessageRelay(Terminal(quiet=bool({"-q", "--quiet"} & set(arguments)), json="--json" in arguments))
+    telling = {"calibrate", "--max-memory", "-v", "--verbose"} & set(arguments)
+    loggers = [logging.getLogger(name) for name in ("calibration", "quantcli")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(relay)
+        logger.setLevel(logging.INFO if telling else logging.WARNING)
     try:
         return dispatch(arguments)
     finally:
-        logging.getLogger("calibration").removeHandler(relay)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.removeHandler(relay)
+            logger.setLevel(level)
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -95,7 +103,9 @@ def dispatch(arguments: list[str]) -> int:
     except ReportedError as error:
         return report(arguments, type(error).__name__, error.what, error.remedy, error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        return report(arguments, "Interrupted", "interrupted", "nothing was written", 130)
+        resumable = "calibrate" in arguments
+        remedy = "calibrate goes on with --resume" if resumable else "nothing was written"
+        return report(arguments, "Interrupted", "interrupted", remedy, 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

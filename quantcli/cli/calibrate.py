@@ -1,32 +1,44 @@
-"""``quantcli calibrate``."""
+"""``quantcli calibrate`` and ``quantcli merge``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from quantcli.cli.options import (
-    EXISTING,
     EXISTING_FILE,
     OUTPUT,
+    Shard,
+    counting_options,
+    data_options,
     keep_apart,
     label_options,
     preprocess_options,
     quantization_options,
     recipe_of,
     recipe_option,
+    run_of,
     sample_options,
 )
-from quantcli.cli.terminal import output_options, terminal_of
+from quantcli.cli.terminal import Terminal, output_options, terminal_of
+
+if TYPE_CHECKING:
+    from calibration.statistics import Statistics
 
 
 @click.command()
 @click.argument("model", type=EXISTING_FILE)
-@click.option("--data", type=EXISTING, required=True, help=".npz, .npy, or a folder of images.")
+@data_options
 @click.option("-o", "--output", type=OUTPUT, required=True, help="The statistics file to write.")
-@click.option("--observer", type=click.Choice(["minmax"]), help="What is counted.  [default: minmax]")
+@counting_options
+@click.option("--channels/--no-channels", default=None, help="Count the extremes of every channel too.")
+@click.option("--shard", type=Shard(), help="Run only this part of the samples, to be merged: 0/4 to 3/4.")
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint (OUTPUT.partial) of a run that was stopped.")
+@click.option(
+    "--checkpoint", type=click.FloatRange(min=0), metavar="SECONDS", help="How often one is kept.  [default: 30]"
+)
 @sample_options
 @preprocess_options
 @label_options
@@ -34,27 +46,49 @@ from quantcli.cli.terminal import output_options, terminal_of
 @quantization_options
 @output_options
 @click.pass_context
-def calibrate(context: click.Context, /, model: Path, data: Path, output: Path, **options: Any) -> None:
+def calibrate(context: click.Context, /, model: Path, output: Path, **options: Any) -> None:
     """Run data through MODEL (.onnx or .pt2) and save the statistics of its activations.
 
-    One statistics file serves any number of conversions of the same model.
+    One statistics file serves any number of conversions of the same model. A run that is stopped, by Ctrl-C or worse, goes on
+    with --resume.
     """
     from quantcli import pipeline
 
     terminal = terminal_of(context)
     keep_apart(options, output)
-    recipe = recipe_of(options)
+    recipe, run = recipe_of(options), run_of(options)
     with terminal.progress() as progress:
-        found = pipeline.calibrate(model, data, output, recipe, options["labels"], options["split"], progress)
+        found = pipeline.calibrate(
+            model,
+            options["data"],
+            output,
+            recipe,
+            options["labels"],
+            options["split"],
+            options["function"],
+            options["synthetic"],
+            run,
+            progress,
+        )
+    show(terminal, found, output)
+
+
+def show(terminal: Terminal, found: Statistics, output: Path) -> None:
+    """Print what statistics hold."""
     if terminal.verbose:
         rows = [(name, f"{seen.minimum:.6g}", f"{seen.maximum:.6g}") for name, seen in found.tensors.items()]
         terminal.table("Ranges", ("tensor", ">lowest", ">highest"), rows)
+    if found.synthetic:
+        terminal.warn("the samples were made up: the ranges are for trying out, not for use")
     terminal.say(f"{output}: {len(found.tensors)} tensors over {found.samples} samples")
     terminal.result(
         {
             "statistics": str(output),
             "samples": found.samples,
             "observer": found.observer,
+            "synthetic": found.synthetic,
+            "batch": found.selection.get("batch"),
+            "parts": [[part.start, part.stop, part.chosen] for part in found.parts],
             "model_sha256": found.model_sha256,
             "data_sha256": found.data_sha256,
             "tensors": {
@@ -62,3 +96,28 @@ def calibrate(context: click.Context, /, model: Path, data: Path, output: Path, 
             },
         }
     )
+
+
+@click.command()
+@click.argument("statistics", nargs=-1, required=True, type=EXISTING_FILE)
+@click.option("-o", "--output", type=OUTPUT, required=True, help="The statistics file to write.")
+@output_options
+@click.pass_context
+def merge(context: click.Context, /, statistics: tuple[Path, ...], output: Path) -> None:
+    """Put STATISTICS of the same model together: shards of one calibration, or calibrations on different data.
+
+    The result is what one calibration on all the samples gives.
+    """
+    from calibration import statistics as statistics_file
+    from quantcli.files import check_output, staged
+
+    terminal = terminal_of(context)
+    check_output(output, *statistics)
+    found = statistics_file.merge([(path.name, statistics_file.load(path)) for path in statistics])
+    with staged() as files:
+        files.write(output, statistics_file.serialized(found))
+    chosen = {part.chosen for part in found.parts if part.start == 0 and part.stop == part.chosen}
+    if len(found.parts) == 1 and not chosen:
+        part = found.parts[0]
+        terminal.warn(f"samples {part.start} to {part.stop - 1} of {part.chosen} are there: shards are missing")
+    show(terminal, found, output)

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantcli.cli.options import (
-    EXISTING,
     EXISTING_FILE,
     OUTPUT,
+    counting_options,
+    data_options,
     keep_apart,
     label_options,
     preprocess_options,
     quantization_options,
     recipe_of,
     recipe_option,
+    run_of,
     sample_options,
 )
 from quantcli.cli.terminal import Terminal, output_options, terminal_of
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model", type=EXISTING_FILE)
 @click.option("--stats", type=EXISTING_FILE, help="Statistics that quantcli calibrate saved.")
-@click.option("--data", type=EXISTING, help="Calibration data instead: .npz, .npy, or a folder of images.")
+@data_options
 @click.option(
     "-o", "--output", type=OUTPUT, required=True, help="The quantized model to write (.onnx; .json beside it)."
 )
@@ -41,12 +43,14 @@ if TYPE_CHECKING:
     help="QuantizeLinear/DequantizeLinear around operators, or integer operators.",
 )
 @click.option(
-    "--strict", is_flag=True, help="Fail (exit code 5) where an operator stays float or a weight channel is dead."
+    "--strict",
+    is_flag=True,
+    help="Fail (exit code 5) where an operator stays float, a weight channel is dead, or data is made up.",
 )
 @click.option(
     "--verify", is_flag=True, help="Run the integer executor against ONNX Runtime before the files get their names."
 )
-@click.option("--observer", type=click.Choice(["minmax"]), help="What is counted.  [default: minmax]")
+@counting_options
 @recipe_option
 @quantization_options
 @sample_options
@@ -77,6 +81,9 @@ def convert(context: click.Context, /, model: Path, output: Path, strict: bool, 
             strict,
             options["verify"],
             options["form"],
+            options["function"],
+            options["synthetic"],
+            run_of(options),
             progress,
         )
     show(terminal, done)

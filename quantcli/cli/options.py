@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from quantcli.observation import Run
     from quantcli.recipe import Recipe
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -16,6 +17,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 EXISTING = click.Path(exists=True, path_type=Path)
 OUTPUT = click.Path(dir_okay=False, path_type=Path)
+
+
+KINDS_OF_DATA = ".npz, .npy, .safetensors, .pt, .csv, .jsonl, a folder of images, or of test_data_set_*/input_*.pb"
 
 
 class Size(click.ParamType[Any]):
@@ -49,6 +53,57 @@ class Numbers(click.ParamType[Any]):
             return [float(part) for part in value.split(",")]
         except ValueError:
             self.fail(f"'{value}' is not a list of numbers; write 0.485,0.456,0.406", param, ctx)
+
+
+class Bytes(click.ParamType[Any]):
+    """A number of bytes, with an optional unit."""
+
+    name = "N[MB|GB]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of bytes."""
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]
+        text = value.strip().upper().removesuffix("B").removesuffix("I")
+        unit = {"K": 10, "M": 20, "G": 30, "T": 40}.get(text[-1:], 0)
+        try:
+            count = float(text[:-1] if unit else text) * (1 << unit)
+        except ValueError:
+            count = 0.0
+        if not 1 <= count < float("inf"):
+            self.fail(f"'{value}' is no amount of memory; write 512MB or 2GB", param, ctx)
+        return int(count)
+
+
+class Shard(click.ParamType[Any]):
+    """Which of how many parts, counted from 0."""
+
+    name = "I/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Return the part's number and how many there are."""
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]
+        number, _, count = value.partition("/")
+        if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+            self.fail(f"'{value}' is no shard; write 0/4 for the first of four", param, ctx)
+        return int(number), int(count)
+
+
+class Range(click.ParamType[Any]):
+    """How ranges are computed."""
+
+    name = "NAME[:P]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the text after checking it."""
+        from calibration.ranges import parse_range
+
+        try:
+            parse_range(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
 
 
 def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -87,6 +142,56 @@ sample_options = together(
     click.option("--seed", type=click.IntRange(min=0), help="Seed of the random draw.  [default: 0]"),
 )
 
+data_options = together(
+    click.option("--data", type=EXISTING, help=f"Calibration data: {KINDS_OF_DATA}."),
+    click.option(
+        "--data-function",
+        "function",
+        metavar="MODULE:FUNCTION",
+        help="Call this Python function instead: it yields batches, dicts of arrays by input name.",
+    ),
+    click.option(
+        "--synthetic",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Make up N random samples instead: for trying out, stamped, refused by --strict.",
+    ),
+)
+
+counting_options = together(
+    click.option(
+        "--observer",
+        type=click.Choice(["minmax", "moving-average", "mean-minmax", "percentile", "mse", "entropy", "all"]),
+        help="What is counted.  [default: what --range needs]",
+    ),
+    click.option(
+        "--momentum",
+        type=click.FloatRange(0, 1, max_open=True),
+        help="How much of a moving average a sample leaves.  [default: 0.99]",
+    ),
+    click.option(
+        "--allow-non-finite/--refuse-non-finite",
+        "allow_non_finite",
+        default=None,
+        help="Count and leave out NaN and infinities, or fail.  [default: fail]",
+    ),
+    click.option(
+        "--max-memory",
+        type=Bytes(),
+        help="Shrink batches so that the process stays within, say, 2GB; fail if none fits.",
+    ),
+    click.option(
+        "--runtime",
+        type=click.Choice(["onnxruntime", "torch"]),
+        help="What runs the float model (torch: .pt2 only).  [default: onnxruntime]",
+    ),
+    click.option(
+        "--device",
+        type=click.Choice(["cpu", "cuda"]),
+        help="Where it runs; cuda means --runtime torch.  [default: cpu]",
+    ),
+)
+
 label_options = together(
     click.option("--labels", type=EXISTING_FILE, help="Labels: CSV (file,label) for images, .npy for arrays."),
     click.option("--split", help="Use only the CSV's rows whose column split says so."),
@@ -99,7 +204,12 @@ quantization_options = together(
         type=click.Choice(["uint8", "int8", "int16"]),
         help="Type of activations.  [default: the target's]",
     ),
-    click.option("--range", "range_", type=click.Choice(["minmax"]), help="Ranges from statistics.  [default: minmax]"),
+    click.option(
+        "--range",
+        "range_",
+        type=Range(),
+        help="Ranges: minmax, moving-average, mean-minmax, percentile[:99.99], mse, entropy.  [default: the observer's]",
+    ),
     click.option("--symmetric/--asymmetric", default=None, help="Form of activations.  [default: the target's]"),
     click.option("--per-channel/--per-tensor", default=None, help="Scales of weights.  [default: the target's]"),
     click.option(
@@ -115,6 +225,34 @@ quantization_options = together(
 )
 
 
+CALIBRATION = ("samples", "batch", "shuffle", "seed", "observer", "momentum", "channels", "allow_non_finite")
+
+
+def run_of(options: dict[str, Any]) -> Run:
+    """Return how the options ask for a calibration to be run.
+
+    Raises:
+        UsageError: If runtime and device contradict each other.
+    """
+    from quantcli.errors import UsageError
+    from quantcli.observation import CHECKPOINT_SECONDS, Run
+
+    device = options.get("device") or "cpu"
+    runtime = options.get("runtime") or ("torch" if device == "cuda" else "onnxruntime")
+    if device == "cuda" and runtime != "torch":
+        raise UsageError("--device cuda runs the model in torch, not in ONNX Runtime", "leave out --runtime")
+    seconds = options.get("checkpoint")
+    return Run(
+        options.get("shard") or (0, 1),
+        options.get("max_memory"),
+        None,
+        CHECKPOINT_SECONDS if seconds is None else seconds,
+        bool(options.get("resume")),
+        runtime,
+        device,
+    )
+
+
 def recipe_of(options: dict[str, Any]) -> Recipe:
     """Return the recipe that the options ask for, over the file that ``--recipe`` names.
 
@@ -126,7 +264,7 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
     bits = options.get("multiplier_bits")
     overrides: dict[str, Any] = {
         "target": options.get("target"),
-        "calibration": {key: options.get(key) for key in ("samples", "batch", "shuffle", "seed", "observer")},
+        "calibration": {key: options.get(key) for key in CALIBRATION},
         "preprocess": {key: options.get(key) for key in ("size", "crop", "scale", "mean", "std", "layout", "color")},
         "activation": {
             "range": options.get("range_"),

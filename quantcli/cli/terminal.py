@@ -39,6 +39,11 @@ class Terminal:
         if not (self.quiet or self.json):
             console().print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
+    def tell(self, text: str) -> None:
+        """Print a line about what is going on, on standard error."""
+        if not (self.quiet or self.json):
+            console(stderr=True).print(text, style="dim", markup=False, emoji=False, highlight=False, soft_wrap=True)
+
     def warn(self, text: str) -> None:
         """Print a warning; it is never silenced."""
         console(stderr=True).print(
@@ -82,28 +87,39 @@ class Terminal:
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console(stderr=True), transient=True) as bars:
             tasks: dict[str, Any] = {}
 
             def show(stage: str, done: int, total: int) -> None:
                 if stage not in tasks:
-                    tasks[stage] = bars.add_task(stage, total=total)
+                    tasks[stage] = bars.add_task(stage, total=total, rate="")
                 bars.update(tasks[stage], completed=done)
+                speed = next((task.speed for task in bars.tasks if task.id == tasks[stage]), None)
+                bars.update(tasks[stage], rate=f"{speed:,.1f}/s" if speed else "")
 
             yield show
 
 
-class WarningRelay(logging.Handler):
-    """Shows what the library warns of as our own warnings."""
+class MessageRelay(logging.Handler):
+    """Shows what the library warns of as our own warnings, and what it tells on standard error."""
 
     def __init__(self, terminal: Terminal) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.INFO)
         self.terminal = terminal
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one warning."""
-        self.terminal.warn(record.getMessage())
+        """Print one message."""
+        if record.levelno >= logging.WARNING:
+            self.terminal.warn(record.getMessage())
+        else:
+            self.terminal.tell(record.getMessage())
 
 
 @functools.cache

@@ -370,7 +370,7 @@ def test_damaged_archives_are_read_or_refused(tmp_path: Path) -> None:
     ("name", "content", "told"),
     [
         ("d.npy", as_npy(numbers(2, 3)), "inputs x, z"),
-        ("d.csv", b"1,2,3\n", "not a kind of data"),
+        ("d.parquet", b"1,2,3\n", "not a kind of data"),
         ("d", b"", "not a kind of data"),
         ("d.npz", None, "no data at"),
         ("folder.npz/d", None, "no data at"),

@@ -1,4 +1,4 @@
-"""What is counted, how it is kept, and the loop that counts it."""
+"""How statistics are kept: the file, what it refuses, and how parts are put together."""
 
 from __future__ import annotations
 
@@ -12,81 +12,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save
 
-from calibration.collect import CHECK_SAMPLES, collect
-from calibration.datasets import InputSpec, open_dataset
-from calibration.errors import DataError, StatisticsError
-from calibration.hooks.onnxruntime import Runner
-from calibration.observers import MinMax
-from calibration.ranges import minmax
-from calibration.statistics import Statistics, TensorStatistics, load, serialized
+from calibration.errors import StatisticsError
+from calibration.observers import Counting, TensorStatistics
+from calibration.statistics import Part, Statistics, load, load_any, merge, serialized
 
 Array = NDArray[Any]
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
-VALUES = arrays(np.float32, st.integers(1, 40), elements=FINITE)
-
-
-# ---- the observer --------------------------------------------------------------------------------------------------------------
-
-
-def counted(*batches: Array) -> MinMax:
-    observer = MinMax()
-    for batch in batches:
-        observer.update(batch)
-    return observer
-
-
-@given(VALUES, st.lists(st.integers(0, 40)), st.randoms())
-def test_minmax_counts_alike_however_the_values_are_split_and_ordered(
-    values: Array, cuts: list[int], order: Any
-) -> None:
-    edges = sorted({0, len(values), *(cut for cut in cuts if cut < len(values))})
-    batches = [values[first:last] for first, last in pairwise(edges)]
-    order.shuffle(batches)
-    observer = counted(*batches)
-    assert (observer.minimum, observer.maximum) == (float(values.min()), float(values.max()))
-    assert observer.elements == values.size
-
-
-@given(st.lists(VALUES, min_size=1, max_size=5), st.randoms())
-def test_merging_counts_everything_in_any_order(batches: list[Array], order: Any) -> None:
-    observers = [counted(batch) for batch in batches] + [MinMax()]
-    order.shuffle(observers)
-    merged = MinMax()
-    for observer in observers:
-        merged.merge(observer)
-    values = np.concatenate(batches)
-    assert merged == MinMax(float(values.min()), float(values.max()), values.size)
-
-
-def test_empty_arrays_change_nothing() -> None:
-    assert counted(np.zeros((0, 3), dtype=np.float32)) == MinMax(math.inf, -math.inf, 0)
-    assert counted(np.ones((2, 2), dtype=np.float32), np.zeros(0, dtype=np.float32)) == MinMax(1.0, 1.0, 4)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("position", [0, 5])
-def test_values_that_are_not_finite_are_refused_and_not_counted(bad: float, position: int) -> None:
-    observer = counted(np.array([1.0, 2.0], dtype=np.float32))
-    values = np.full((2, 3), 7.0, dtype=np.float32)
-    values.flat[position] = bad
-    with pytest.raises(DataError, match="1 of 6 values are not finite"):
-        observer.update(values)
-    assert observer == MinMax(1.0, 2.0, 2)
-
-
-def test_the_range_is_what_was_seen() -> None:
-    assert minmax(TensorStatistics(-1.5, 2.25, 7)) == (-1.5, 2.25)
-
-
-# ---- the file ------------------------------------------------------------------------------------------------------------------
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
-SEEN = st.builds(lambda a, b, n: TensorStatistics(min(a, b), max(a, b), n), FINITE, FINITE, st.integers(0, 2**53))
+SEEN = st.builds(lambda a, b, n: TensorStatistics(min(a, b), max(a, b), n), FINITE, FINITE, st.integers(1, 2**53))
 
 
 def statistics(tensors: dict[str, TensorStatistics] | None = None, **inputs: Array) -> Statistics:
@@ -173,7 +110,7 @@ def test_a_document_written_by_hand_is_read(tmp_path: Path) -> None:
         pytest.param(file_of([1]), "not a statistics file", id="a list"),
         pytest.param(file_of({}), "not a statistics file", id="an empty document"),
         pytest.param(file_of(document(format="other")), "not a statistics file", id="another format"),
-        pytest.param(file_of(document(version=2)), "version 2", id="another version"),
+        pytest.param(file_of(document(version=1)), "version 1", id="another version"),
         pytest.param(file_of(document(tensors={"x": {"minimum": 0.0}})), "not a statistics file", id="half an entry"),
         pytest.param(file_of(document(tensors=entry(mean=0.5))), "not a statistics file", id="an unknown field"),
         pytest.param(file_of(document(tensors={"x": 1})), "not a statistics file", id="a number for an entry"),
@@ -200,83 +137,81 @@ def test_a_folder_holds_no_statistics(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-# ---- the loop ------------------------------------------------------------------------------------------------------------------
+# ---- parts ---------------------------------------------------------------------------------------------------------------------
 
-ROWS = np.random.default_rng(4).normal(size=(10, 3)).astype(np.float32)
-ROWS[9] = 1000.0  # what stands last is seen only where the last batch is run
-SHIFT = np.array([0.5, -3.0, 7.25], dtype=np.float32)
+BATCH, ROWS = 4, np.random.default_rng(7).standard_t(3, size=(40, 6, 5, 5)).astype(np.float32)
 
 
-def model(batch: int | str, *operators: str) -> Runner:
-    """Return a running model x → Mul by 2 → Add SHIFT → Relu (→ Log), with every tensor among its outputs."""
-    chain = ["x", "doubled", "shifted", "clipped", "logged"]
-    steps = [("Mul", "two"), ("Add", "shift"), ("Relu", None), *((operator, None) for operator in operators)]
-    nodes = [
-        helper.make_node(operator, [before, constant] if constant else [before], [after])
-        for (operator, constant), before, after in zip(steps, chain, chain[1:], strict=False)
-    ]
-    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, 3]) for name in chain]
-    constants = [numpy_helper.from_array(np.float32(2.0).reshape(1), "two"), numpy_helper.from_array(SHIFT, "shift")]
-    graph = helper.make_graph(nodes, "test", infos[:1], infos[1 : len(steps) + 1], constants)
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return Runner(proto.SerializeToString())
+def counted(observer: str, batches: range, tensor: str = "t", sha: str = "d" * 64, **wishes: Any) -> Statistics:
+    """Return the statistics of some batches of ROWS."""
+    counting = Counting(observer, samples=len(ROWS), **wishes)
+    seen = TensorStatistics.for_counting(counting)
+    seen.prepare(ROWS[:BATCH], BATCH, counting)
+    for number in batches:
+        seen.update(ROWS[number * BATCH : (number + 1) * BATCH], number * BATCH, BATCH, counting)
+    part = Part(sha, len(ROWS), batches.start * BATCH, batches.stop * BATCH)
+    kept = {"x": ROWS[batches.start * BATCH :][:2]}
+    return Statistics(
+        "a" * 64, sha, {}, part.stop - part.start, observer, {tensor: seen}, kept, {"batch": BATCH}, (part,)
+    )
 
 
-def run(
-    path: Path, runner: Runner, tensors: list[str], batch: int, progress: Any = lambda _: None
-) -> tuple[dict[str, TensorStatistics], dict[str, Array], int]:
-    np.save(path, ROWS)
-    dataset = open_dataset(path, runner.inputs)
-    return collect(runner, tensors, dataset, np.arange(len(dataset), dtype=np.intp), batch, progress=progress)
+@pytest.mark.parametrize("observer", ["minmax", "mean-minmax", "percentile", "entropy", "all"])
+@pytest.mark.parametrize("cuts", [[0, 10], [0, 3, 10], [0, 1, 2, 9, 10]])
+def test_shards_together_are_the_whole_byte_for_byte(observer: str, cuts: list[int]) -> None:
+    whole = counted(observer, range(10), channels=True)
+    shards = [counted(observer, range(a, b), channels=True) for a, b in pairwise(cuts)]
+    found = merge([(f"s{i}", shard) for i, shard in reversed(list(enumerate(shards)))])
+    if "samples" in Counting(observer).parts:  # sums of products with a momentum are rounded
+        for mine, theirs in zip(found.tensors["t"].samples.moving, whole.tensors["t"].samples.moving, strict=True):  # type: ignore[union-attr]
+            assert mine == pytest.approx(theirs, rel=1e-14)
+        found.tensors["t"].samples.average = whole.tensors["t"].samples.average  # type: ignore[union-attr]
+    assert serialized(found) == serialized(whole)
 
 
-def of(values: Array) -> TensorStatistics:
-    return TensorStatistics(float(values.min()), float(values.max()), values.size)
+@pytest.mark.parametrize("observer", ["minmax", "mean-minmax", "percentile", "all"])
+def test_what_is_written_reads_back_and_goes_on(tmp_path: Path, observer: str) -> None:
+    """A file in the middle of a calibration, read back, goes on to what an unbroken run gives."""
+    counting = Counting(observer, samples=len(ROWS), channels=True)
+    half = counted(observer, range(5), channels=True)
+    (tmp_path / "s").write_bytes(serialized(half))
+    held = load(tmp_path / "s")
+    assert serialized(held) == serialized(half)
+    for number in range(5, 10):
+        held.tensors["t"].update(ROWS[number * BATCH : (number + 1) * BATCH], number * BATCH, BATCH, counting)
+    whole = counted(observer, range(10), channels=True)
+    held_whole = Statistics(**{**vars(whole), "tensors": held.tensors})
+    assert serialized(held_whole) == serialized(whole)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 10, 64])
-def test_the_loop_counts_what_numpy_counts(tmp_path: Path, batch: int) -> None:
-    done: list[int] = []
-    seen, kept, samples = run(tmp_path / "d.npy", model("n"), ["x", "doubled", "shifted"], batch, done.append)
-    doubled = ROWS * np.float32(2)
-    assert seen == {"x": of(ROWS), "doubled": of(doubled), "shifted": of(doubled + SHIFT)}
-    assert samples == 10
-    assert done == [*range(batch, 10, batch), 10]
-    np.testing.assert_array_equal(kept["x"], ROWS[: min(CHECK_SAMPLES, batch)], strict=True)
+def test_different_data_is_put_together_in_any_order() -> None:
+    one, two = counted("minmax", range(10)), counted("minmax", range(4), sha="e" * 64)
+    both = merge([("one", one), ("two", two)])
+    assert serialized(both) == serialized(merge([("two", two), ("one", one)]))
+    assert both.samples == 56
+    assert [part.data_sha256[0] for part in both.parts] == ["d", "e"]
+    assert both.data_sha256 not in {"d" * 64, "e" * 64}
 
 
-@pytest.mark.parametrize(("batch", "used"), [(3, 9), (4, 8), (5, 10), (10, 10)])
-def test_a_fixed_batch_leaves_out_the_rest(tmp_path: Path, batch: int, used: int) -> None:
-    seen, kept, samples = run(tmp_path / "d.npy", model(batch), ["x", "clipped"], batch)
-    clipped = np.maximum(ROWS[:used] * np.float32(2) + SHIFT, np.float32(0))
-    assert samples == used
-    assert seen == {"x": of(ROWS[:used]), "clipped": of(clipped)}
-    np.testing.assert_array_equal(kept["x"], ROWS[:batch], strict=True)
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (lambda: counted("minmax", range(3, 6)), "counts samples that another file counts too"),
+        (lambda: counted("percentile", range(5, 10)), "different observers"),
+        (lambda: counted("minmax", range(5, 10), tensor="u"), "different tensors"),
+        (lambda: counted("moving-average", range(5, 10)), "different observers"),
+        (lambda: Statistics(**{**vars(counted("minmax", range(5, 10))), "model_sha256": "f"}), "different models"),
+        (lambda: Statistics(**{**vars(counted("minmax", range(5, 10))), "preprocess": {"scale": 1}}), "preprocessed"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(other: Any, told: str) -> None:
+    with pytest.raises(StatisticsError, match=told):
+        merge([("a.stats", counted("minmax", range(4))), ("b.stats", other())])
 
 
-def test_fewer_samples_than_a_fixed_batch_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="batches of 11 and there are 10 samples"):
-        run(tmp_path / "d.npy", model(11), ["x"], 11)
-
-
-def test_a_tensor_that_is_not_finite_is_named(tmp_path: Path) -> None:
-    runner = model("n", "Log")  # the logarithm of what Relu made 0 is −inf
-    with pytest.raises(DataError) as caught:
-        run(tmp_path / "d.npy", runner, ["x", "clipped", "logged"], 4)
-    assert "tensor 'logged', samples 0 to 3" in str(caught.value)
-    assert run(tmp_path / "d.npy", runner, ["x", "clipped"], 4)[2] == 10  # nobody asked for it
-
-
-def test_a_logarithm_of_negative_values_is_named(tmp_path: Path) -> None:
-    node = helper.make_node("Log", ["x"], ["log"])
-    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3]) for name in ("x", "log")]
-    graph = helper.make_graph([node], "test", infos[:1], infos[1:])
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    negative = int((ROWS < 0).sum())
-    with pytest.raises(DataError, match=rf"tensor 'log', samples 0 to 9: {negative} of 30 values are not finite"):
-        run(tmp_path / "d.npy", Runner(proto.SerializeToString()), ["log"], 10)
-
-
-def test_the_runner_tells_the_models_inputs() -> None:
-    assert model("n").inputs == (InputSpec("x", np.dtype("float32"), (None, 3)),)
-    assert model(4).inputs == (InputSpec("x", np.dtype("float32"), (4, 3)),)
+def test_a_checkpoint_is_no_statistics_file(tmp_path: Path) -> None:
+    half = Statistics(**{**vars(counted("minmax", range(5))), "unfinished": {"done": 5}})
+    (tmp_path / "s").write_bytes(serialized(half))
+    with pytest.raises(StatisticsError, match="--resume"):
+        load(tmp_path / "s")
+    assert load_any(tmp_path / "s").unfinished == {"done": 5}

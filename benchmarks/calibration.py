@@ -1,0 +1,345 @@
+"""What calibration costs: time and memory over bare inference, beside ONNX Runtime's calibrators; and what each observer is worth.
+
+QUANTCLI_BED=… python -m benchmarks.calibration [time] [subset] [memory] [accuracy] [--runs 7] [--entries NAME …]
+
+time      seconds over bare float inference of the same samples in the same batches, medians of interleaved runs
+subset    how far ranges move because histograms look at a part of the elements
+memory    peak memory of whole processes, with 256 and 4,096 samples
+accuracy  every observer on the whole bed: metric, SQNR, and seconds of calibration
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if __package__ in {None, ""}:  # run as a file: its folder stands on the path in the project's place
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.bed import as_feeds, bed_folder, entries, interleaved, load_bed, machine
+from calibration.collect import Shortcut, Work, collect, computed
+from calibration.hooks.onnxruntime import Runner
+from calibration.observers import Counting, Histogram, TensorStatistics
+from calibration.ranges import Grid, parse_range, range_of
+from quantcli import Recipe, convert
+from quantcli.fold import fold
+from quantcli.load import load
+from quantcli.observation import BATCH_BYTES, LARGEST_BATCH, known_floors, largest_safe, poolable
+from quantcli.placement import place
+from quantcli.probe import model_bytes, with_highest, with_outputs
+from quantcli.recipe import Activation
+
+ENTRIES = ("resnet56_cifar10", "mobilenetv1_025_imagenet", "dscnn_kws")
+OBSERVERS = ("minmax", "mean-minmax", "percentile", "mse", "entropy")
+PEERS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
+RANGES = ("minmax", "moving-average", "mean-minmax", "percentile:99.9", "percentile:99.99", "mse", "entropy")
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Arrays by input name, as a data set."""
+
+    stored: dict[str, NDArray[Any]]
+    labels: NDArray[np.integer] | None = None
+    digest: str = ""
+    synthetic: bool = False
+
+    def __len__(self) -> int:
+        return len(next(iter(self.stored.values())))
+
+    def shape_of(self, index: int) -> int:
+        """Return the same for every sample."""
+        del index
+        return 0
+
+    def read(self, indices: NDArray[np.intp]) -> dict[str, NDArray[Any]]:
+        """Return samples that stand one after the other."""
+        return {name: values[indices[0] : indices[-1] + 1] for name, values in self.stored.items()}
+
+
+class Case:
+    """One model with its calibration samples, ready to be run in every way."""
+
+    def __init__(self, bed: Any, name: str, threads: int) -> None:
+        self.path = bed_folder() / "models" / bed.BED[name]["onnx"]
+        self.folded = fold(load(self.path).graph)
+        self.placement = place(self.folded, Recipe())
+        self.names = self.placement.observed()
+        self.threads = threads
+        self.bare = Runner(model_bytes(self.folded), threads)
+        self.hook = Runner(with_outputs(self.folded, self.names), threads)
+        self.data = Arrays(as_feeds(bed.inputs(name, "calib")[0], self.bare.inputs[0].name))
+        self.indices = np.arange(len(self.data), dtype=np.intp)
+        first = computed(self.hook, self.names, self.data.read(self.indices[:1]))
+        fixed = self.bare.inputs[0].shape[0]
+        size = sum(values.nbytes for values in first.values())
+        self.batch = fixed or max(1, min(LARGEST_BATCH, BATCH_BYTES // size))
+        self.spans = [(s, min(s + self.batch, len(self.data))) for s in range(0, len(self.data), self.batch)]
+        self.floors = known_floors(self.placement)
+        self.built: dict[tuple[str, ...], tuple[Runner, dict[str, str]]] = {}
+
+    @property
+    def full(self) -> list[tuple[int, int]]:
+        """The batches but for a smaller last one, which ONNX Runtime's histogram calibrators do not take."""
+        return [span for span in self.spans if span[1] - span[0] == self.batch]
+
+    def infer(self, full: bool = False) -> None:
+        """Run every batch and look at nothing."""
+        for start, stop in self.full if full else self.spans:
+            self.bare.run(self.data.read(self.indices[start:stop]))
+
+    def count(self, observer: str) -> dict[str, TensorStatistics]:
+        """Calibrate as quantcli does."""
+        counting = Counting(observer, samples=len(self.data))
+        work = Work(self.data, self.indices, self.spans, self.spans[0], counting)
+        pooled = poolable(self.placement) & set(self.floors) & set(self.names)
+        shortcut = Shortcut(pooled, largest_safe(self.placement), self.build) if pooled else None
+        return collect(self.hook, self.names, work, None, self.floors, shortcut).tensors
+
+    def build(self, settled: list[str]) -> tuple[Runner, dict[str, str]]:
+        """Load the shortcut's session, once: the sessions of the others are loaded before they are timed, too."""
+        key = tuple(settled)
+        if key not in self.built:
+            data, pooled = with_highest(self.folded, self.names, settled)
+            self.built[key] = Runner(data, self.threads), pooled
+        return self.built[key]
+
+    def peer(self, method: str, folder: Path) -> Callable[[], None]:
+        """Return a run of one of ONNX Runtime's calibrators over the same batches."""
+        import onnxruntime
+        from onnxruntime.quantization.calibrate import CalibrationDataReader, CalibrationMethod, create_calibrator
+
+        case = self
+
+        class Reader(CalibrationDataReader):  # type: ignore[misc]
+            """Gives the batches once."""
+
+            def __init__(self) -> None:
+                self.left = iter(case.full)
+
+            def get_next(self) -> dict[str, NDArray[Any]] | None:
+                span = next(self.left, None)
+                return None if span is None else case.data.read(case.indices[span[0] : span[1]])
+
+        def run() -> None:
+            calibrator = create_calibrator(
+                str(self.path), None, str(folder / "augmented.onnx"), calibrate_method=CalibrationMethod[method]
+            )
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads, options.log_severity_level = self.threads, 4
+            calibrator.infer_session = onnxruntime.InferenceSession(str(folder / "augmented.onnx"), options)
+            with contextlib.redirect_stdout(io.StringIO()):
+                calibrator.collect_data(Reader())
+                calibrator.compute_data()
+
+        return run
+
+
+def times(bed: Any, names: list[str], runs: int) -> None:
+    """Print seconds over bare inference."""
+    print(f"\n{machine()}\n")
+    print(
+        f"| model | threads | samples | batch | bare, ms | {' | '.join(OBSERVERS)} | "
+        f"{' | '.join(f'ORT {name}' for name in PEERS)} |"
+    )
+    print("|---" * (5 + len(OBSERVERS) + len(PEERS)) + "|")
+    for name in names:
+        for threads in (1, 2):
+            case = Case(bed, name, threads)
+            spent = interleaved(runs, case.infer, *(functools.partial(case.count, observer) for observer in OBSERVERS))
+            with tempfile.TemporaryDirectory() as folder:
+                peers = [
+                    interleaved_with(functools.partial(case.infer, True), case.peer(method, Path(folder)))
+                    for method in PEERS.values()
+                ]
+            ours = " | ".join(f"{seconds / spent[0]:.2f}" for seconds in spent[1:])
+            theirs = " | ".join(f"{ratio:.1f}" for ratio in peers)
+            print(
+                f"| {name} | {threads} | {len(case.data)} | {case.batch} | {spent[0] * 1e3:.0f} | {ours} | {theirs} |",
+                flush=True,
+            )
+
+
+def interleaved_with(bare: Callable[[], object], other: Callable[[], object]) -> float:
+    """Return one action's time over another's, the median of three pairs; the other one may be slow."""
+    ratios = []
+    for _ in range(3):
+        marks = [time.perf_counter()]
+        for action in (bare, other):
+            action()
+            marks.append(time.perf_counter())
+        ratios.append((marks[2] - marks[1]) / (marks[1] - marks[0]))
+    return float(np.median(ratios))
+
+
+def subset(bed: Any, names: list[str]) -> None:
+    """Print how far ranges move because histograms look at a part of the elements."""
+    print("\n| model | range | tensors | moved by more than 0.5 % | largest move | median |\n|---|---|---|---|---|---|")
+    for name in names:
+        case = Case(bed, name, 0)
+        part = case.count("mse")
+        with every_element():
+            whole = case.count("mse")
+        for text in ("percentile:99.99", "mse"):
+            moves = []
+            for tensor in case.names:
+                (a, b), (c, d) = (range_of(parse_range(text), tensor, seen[tensor], Grid()) for seen in (whole, part))
+                moves.append(max(abs(a - c), abs(b - d)) / (max(b, 0.0) - min(a, 0.0)))
+            print(
+                f"| {name} | {text} | {len(moves)} | {sum(move > 0.005 for move in moves)} "
+                f"| {max(moves):.3%} | {np.median(moves):.4%} |",
+                flush=True,
+            )
+
+
+@contextlib.contextmanager
+def every_element() -> Iterator[None]:
+    """Let histograms look at all elements."""
+    before = Histogram.prepare
+
+    def prepare(self: Histogram, values: NDArray[np.float32], elements: int, bulk: int = 0) -> None:
+        before(self, values, elements, elements + bulk)
+
+    Histogram.prepare = prepare  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Histogram.prepare = before  # type: ignore[method-assign]
+
+
+def memory(bed: Any, names: list[str]) -> None:
+    """Print the peak memory of whole processes."""
+    print("\n| model | bare, 256 samples | observer | 256 samples | 4,096 samples | more | over bare |")
+    print("|---|---|---|---|---|---|---|")
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            stored = as_feeds(
+                bed.inputs(name, "calib")[0], Runner(bed_folder() / "models" / bed.BED[name]["onnx"]).inputs[0].name
+            )
+            files = {}
+            for count in (256, 4096):
+                files[count] = Path(folder) / f"{count}.npy"
+                values = next(iter(stored.values()))
+                held = np.lib.format.open_memmap(files[count], "w+", values.dtype, (count, *values.shape[1:]))
+                for start in range(0, count, len(values)):
+                    held[start : start + len(values)] = values[: count - start]
+                held.flush()
+                del held
+            model = str(bed_folder() / "models" / bed.BED[name]["onnx"])
+            bare = peak("bare", model, files[256])
+            for observer in ("minmax", "mse"):
+                small, large = peak(observer, model, files[256]), peak(observer, model, files[4096])
+                print(
+                    f"| {name} | {bare >> 20} MB | {observer} | {small >> 20} MB | {large >> 20} MB "
+                    f"| {large / small - 1:+.1%} | {large / bare:.2f} |",
+                    flush=True,
+                )
+
+
+def peak(what: str, model: str, data: Path) -> int:
+    """Return the peak memory of a process of its own, in bytes."""
+    command = [sys.executable, "-m", "benchmarks.calibration", "--child", what, model, str(data)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
+    return int(json.loads(done.stdout.splitlines()[-1])["peak"])
+
+
+def child(what: str, model: str, data: str) -> None:
+    """Infer or calibrate, and print the peak memory."""
+    from calibration.datasets import open_dataset
+    from quantcli import calibrate
+    from quantcli.recipe import Calibration
+
+    if what == "bare":
+        runner = Runner(Path(model))
+        dataset = open_dataset(Path(data), runner.inputs)
+        # The batches that calibration would take, which the arrays of a bare run do not tell.
+        case_batch = runner.inputs[0].shape[0] or batch_of(Path(model))
+        for start in range(0, len(dataset), case_batch):
+            runner.run(dataset.read(np.arange(start, min(start + case_batch, len(dataset)), dtype=np.intp)))
+    else:
+        calibrate(model, data, recipe=Recipe(calibration=Calibration(observer=what)))  # type: ignore[arg-type]
+    print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10}))
+
+
+def batch_of(model: Path) -> int:
+    """Return the batch that calibration takes, measured in another process so that this one holds a bare model only."""
+    code = (
+        "import sys, numpy as np; from benchmarks.calibration import *; f = fold(load(Path(sys.argv[1])).graph); "
+        "n = place(f, Recipe()).observed(); h = Runner(with_outputs(f, n)); "
+        "x = {s.name: np.zeros([d or 1 for d in s.shape], s.dtype) for s in h.inputs}; "
+        "print(max(1, min(LARGEST_BATCH, BATCH_BYTES // sum(v.nbytes for v in computed(h, n, x).values()))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(model)], check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1])
+
+
+def accuracy(bed: Any, names: list[str]) -> None:
+    """Print every range's metric and SQNR, from one statistics file per model, and what counting for it costs."""
+    print("\n| model | float | " + " | ".join(RANGES) + " |")
+    print("|---" * (2 + len(RANGES)) + "|")
+    for name in names:
+        case = Case(bed, name, 0)
+        model = str(case.path)
+        cells = []
+        with tempfile.TemporaryDirectory() as folder:
+            data = Path(folder) / "calibration.npz"
+            np.savez(data, **case.data.stored)  # type: ignore[arg-type]
+            reference = run_bed(model, name)
+            for text in RANGES:
+                start = time.perf_counter()
+                done = convert(
+                    model, Path(folder) / "q.onnx", data=data, recipe=Recipe(activation=Activation(range=text))
+                )
+                spent = time.perf_counter() - start
+                cells.append(f"{run_bed(str(done.model), name)} ({spent:.1f} s)")
+        print(f"| {name} | {reference} | {' | '.join(cells)} |", flush=True)
+
+
+def run_bed(model: str, name: str) -> str:
+    """Return what the bed's own script says of a model."""
+    script = [sys.executable, str(bed_folder() / "eval_bed.py"), model, name]
+    done = subprocess.run(script, check=True, capture_output=True, text=True)
+    return done.stdout.strip().splitlines()[-1]
+
+
+def main() -> None:
+    """Print the tables that are asked for, all by default."""
+    if sys.argv[1:2] == ["--child"]:
+        child(*sys.argv[2:5])
+        return
+    parser = argparse.ArgumentParser(description="What calibration costs, and what each observer is worth.")
+    parser.add_argument("what", nargs="*", choices=["time", "subset", "memory", "accuracy", []], default=[])
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--entries", nargs="*", default=[])
+    given = parser.parse_args()
+    bed = load_bed()
+    three = entries(bed, given.entries or ENTRIES)
+    wanted = given.what or ["time", "subset", "memory", "accuracy"]
+    if "time" in wanted:
+        times(bed, three, given.runs)
+    if "subset" in wanted:
+        subset(bed, three)
+    if "memory" in wanted:
+        memory(bed, three)
+    if "accuracy" in wanted:
+        accuracy(bed, entries(bed, given.entries))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Run a model with torch, on the CPU or a CUDA device: an exported program, or a module with forward hooks."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calibration.datasets.dataset import InputSpec
+from calibration.errors import RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import torch
+    from numpy.typing import NDArray
+
+
+class ProgramHook:
+    """An exported program (``.pt2``), run node by node with `torch.fx.Interpreter`.
+
+    Values are called as the program's nodes are, which is what the ONNX exporter calls them too.
+
+    Args:
+        path: The ``.pt2`` file.
+        names: The tensors that will be asked for.
+        device: ``cpu`` or ``cuda``.
+        what: What to call the model in errors.
+
+    Raises:
+        RunError: If the file is no exported program, the device is not there, or a name is unknown to the program.
+    """
+
+    def __init__(self, path: Path, names: Sequence[str], device: str = "cpu", what: str = "the model") -> None:
+        torch = torch_on(device, what)
+        if Path(path).suffix != ".pt2":
+            raise RunError(
+                f"{what} is no exported program, and only those run in torch", "leave out --runtime and --device"
+            )
+        try:
+            with quiet():
+                program = torch.export.load(path)
+        except Exception as error:
+            raise RunError(
+                f"torch cannot load {what} ({first_line(error)})", "save it with torch.export.save"
+            ) from error
+        self.what, self.device = what, device
+        self.given = [
+            (spec.arg.name, program.graph_signature)
+            for spec in program.graph_signature.input_specs
+            if spec.kind.name == "USER_INPUT"
+        ]
+        placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+        self.specs = tuple(spec_of(name, placeholders[name].meta["val"]) for name, _ in self.given)
+        self.module = program.module()
+        if missing := unknown_to(self.module, names):
+            # The exporter's graph is a decomposed one (a pool became a mean, say), but for what ONNX has operators for.
+            self.module = decomposed(program, self.module, set(names))
+            missing = unknown_to(self.module, names)
+        if missing:
+            raise RunError(
+                f"torch's graph of {what} has no value '{missing[0]}'"
+                + (f" (and {len(missing) - 1} more that the plan needs)" if len(missing) > 1 else ""),
+                "calibrate in ONNX Runtime: leave out --runtime and --device",
+            )
+        self.module = self.module.to(device)
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """The program's inputs."""
+        return self.specs
+
+    def run(self, feeds: dict[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+        """Run one batch and return the asked values by name.
+
+        Raises:
+            RunError: If torch fails.
+        """
+        import torch
+
+        class Recorder(torch.fx.Interpreter):
+            """Keeps the asked values, as arrays, and lets the others go."""
+
+            def __init__(self, module: Any, wanted: set[str]) -> None:
+                super().__init__(module, garbage_collect_values=True)
+                self.wanted = wanted
+                self.found: dict[str, NDArray[Any]] = {}
+
+            def run_node(self, n: Any) -> Any:
+                value = super().run_node(n)
+                if n.name in self.wanted:
+                    self.found[n.name] = value.detach().cpu().numpy()
+                return value
+
+        recorder = Recorder(self.module, set(outputs or ()))
+        given = [torch.from_numpy(np.ascontiguousarray(feeds[name])).to(self.device) for name, _ in self.given]
+        try:
+            with torch.no_grad():
+                recorder.run(*given)
+        except Exception as error:
+            raise RunError(f"torch fails while running {self.what} ({first_line(error)})") from error
+        return recorder.found
+
+
+class ModuleHook:
+    """A module in eager mode, watched by forward hooks: the value called ``a.b`` is what the submodule ``a.b`` returns.
+
+    Args:
+        module: The module. It is put into evaluation mode.
+        inputs: Its inputs, in order.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, module: torch.nn.Module, inputs: Sequence[InputSpec], device: str = "cpu") -> None:
+        torch_on(device, "the module")
+        self.module = module.eval().to(device)
+        self.specs, self.device = tuple(inputs), device
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """The module's inputs."""
+        return self.specs
+
+    def run(self, feeds: dict[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+        """Run one batch and return what the asked submodules returned.
+
+        Raises:
+            RunError: If there is no such submodule, one was not reached, or torch fails.
+        """
+        import torch
+
+        found: dict[str, NDArray[Any]] = {}
+        given = [torch.from_numpy(np.ascontiguousarray(feeds[spec.name])).to(self.device) for spec in self.specs]
+        with self.watched(list(outputs or ()), found), torch.no_grad():
+            try:
+                self.module(*given)
+            except Exception as error:
+                raise RunError(f"torch fails while running the module ({first_line(error)})") from error
+        if missing := [name for name in outputs or () if name not in found]:
+            raise RunError(f"the submodule '{missing[0]}' was not run", "ask for those that the forward pass calls")
+        return found
+
+    @contextlib.contextmanager
+    def watched(self, names: Sequence[str], found: dict[str, NDArray[Any]]) -> Iterator[None]:
+        """Keep what the named submodules return."""
+        modules = dict(self.module.named_modules())
+        if unknown := next((name for name in names if name not in modules), None):
+            raise RunError(f"the module has no submodule '{unknown}'", "named_modules() lists them")
+
+        def keep(name: str) -> Any:
+            def hook(module: Any, arguments: Any, output: Any) -> None:
+                del module, arguments
+                found[name] = output.detach().cpu().numpy()
+
+            return hook
+
+        handles = [modules[name].register_forward_hook(keep(name)) for name in names]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def decomposed(program: Any, whole: Any, names: set[str]) -> Any:
+    """Return a program's module with its operators taken apart, except those whose values are asked for as they are."""
+    import torch
+
+    table: Any = torch.export.default_decompositions()
+    for node in whole.graph.nodes:
+        if node.name in names and node.op == "call_function":
+            table.pop(node.target, None)
+    with quiet():
+        return program.run_decompositions(table).module()
+
+
+def unknown_to(module: Any, names: Sequence[str]) -> list[str]:
+    """Return the names that no value of a graph module has."""
+    known = {node.name for node in module.graph.nodes}
+    return [name for name in names if name not in known]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch's warnings about itself away from the user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def torch_on(device: str, what: str) -> Any:
+    """Return torch, after checking that a device is there.
+
+    Raises:
+        RunError: If torch or the device is not.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise RunError(
+            f"{what} is to be run in torch, which is not installed", "pip install quantcli[torch]"
+        ) from error
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise RunError("there is no CUDA device that torch can use", "leave out --device, or install torch for CUDA")
+    return torch
+
+
+def spec_of(name: str, value: Any) -> InputSpec:
+    """Return an input's name, dtype and shape; symbolic sizes are free."""
+    dtype = np.dtype(str(value.dtype).removeprefix("torch."))
+    return InputSpec(name, dtype, tuple(size if isinstance(size, int) else None for size in value.shape))
+
+
+def first_line(error: Exception) -> str:
+    """Return the first telling line of what torch says."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,412 @@
+"""Calibration of a folded model: which tensors, which samples in which batches, and going on after an interruption."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from calibration import statistics as statistics_file
+from calibration.collect import Checkpoint, Seen, Shortcut, Work, collect, computed
+from calibration.datasets import boundaries, fitted_batch, fixes_batch, open_dataset, select
+from calibration.errors import DataError, StatisticsError
+from calibration.hooks.onnxruntime import Runner
+from calibration.observers import Counting, TensorStatistics
+from calibration.ranges import observer_for, parse_range
+from calibration.statistics import Part, Statistics
+from quantcli.errors import UsageError
+from quantcli.files import staged
+from quantcli.fold import constant
+from quantcli.placement import place
+from quantcli.plan import unresolvable
+from quantcli.probe import with_highest, with_outputs
+from quantcli.rules import Arithmetic, Operand
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from calibration.collect import Hook
+    from calibration.datasets import Dataset
+    from quantcli.load import LoadedModel
+    from quantcli.placement import Placement
+    from quantcli.progress import Progress
+    from quantcli.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+# Activations of a batch that stay in the caches of a core cost least to look at; above so many samples nothing is gained.
+BATCH_BYTES = 10 << 20
+LARGEST_BATCH = 32
+# A run below so many batches is over before a second session is loaded.
+WORTH_A_SHORTCUT = 4
+CHECKPOINT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where calibration data comes from: exactly one of path, function and synthetic.
+
+    Attributes:
+        path: A file or folder.
+        labels: A CSV that names the image files.
+        split: Keep only the CSV's rows of this split.
+        function: A Python callable, ``module:function``, that yields batches.
+        synthetic: How many random samples are made up.
+    """
+
+    path: Path | None = None
+    labels: Path | None = None
+    split: str | None = None
+    function: str | None = None
+    synthetic: int | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that are read."""
+        return [path for path in (self.path, self.labels) if path is not None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a calibration is run; none of it changes what is counted.
+
+    Attributes:
+        shard: Which of how many parts of the samples: (i, n), i from 0.
+        max_memory: Bytes that the process may take.
+        partial: Where a checkpoint is kept; None for none.
+        seconds: How often.
+        resume: Whether to go on from a checkpoint.
+        runtime: ``onnxruntime`` or ``torch``.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    shard: tuple[int, int] = (0, 1)
+    max_memory: int | None = None
+    partial: Path | None = None
+    seconds: float = CHECKPOINT_SECONDS
+    resume: bool = False
+    runtime: str = "onnxruntime"
+    device: str = "cpu"
+
+
+def observer_of(recipe: Recipe) -> str:
+    """Return the observer that a recipe asks for, or that its range needs."""
+    if recipe.calibration.observer is not None:
+        return recipe.calibration.observer
+    return observer_for(parse_range(recipe.activation.range)) if recipe.activation.range is not None else "minmax"
+
+
+def observe(
+    source: LoadedModel, folded: ir.Model, data: Data, recipe: Recipe, run: Run, progress: Progress
+) -> Statistics:
+    """Return the statistics of a folded model's tensors over a data set.
+
+    Raises:
+        ReportedError: If model, data or checkpoint cannot be used.
+    """
+    return Observation(source, folded, data, recipe, run, progress).statistics()
+
+
+@dataclass(eq=False)
+class Observation:
+    """One calibration."""
+
+    source: LoadedModel
+    folded: ir.Model
+    data: Data
+    recipe: Recipe
+    run: Run
+    progress: Progress
+    finished: dict[str, TensorStatistics] = field(default_factory=dict)
+
+    def statistics(self) -> Statistics:
+        """Calibrate, in more than one pass where a first one shows that the plan stands elsewhere."""
+        names = place(self.folded, self.recipe).observed()
+        hook = self.hook(names)
+        dataset = open_dataset(
+            self.data.path,
+            hook.inputs,
+            self.recipe.preprocess,
+            self.data.labels,
+            self.data.split,
+            function=self.data.function,
+            synthetic=self.data.synthetic,
+            seed=self.recipe.calibration.seed,
+            allow_non_finite=self.recipe.calibration.allow_non_finite,
+        )
+        indices = select(len(dataset), self.recipe.calibration.selection)
+        batch = self.batch(hook, names, dataset, indices)
+        work, part = self.work(hook, dataset, indices, batch)
+        blank = self.blank(dataset, len(indices), batch, part)
+        seen = self.resumed(blank)
+        if self.finished:
+            names = self.still_needed()
+            hook = self.hook(names)
+        while names:
+            checkpoint = Checkpoint(self.run.seconds, lambda found: self.save(blank, found))
+            floors = known_floors(place(self.folded, self.recipe))
+            shortcut = self.shortcut(names, hook, work, floors)
+            seen = collect(
+                hook,
+                names,
+                work,
+                seen,
+                floors,
+                shortcut,
+                lambda done: self.progress("calibrate", done, part.stop - part.start),
+                checkpoint,
+            )
+            self.finished.update((name, found) for name, found in seen.tensors.items() if found.elements)
+            # Where a tensor turns out to span a mask's range, the plan stands elsewhere: a second pass sees what it needs there.
+            names = tuple(name for name in self.still_needed() if name not in seen.tensors)
+            if names:
+                hook, seen = self.hook(names), Seen({}, seen.kept)
+        assert seen is not None  # noqa: S101 - a plan observes at least one tensor
+        self.report_non_finite()
+        return replace(blank, samples=part.stop - part.start, tensors=self.finished, check_inputs=seen.kept)
+
+    def still_needed(self) -> tuple[str, ...]:
+        """Return the tensors that the plan needs, as far as is known by now, and that were not observed."""
+        needed = place(self.folded, self.recipe, unresolvable(self.finished)).observed()
+        return tuple(name for name in needed if name not in self.finished)
+
+    def hook(self, names: Sequence[str]) -> Hook:
+        """Return the model, ready to hand out tensors."""
+        if self.run.runtime == "torch":
+            from calibration.hooks.torch import ProgramHook
+
+            return ProgramHook(self.source.files[0], names, self.run.device, self.source.name)
+        return Runner(with_outputs(self.folded, names), what=self.source.name)
+
+    def batch(self, hook: Hook, names: Sequence[str], dataset: Dataset, indices: NDArray[np.intp]) -> int:
+        """Return the batch size: the model's or the user's, or what fits into the caches; less where memory is short.
+
+        Raises:
+            DataError: If not even one sample fits.
+            UsageError: If the user's batch does not fit the model.
+        """
+        wanted = self.recipe.calibration.batch
+        fixed = fixes_batch(hook.inputs)
+        batch = fitted_batch(hook.inputs, wanted)
+        if fixed and len(indices) < batch:
+            raise DataError(
+                f"the model takes batches of {batch} and there are {len(indices)} samples", "give more samples"
+            )
+        feeds = dataset.read(indices[: batch if fixed else 1])
+        rows = batch if fixed else 1
+        found = computed(hook, names, feeds)
+        sample = (sum(v.nbytes for v in feeds.values()) + sum(v.nbytes for v in found.values())) // rows
+        if not fixed and wanted is None:
+            batch = max(1, min(LARGEST_BATCH, BATCH_BYTES // max(sample, 1)))
+        held = resident_bytes()
+        if self.run.max_memory is not None:
+            room = (self.run.max_memory - held) // max(sample * 2, 1)  # twice: inputs of operators, and what is counted
+            if room < (batch if fixed else 1):
+                raise DataError(
+                    f"{mebibytes(self.run.max_memory)} are not enough: the model takes {mebibytes(held)} "
+                    f"and each sample {mebibytes(sample * 2)}",
+                    "raise --max-memory",
+                )
+            batch = batch if fixed else min(batch, room)
+        logger.info(
+            "calibrating %d tensors over %d samples in batches of %d: about %s of memory",
+            len(names),
+            len(indices),
+            batch,
+            mebibytes(held + 2 * sample * batch),
+        )
+        return batch
+
+    def work(self, hook: Hook, dataset: Dataset, indices: NDArray[np.intp], batch: int) -> tuple[Work, Part]:
+        """Return the batches of this run, and which samples they hold.
+
+        Raises:
+            UsageError: If a shard would be empty.
+        """
+        fixed = fixes_batch(hook.inputs)
+        spans = boundaries(dataset, indices, batch, fixed)
+        usable = sum(stop - start for start, stop in spans)
+        if usable < len(indices):
+            logger.warning(
+                "the model takes batches of %d: the last %d samples are left out", batch, len(indices) - usable
+            )
+        shard, shards = self.run.shard
+        mine = spans[len(spans) * shard // shards : len(spans) * (shard + 1) // shards]
+        if not mine:
+            raise UsageError(
+                f"shard {shard} of {shards} is empty: there are {len(spans)} batches of {batch}",
+                "make fewer shards, or lower --batch",
+            )
+        counting = Counting(
+            observer_of(self.recipe),
+            self.recipe.calibration.channels,
+            self.recipe.calibration.momentum,
+            self.recipe.calibration.allow_non_finite,
+            usable,
+        )
+        part = Part(dataset.digest, usable, mine[0][0], mine[-1][1])
+        return Work(dataset, indices, mine, spans[0], counting, fixed), part
+
+    def blank(self, dataset: Dataset, chosen: int, batch: int, part: Part) -> Statistics:
+        """Return the statistics with everything but what is counted."""
+        wishes = self.recipe.calibration
+        shuffled = chosen < len(dataset) if wishes.shuffle is None else wishes.shuffle
+        selection = {
+            "samples": chosen,
+            "shuffle": shuffled,
+            "seed": wishes.seed if shuffled else 0,
+            "batch": batch,
+            "channels": wishes.channels,
+            "allow_non_finite": wishes.allow_non_finite,
+        }
+        runtime = self.run.runtime if self.run.device == "cpu" else f"{self.run.runtime} {self.run.device}"
+        return Statistics(
+            self.source.sha256,
+            dataset.digest,
+            asdict(self.recipe.preprocess) if self.recipe.preprocess else {},
+            0,
+            observer_of(self.recipe),
+            {},
+            {},
+            selection,
+            (part,),
+            dataset.synthetic,
+            runtime,
+            wishes.momentum,
+        )
+
+    def shortcut(self, names: Sequence[str], hook: Hook, work: Work, floors: dict[str, float]) -> Shortcut | None:
+        """Return a cheaper way to the extremes, where the model and the run allow one."""
+        static = all(all(size is not None for size in spec.shape[1:]) for spec in hook.inputs)
+        if not static or len(work.spans) < WORTH_A_SHORTCUT or not isinstance(hook, Runner) or work.counting.parts:
+            return None
+        placement = place(self.folded, self.recipe)
+        pooled = poolable(placement) & set(floors) & set(names)
+        if placement.floats or not pooled:
+            return None
+
+        def build(settled: list[str]) -> tuple[Hook, dict[str, str]]:
+            data, pooled = with_highest(self.folded, names, settled)
+            return Runner(data, what=self.source.name), pooled
+
+        return Shortcut(pooled, largest_safe(placement), build)
+
+    def save(self, blank: Statistics, seen: Seen) -> None:
+        """Keep a checkpoint."""
+        if self.run.partial is None:
+            return
+        unfinished = {
+            "done": seen.done,
+            "samples": seen.samples,
+            "finished": sorted(self.finished),
+            "shard": list(self.run.shard),
+        }
+        statistics = replace(
+            blank, tensors={**self.finished, **seen.tensors}, check_inputs=seen.kept, unfinished=unfinished
+        )
+        with staged() as files:
+            files.write(self.run.partial, statistics_file.serialized(statistics))
+
+    def resumed(self, blank: Statistics) -> Seen | None:
+        """Return what a checkpoint holds, where there is one to go on from.
+
+        Raises:
+            StatisticsError: If it belongs to another calibration.
+        """
+        if not self.run.resume or self.run.partial is None or not self.run.partial.is_file():
+            return None
+        held = statistics_file.load_any(self.run.partial)
+        if held.unfinished is None:
+            raise StatisticsError(f"{self.run.partial} is no checkpoint", "remove it")
+        for what in (
+            "model_sha256",
+            "data_sha256",
+            "preprocess",
+            "observer",
+            "selection",
+            "parts",
+            "runtime",
+            "momentum",
+        ):
+            if getattr(held, what) != getattr(blank, what):
+                raise StatisticsError(
+                    f"{self.run.partial} is the checkpoint of another calibration ({what} differs)",
+                    "give the same options, or remove it to begin anew",
+                )
+        finished = set(held.unfinished["finished"])
+        self.finished = {name: seen for name, seen in held.tensors.items() if name in finished}
+        current = {name: seen for name, seen in held.tensors.items() if name not in finished}
+        logger.info("going on from %s after %d samples", self.run.partial, held.unfinished["samples"])
+        return Seen(current, held.check_inputs, held.unfinished["done"], held.unfinished["samples"])
+
+    def report_non_finite(self) -> None:
+        """Warn of every tensor in which something was not finite."""
+        for name, seen in self.finished.items():
+            if seen.nan or seen.infinite:
+                logger.warning(
+                    "tensor '%s': %d NaN and %d infinite of %d values were left out",
+                    name,
+                    seen.nan,
+                    seen.infinite,
+                    seen.elements + seen.nan + seen.infinite,
+                )
+
+
+def known_floors(placement: Placement) -> dict[str, float]:
+    """Return the lowest value that a layer's output can have, where its own or an absorbed Relu or Clip sets one."""
+    floors = {}
+    for layer in placement.layers:
+        last = layer.absorbed[-1] if layer.absorbed else layer.node
+        shape = layer.output.shape
+        if shape is None or len(shape) < 3:
+            continue
+        if last.op_type == "Relu":
+            floors[str(layer.output.name)] = 0.0
+        elif last.op_type == "Clip" and len(last.inputs) > 1 and (low := constant(last.inputs[1])) is not None:
+            floors[str(layer.output.name)] = float(low.item())
+    return floors
+
+
+def poolable(placement: Placement) -> frozenset[str]:
+    """Return the outputs that have something to pool over behind sample and channel."""
+    shapes = {str(layer.output.name): layer.output.shape for layer in placement.layers}
+    return frozenset(name for name, shape in shapes.items() if shape is not None and len(shape) > 2)
+
+
+def largest_safe(placement: Placement) -> float:
+    """Return a magnitude that keeps everything finite: as long as no operand exceeds it, no layer's float32 can overflow.
+
+    A layer's output is at most the sum of its weights' magnitudes times its largest operand (and a bias), or a product of two
+    operands, or a sum of fewer than 2^24 of them.
+    """
+    gain = 1.0
+    for layer in placement.layers:
+        if layer.rule.arithmetic is not Arithmetic.ACCUMULATE:
+            continue
+        for _, value, kind in layer.operands():
+            values = constant(value) if kind is Operand.WEIGHT else None
+            if values is not None:
+                gain = max(gain, float(np.abs(values.astype(np.float64)).sum()))
+    return 1e15 / gain
+
+
+def resident_bytes() -> int:
+    """Return how much memory the process holds; 0 where the system does not tell."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+    return 0
+
+
+def mebibytes(count: int) -> str:
+    """Write a number of bytes for people."""
+    return f"{count / (1 << 20):.0f} MB" if count >= 10 << 20 else f"{count / (1 << 20):.2f} MB"

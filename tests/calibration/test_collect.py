@@ -1,0 +1,294 @@
+"""The loop that counts: batches, shards, interruptions, the shortcut to the extremes, and the hooks that run a model."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from calibration.collect import CHECK_SAMPLES, Checkpoint, Seen, Shortcut, Work, collect
+from calibration.datasets import InputSpec
+from calibration.errors import DataError, RunError
+from calibration.hooks.onnxruntime import Runner
+from calibration.hooks.torch import ModuleHook, ProgramHook
+from calibration.observers import Counting, TensorStatistics
+
+Array = NDArray[Any]
+ROWS = np.random.default_rng(4).normal(size=(10, 3)).astype(np.float32)
+ROWS[9] = 1000.0  # what stands last is seen only where the last batch is run
+SHIFT = np.array([0.5, -3.0, 7.25], dtype=np.float32)
+
+
+class Rows:
+    """A data set of one array."""
+
+    labels = None
+    digest = "d" * 64
+    synthetic = False
+
+    def __init__(self, values: Array, name: str = "x") -> None:
+        self.values, self.name = values, name
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def shape_of(self, index: int) -> tuple[int, ...]:
+        return tuple(self.values[index].shape)
+
+    def read(self, indices: NDArray[np.intp]) -> dict[str, Array]:
+        return {self.name: self.values[indices]}
+
+
+def work(values: Array, batch: int, counting: Counting | None = None) -> Work:
+    spans = [(start, min(start + batch, len(values))) for start in range(0, len(values), batch)]
+    counting = counting or Counting(samples=len(values))
+    return Work(Rows(values), np.arange(len(values), dtype=np.intp), spans, spans[0], counting)
+
+
+def model(batch: int | str, *operators: str) -> Runner:
+    """Return a running model x → Mul by 2 → Add SHIFT → Relu (→ Log), with every tensor among its outputs."""
+    chain = ["x", "doubled", "shifted", "clipped", "logged"]
+    steps = [("Mul", "two"), ("Add", "shift"), ("Relu", None), *((operator, None) for operator in operators)]
+    nodes = [
+        helper.make_node(operator, [before, constant] if constant else [before], [after])
+        for (operator, constant), before, after in zip(steps, chain, chain[1:], strict=False)
+    ]
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, 3]) for name in chain]
+    constants = [numpy_helper.from_array(np.float32(2.0).reshape(1), "two"), numpy_helper.from_array(SHIFT, "shift")]
+    graph = helper.make_graph(nodes, "test", infos[:1], infos[1 : len(steps) + 1], constants)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return Runner(proto.SerializeToString())
+
+
+def of(values: Array) -> TensorStatistics:
+    return TensorStatistics(float(values.min()), float(values.max()), values.size)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 10, 64])
+def test_the_loop_counts_what_numpy_counts(batch: int) -> None:
+    done: list[int] = []
+    found = collect(model("n"), ["x", "doubled", "shifted"], work(ROWS, batch), progress=done.append)
+    doubled = ROWS * np.float32(2)
+    assert found.tensors == {"x": of(ROWS), "doubled": of(doubled), "shifted": of(doubled + SHIFT)}
+    assert found.samples == 10
+    assert done == [*range(batch, 10, batch), 10]
+    np.testing.assert_array_equal(found.kept["x"], ROWS[: min(CHECK_SAMPLES, batch)], strict=True)
+
+
+def test_a_tensor_that_is_not_finite_is_named() -> None:
+    runner = model("n", "Log")  # the logarithm of what Relu made 0 is −inf
+    with pytest.raises(DataError) as caught:
+        collect(runner, ["x", "clipped", "logged"], work(ROWS, 4))
+    assert "tensor 'logged', samples 0 to 3" in str(caught.value)
+    assert collect(runner, ["x", "clipped"], work(ROWS, 4)).samples == 10  # nobody asked for it
+
+
+def test_what_is_not_finite_is_counted_where_that_is_allowed() -> None:
+    counting = Counting("all", allow_non_finite=True, channels=True, samples=10)
+    found = collect(model("n", "Log"), ["logged"], work(ROWS, 4, counting)).tensors["logged"]
+    clipped = np.maximum(ROWS * np.float32(2) + SHIFT, 0)
+    finite = np.log(clipped[clipped > 0])
+    assert (found.infinite, found.nan, found.elements) == (30 - finite.size, 0, finite.size)
+    assert found.maximum == pytest.approx(float(finite.max()), rel=1e-6)
+    assert found.histogram is not None
+    assert int(found.histogram.counts.sum()) == 30
+
+
+class Counted:
+    """A hook that counts its runs and can be interrupted at one of them."""
+
+    def __init__(self, hook: Runner, stop: int = -1) -> None:
+        self.hook, self.stop, self.runs = hook, stop, 0
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        return self.hook.inputs
+
+    def run(self, feeds: dict[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        self.runs += 1
+        if self.runs == self.stop:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.hook.run(feeds, outputs)
+
+
+@pytest.mark.parametrize("observer", ["minmax", "all"])
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_an_interruption_keeps_whole_batches_and_the_run_goes_on(observer: str, stop: int) -> None:
+    counting = Counting(observer, samples=10)
+    names = ["x", "shifted", "clipped"]
+    unbroken = collect(model("n"), names, work(ROWS, 2, counting))
+    saved: list[Seen] = []
+    hook = Counted(model("n"), stop)
+    with pytest.raises(KeyboardInterrupt):
+        collect(hook, names, work(ROWS, 2, counting), checkpoint=Checkpoint(save=saved.append))
+    (seen,) = saved
+    assert seen.done == stop
+    again = collect(Counted(model("n")), names, work(ROWS, 2, counting), seen)
+    assert again.samples == 10
+    for name in names:
+        mine, theirs = again.tensors[name], unbroken.tensors[name]
+        assert (mine.minimum, mine.maximum, mine.elements) == (theirs.minimum, theirs.maximum, theirs.elements)
+        if observer == "all":
+            assert mine.samples == theirs.samples
+            assert mine.histogram is not None
+            assert theirs.histogram is not None
+            assert (mine.histogram.counts == theirs.histogram.counts).all()
+
+
+def test_checkpoints_are_kept_as_often_as_asked() -> None:
+    saved: list[int] = []
+    keep = Checkpoint(0.0, lambda seen: saved.append(seen.done))
+    collect(model("n"), ["x"], work(ROWS, 2), checkpoint=keep)
+    assert saved == [1, 2, 3, 4, 5]
+
+
+# ---- the shortcut --------------------------------------------------------------------------------------------------------------
+
+
+class Highest:
+    """What `quantcli.probe.with_highest` makes of a model: the highest value of "clipped", the others whole."""
+
+    def __init__(self, hook: Runner) -> None:
+        self.hook, self.runs = hook, 0
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        return self.hook.inputs
+
+    def run(self, feeds: dict[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        assert "peaks" in (outputs or ())
+        self.runs += 1
+        found = self.hook.run(feeds, ["doubled", "clipped"])
+        return {"doubled": found["doubled"], "peaks": found["clipped"].max(axis=0)}
+
+
+@pytest.mark.parametrize("limit", [1e9, 100.0])
+def test_the_shortcut_counts_what_the_whole_tensors_hold(limit: float) -> None:
+    """A value above the limit gives it up for good: that batch, and what follows, is counted from the whole tensors."""
+    light = Highest(model("n"))
+    shortcut = Shortcut(frozenset({"clipped"}), limit, lambda settled: (light, dict.fromkeys(settled, "peaks")))
+    names, floors = ["x", "doubled", "clipped"], {"clipped": 0.0}
+    found = collect(model("n"), names, work(ROWS, 2), None, floors, shortcut)
+    assert found.tensors == collect(model("n"), names, work(ROWS, 2)).tensors
+    assert light.runs == 4
+
+
+def test_a_tensor_whose_floor_was_not_seen_is_not_settled() -> None:
+    shortcut = Shortcut(frozenset({"clipped"}), 1e9, lambda settled: pytest.fail(f"{settled} is not settled"))
+    rows = np.abs(ROWS) + 5  # Relu has nothing to clip
+    names = ["doubled", "clipped"]
+    found = collect(model("n"), names, work(rows, 2), None, {"clipped": 0.0}, shortcut)
+    assert found.tensors == collect(model("n"), names, work(rows, 2)).tensors
+    assert found.tensors["clipped"].minimum > 0
+
+
+# ---- torch ---------------------------------------------------------------------------------------------------------------------
+
+
+class Net(torch.nn.Module):
+    """A convolution with BatchNorm, a pool, and a dense layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.conv = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = torch.nn.BatchNorm2d(8)
+        self.act = torch.nn.ReLU()
+        self.pool = torch.nn.AdaptiveAvgPool2d(1)
+        self.dense = torch.nn.Linear(8, 5)
+        with torch.no_grad():
+            self.norm.running_mean.normal_()  # type: ignore[union-attr]
+            self.norm.running_var.uniform_(0.5, 2.0)  # type: ignore[union-attr]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dense(self.pool(self.act(self.norm(self.conv(x)))).flatten(1))  # type: ignore[no-any-return]
+
+
+def mean_range(seen: TensorStatistics) -> tuple[float, float]:
+    assert seen.samples is not None
+    return seen.samples.mean
+
+
+IMAGES = np.random.default_rng(2).normal(size=(12, 3, 8, 8)).astype(np.float32)
+SUBMODULES = {"norm": "getitem", "act": "relu", "pool": "mean", "dense": "linear"}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("program") / "net.pt2"
+    sizes = {"x": {0: torch.export.Dim("n", min=1, max=64)}}
+    torch.export.save(torch.export.export(Net().eval(), (torch.randn(2, 3, 8, 8),), dynamic_shapes=sizes), path)
+    return path
+
+
+def test_all_hooks_give_the_same_statistics(exported: Path) -> None:
+    """Forward hooks in eager mode, an interpreted program, and ONNX Runtime on the exported graph.
+
+    Float32 kernels of different libraries round differently: the longest sums here have 27 products, three layers deep.
+    """
+    from quantcli.fold import fold
+    from quantcli.load import load
+    from quantcli.placement import place
+    from quantcli.probe import with_outputs
+    from quantcli.recipe import Recipe
+
+    folded = fold(load(exported).graph)
+    names = place(folded, Recipe()).observed()
+    assert {"x", "relu", "mean", "linear"} <= set(names)
+    jobs = work(IMAGES, 5, Counting("mean-minmax", samples=12))
+    by_runtime = collect(Runner(with_outputs(folded, names)), names, jobs).tensors
+    by_program = collect(ProgramHook(exported, names), names, jobs).tensors
+    given = InputSpec("x", np.dtype("float32"), (None, 3, 8, 8))
+    asked = ["x", *(module for module, name in SUBMODULES.items() if name in names)]
+    by_module = collect(ModuleHook(Net(), [given]), asked, jobs).tensors
+    for name in names:
+        others = [by_program[name]]
+        others += [by_module[m] for m in asked if SUBMODULES.get(m, m) == name]
+        for other in others:
+            tolerance = 2.0**-18 * max(abs(by_runtime[name].minimum), abs(by_runtime[name].maximum))
+            assert other.elements == by_runtime[name].elements
+            assert abs(other.minimum - by_runtime[name].minimum) <= tolerance
+            assert abs(other.maximum - by_runtime[name].maximum) <= tolerance
+            assert np.abs(np.subtract(mean_range(other), mean_range(by_runtime[name]))).max() <= tolerance
+
+
+def test_what_torch_does_not_know_is_named(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no value 'nothing'"):
+        ProgramHook(exported, ["relu", "nothing"])
+    with pytest.raises(RunError, match="no submodule 'head'"):
+        ModuleHook(Net(), [InputSpec("x", np.dtype("float32"), (None, 3, 8, 8))]).run({"x": IMAGES}, ["head"])
+    (tmp_path / "bad.pt2").write_bytes(b"zip?")
+    with pytest.raises(RunError, match="torch cannot load"):
+        ProgramHook(tmp_path / "bad.pt2", [])
+    with pytest.raises(RunError, match="no exported program"):
+        ProgramHook(tmp_path / "model.onnx", [])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_told(exported: Path) -> None:
+    with pytest.raises(RunError, match="no CUDA device"):
+        ProgramHook(exported, ["relu"], "cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_a_gpu_counts_what_the_cpu_counts(exported: Path) -> None:
+    names = ["x", "relu", "linear"]
+    jobs = work(IMAGES, 5)
+    cpu, cuda = (collect(ProgramHook(exported, names, device), names, jobs).tensors for device in ("cpu", "cuda"))
+    for name in names:
+        tolerance = 2.0**-8 * max(abs(cpu[name].minimum), abs(cpu[name].maximum))  # TF32 convolutions keep 10 bits
+        assert abs(cpu[name].minimum - cuda[name].minimum) <= tolerance
+        assert abs(cpu[name].maximum - cuda[name].maximum) <= tolerance
+
+
+def test_the_runner_tells_the_models_inputs() -> None:
+    assert model("n").inputs == (InputSpec("x", np.dtype("float32"), (None, 3)),)
+    assert model(4).inputs == (InputSpec("x", np.dtype("float32"), (4, 3)),)

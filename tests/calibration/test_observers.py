@@ -1,0 +1,332 @@
+"""What is counted, against numpy on everything at once, and the ranges that follow from it."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+
+from calibration import observers
+from calibration.errors import DataError, StatisticsError
+from calibration.observers import BINS, OBSERVERS, Counting, Histogram, SampleRanges, TensorStatistics
+from calibration.ranges import RANGES, Grid, RangeSpec, parse_range, range_of
+
+Array = NDArray[Any]
+FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
+VALUES = arrays(np.float32, st.integers(1, 40), elements=FINITE)
+ALL = Counting("all")
+
+
+def counted(*batches: Array, counting: Counting = ALL) -> TensorStatistics:
+    """Return what is counted of batches whose first axis is the sample."""
+    seen = TensorStatistics.for_counting(counting)
+    first = 0
+    for batch in batches:
+        if first == 0:
+            seen.prepare(batch, len(batch), counting)
+        seen.update(batch, first, len(batch), counting)
+        first += len(batch)
+    if seen.histogram is not None:
+        seen.histogram.flush()
+    return seen
+
+
+# ---- extremes ------------------------------------------------------------------------------------------------------------------
+
+
+@given(VALUES, st.lists(st.integers(0, 40)), st.randoms())
+def test_extremes_are_counted_alike_however_the_values_are_split_and_ordered(
+    values: Array, cuts: list[int], order: Any
+) -> None:
+    edges = sorted({0, len(values), *(cut for cut in cuts if cut < len(values))})
+    batches = [values[first:last] for first, last in pairwise(edges)]
+    order.shuffle(batches)
+    seen = counted(*batches, counting=Counting())
+    assert (seen.minimum, seen.maximum, seen.elements) == (float(values.min()), float(values.max()), values.size)
+
+
+@given(st.lists(VALUES, min_size=1, max_size=5), st.randoms())
+def test_merging_counts_everything_in_any_order(batches: list[Array], order: Any) -> None:
+    parts = [counted(batch, counting=Counting()) for batch in batches] + [TensorStatistics()]
+    order.shuffle(parts)
+    merged = TensorStatistics()
+    for part in parts:
+        merged.merge(part)
+    values = np.concatenate(batches)
+    assert merged == TensorStatistics(float(values.min()), float(values.max()), values.size)
+
+
+def test_empty_arrays_change_nothing() -> None:
+    assert counted(np.zeros((0, 3), dtype=np.float32), counting=Counting()) == TensorStatistics(math.inf, -math.inf, 0)
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("shape", "position"), [((2, 3), 0), ((2, 3), 5), ((2, 70_000), 139_999), ((2, 70_000), 77)])
+def test_values_that_are_not_finite_are_refused_and_not_counted(
+    observer: str, bad: float, shape: tuple[int, int], position: int
+) -> None:
+    counting = Counting(observer, samples=100)
+    seen = counted(np.array([[0.0, 2.0]], dtype=np.float32), counting=counting)
+    seen.floor = 0.0  # a settled minimum must not hide them
+    values = np.full(shape, 7.0, dtype=np.float32)
+    values.flat[position] = bad
+    if bad == -math.inf:
+        seen.floor = None  # no Relu makes it
+    with pytest.raises(DataError, match=rf"1 of {values.size} values are not finite"):
+        seen.update(values, 1, 2, counting)
+    assert (seen.minimum, seen.maximum, seen.elements) == (0.0, 2.0, 2)
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_a_settled_minimum_changes_nothing(observer: str) -> None:
+    rows = np.maximum(np.random.default_rng(1).normal(size=(4, 40_000)), 0).astype(np.float32)
+    counting = Counting(observer, samples=4)
+    plain, settled = TensorStatistics.for_counting(counting), TensorStatistics.for_counting(counting, floor=0.0)
+    for seen in (plain, settled):
+        seen.prepare(rows[:2], 2, counting)
+        seen.update(rows[:2], 0, 2, counting)
+        seen.update(rows[2:], 2, 2, counting)
+        if seen.histogram is not None:
+            seen.histogram.flush()
+    assert (plain.minimum, plain.maximum, plain.samples) == (settled.minimum, settled.maximum, settled.samples)
+    if plain.histogram is not None and settled.histogram is not None:
+        assert (plain.histogram.counts == settled.histogram.counts).all()
+
+
+def test_channels_are_counted_along_the_second_axis() -> None:
+    rows = np.random.default_rng(5).normal(size=(6, 3, 4, 4)).astype(np.float32)
+    seen = counted(rows[:2], rows[2:], counting=Counting(channels=True))
+    assert seen.channels is not None
+    assert seen.channels.minimum.tolist() == rows.min(axis=(0, 2, 3)).tolist()
+    assert seen.channels.maximum.tolist() == rows.max(axis=(0, 2, 3)).tolist()
+
+
+# ---- single samples ------------------------------------------------------------------------------------------------------------
+
+
+@given(arrays(np.float32, st.tuples(st.integers(1, 12), st.integers(1, 4)), elements=FINITE), st.integers(1, 12))
+def test_the_mean_of_sample_ranges_is_exact(rows: Array, cut: int) -> None:
+    seen = counted(*(part for part in (rows[:cut], rows[cut:]) if len(part)), counting=Counting("mean-minmax"))
+    assert seen.samples is not None
+    for found, ends in zip(seen.samples.mean, (rows.min(axis=1), rows.max(axis=1)), strict=True):
+        exact = sum(Fraction(float(value)) for value in ends) / len(rows)
+        assert found == float(exact) or math.isclose(found, float(exact), rel_tol=2**-52, abs_tol=2.0**-1074)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("cut", [1, 3, 7])
+def test_a_moving_average_is_what_its_recurrence_gives(momentum: float, cut: int) -> None:
+    rows = np.random.default_rng(9).normal(size=(8, 5)).astype(np.float32)
+    average = float(rows[0].max())
+    for row in rows:
+        average = momentum * average + (1 - momentum) * float(row.max())
+    counting = Counting("moving-average", momentum=momentum)
+    one = counted(rows, counting=counting)
+    first, second = (counted(part, counting=counting) for part in (rows[:cut], rows[cut:]))
+    first.merge(second)
+    for seen in (one, first):
+        assert seen.samples is not None
+        assert seen.samples.moving[1] == pytest.approx(average, rel=1e-14)
+
+
+def test_sample_ranges_begin_where_the_first_samples_do() -> None:
+    empty, some = SampleRanges(), SampleRanges()
+    some.update(np.array([-1.0], dtype=np.float32), np.array([2.0], dtype=np.float32))
+    empty.merge(some)
+    assert empty == some
+    some.merge(SampleRanges())
+    assert empty == some
+
+
+# ---- histograms ----------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(VALUES, min_size=1, max_size=4))
+def test_a_histogram_holds_every_value_in_its_bin(batches: list[Array]) -> None:
+    values = np.concatenate(batches)
+    found = counted(*batches).histogram
+    assert found is not None
+    width = Fraction(2) ** found.exponent
+    places = [math.floor(Fraction(float(value)) / width) + BINS for value in values]
+    assert found.counts.tolist() == np.bincount(places, minlength=2 * BINS).tolist()
+    assert found.zeros == int((values == 0).sum())
+    largest = max(-float(values.min()), float(values.max()))
+    assert found.exponent == observers.SMALLEST_EXPONENT or largest >= float(width) * BINS / 2  # no wider than needed
+
+
+@given(st.lists(VALUES, min_size=2, max_size=5), st.randoms())
+def test_histograms_are_the_same_in_any_order_and_any_parts(batches: list[Array], order: Any) -> None:
+    whole = counted(*batches).histogram
+    shuffled = list(batches)
+    order.shuffle(shuffled)
+    parts = [counted(batch).histogram for batch in shuffled]
+    assert whole is not None
+    merged = Histogram()
+    for part in parts:
+        assert part is not None
+        merged.merge(part)
+    assert (merged.exponent, merged.zeros) == (whole.exponent, whole.zeros)
+    assert (merged.counts == whole.counts).all()
+
+
+@pytest.mark.parametrize("elements", [900, 70_000, 65_536, 131_077])
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_tails_are_counted_to_the_last_element(elements: int, two_sided: bool) -> None:
+    """Beyond the tails every value is there; within them about every stride-th, counted so often."""
+    rng = np.random.default_rng(elements)
+    rows = rng.standard_t(3, size=(8, elements)).astype(np.float32)
+    rows = rows if two_sided else np.abs(rows)
+    counting = Counting("percentile", samples=8 * 200)  # as if many more were to come: the stride grows
+    seen = counted(rows[:3], rows[3:], counting=counting).histogram
+    assert seen is not None
+    below, above = seen.tails
+    stored = rows.astype(np.float64)
+    exact = np.histogram(stored[(stored < below) | (stored > above)], seen.edges())[0]
+    edges = seen.edges()
+    outside = (edges[1:] < below) | (edges[:-1] > above)  # bins that lie beyond the tails whole
+    assert (seen.counts[outside] == exact[outside]).all()
+    if seen.stride > 1:
+        assert 0 < exact[outside].sum() < 0.02 * rows.size
+        looked = int(seen.counts.sum())
+        assert abs(looked - rows.size) < 0.05 * rows.size
+    else:
+        assert seen.counts.sum() == rows.size
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 8])
+def test_which_elements_are_looked_at_does_not_depend_on_the_batches(batch: int) -> None:
+    rows = np.random.default_rng(3).normal(size=(8, 3, 500)).astype(np.float32)
+    counting = Counting("mse", samples=1000)
+    whole, parts = TensorStatistics.for_counting(counting), TensorStatistics.for_counting(counting)
+    for seen, size in ((whole, 8), (parts, batch)):
+        seen.prepare(rows[:2], 2, counting)
+        for start in range(0, 8, size):
+            seen.update(rows[start : start + size], start, len(rows[start : start + size]), counting)
+        assert seen.histogram is not None
+        seen.histogram.flush()
+        assert seen.histogram.stride > 1
+    assert (whole.histogram.counts == parts.histogram.counts).all()  # type: ignore[union-attr]
+
+
+# ---- ranges --------------------------------------------------------------------------------------------------------------------
+
+SAMPLES = {
+    "normal": np.random.default_rng(0).normal(size=(50, 4000)),
+    "rectified": np.maximum(np.random.default_rng(1).normal(size=(50, 4000)), 0),
+    "heavy tails": np.random.default_rng(2).standard_t(2.5, size=(50, 4000)),
+    "uniform": np.random.default_rng(3).uniform(-1, 3, size=(50, 4000)),
+}
+
+
+@pytest.fixture(scope="module", params=SAMPLES)
+def sample(request: pytest.FixtureRequest) -> tuple[Array, TensorStatistics]:
+    rows = SAMPLES[request.param].astype(np.float32)
+    return rows, counted(rows, counting=Counting("all", samples=50))
+
+
+def test_minmax_is_what_was_seen() -> None:
+    assert range_of(RangeSpec("minmax"), "t", TensorStatistics(-1.5, 2.25, 7), Grid()) == (-1.5, 2.25)
+
+
+@pytest.mark.parametrize("percent", [99.0, 99.9, 99.99, 100.0])
+def test_a_percentile_holds_its_share_up_to_a_bin(sample: tuple[Array, TensorStatistics], percent: float) -> None:
+    rows, seen = sample
+    assert seen.histogram is not None
+    width = math.ldexp(1.0, seen.histogram.exponent)
+    cut = (100 - percent) / 200
+    lo, hi = range_of(RangeSpec("percentile", percent), "t", seen, Grid())
+    between = 2 * width + 1e-6  # bins, and the gap between neighbours where values are rare
+    assert np.quantile(rows, cut, method="lower") - between <= lo <= np.quantile(rows, cut, method="higher") + between
+    assert (
+        np.quantile(rows, 1 - cut, method="lower") - between
+        <= hi
+        <= np.quantile(rows, 1 - cut, method="higher") + between
+    )
+    low, high = range_of(RangeSpec("percentile", percent), "t", seen, Grid(symmetric=True))
+    bound = max(-low, high)
+    sizes = np.abs(rows)
+    assert np.quantile(sizes, percent / 100, method="lower") - between <= bound
+    assert bound <= np.quantile(sizes, percent / 100, method="higher") + between
+
+
+def quantization_error(rows: Array, lo: float, hi: float, steps: int) -> float:
+    """Return the mean squared error of rounding to a grid over a range, with zero on the grid."""
+    scale = (hi - lo) / steps
+    zero = round(-lo / scale)
+    q = np.clip(np.rint(rows / scale) + zero, 0, steps)
+    return float((((q - zero) * scale - rows) ** 2).mean())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_mse_is_no_worse_than_other_clips(sample: tuple[Array, TensorStatistics], bits: int) -> None:
+    """Against all clips of a coarse raster, measured by quantizing everything; 3 % for bins and for rounding off the grid."""
+    rows, seen = sample
+    wide, steps = rows.astype(np.float64), (1 << bits) - 1
+    lo, hi = range_of(RangeSpec("mse"), "t", seen, Grid(steps))
+    found = quantization_error(wide, min(lo, 0), hi, steps)
+    shares = np.linspace(0.1, 1.0, 10)
+    others = [
+        quantization_error(wide, min(seen.minimum, 0) * a, seen.maximum * b, steps) for a in shares for b in shares
+    ]
+    assert found <= 1.03 * min(others)
+
+
+def test_entropy_clips_what_is_rare_and_leaves_what_is_not() -> None:
+    heavy = counted(SAMPLES["heavy tails"].astype(np.float32))
+    lo, hi = range_of(RangeSpec("entropy"), "t", heavy, Grid(symmetric=True))
+    assert max(-lo, hi) < 0.7 * max(-heavy.minimum, heavy.maximum)
+    even = counted(SAMPLES["uniform"].astype(np.float32))
+    lo, hi = range_of(RangeSpec("entropy"), "t", even, Grid())
+    assert hi == pytest.approx(even.maximum, rel=0.02)
+
+
+def test_a_spike_at_zero_and_an_outlier_do_not_confuse_entropy() -> None:
+    rows = np.maximum(np.random.default_rng(8).normal(size=(20, 5000)), 0).astype(np.float32)
+    rows[3, 7] = 40.0
+    lo, hi = range_of(RangeSpec("entropy"), "t", counted(rows), Grid())
+    assert lo == 0.0
+    assert 2.0 < hi < 20.0
+
+
+@settings(deadline=None)
+@given(
+    arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 30)), elements=FINITE),
+    st.booleans(),
+    st.sampled_from([15, 255]),
+)
+def test_every_range_lies_within_what_was_seen(rows: Array, symmetric: bool, steps: int) -> None:
+    seen = counted(rows)
+    for name in RANGES:
+        lo, hi = range_of(parse_range(name), "t", seen, Grid(steps, symmetric))
+        assert seen.minimum <= lo
+        assert hi <= seen.maximum
+        assert math.isfinite(lo)
+        assert math.isfinite(hi)
+
+
+@pytest.mark.parametrize("name", [name for name in RANGES if name != "minmax"])
+def test_what_was_not_counted_is_told(name: str) -> None:
+    with pytest.raises(StatisticsError, match=f"--observer {name}"):
+        range_of(parse_range(name), "t", counted(np.ones((2, 2), np.float32), counting=Counting()), Grid())
+
+
+@pytest.mark.parametrize(
+    "text", ["", "max", "percentile:", "percentile:0", "percentile:101", "percentile:nan", "mse:3", "minmax:1"]
+)
+def test_ranges_that_mean_nothing_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"percentile|range"):
+        parse_range(text)
+
+
+def test_a_percentile_is_read() -> None:
+    assert parse_range("percentile:99.5") == RangeSpec("percentile", 99.5)
+    assert parse_range("percentile").argument == pytest.approx(99.99)

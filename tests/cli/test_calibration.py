@@ -1,0 +1,269 @@
+"""Calibration on the command line: shards, interruptions, ranges from one file, memory, made-up data, and what inspect shows."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto
+
+from calibration import statistics
+from quantcli.cli import run
+from tests.graphs import node, normal, residual_net, save
+
+MAIN = [sys.executable, "-c", "from quantcli.cli import main; main()"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder with the residual net and 40 samples, to run in."""
+    residual_net(tmp_path / "m.onnx")
+    np.savez(tmp_path / "d.npz", x=np.random.default_rng(6).standard_t(4, size=(40, 3, 8, 8)).astype(np.float32))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def told(capsys: pytest.CaptureFixture[str], command: str) -> Any:
+    """Run a command with --json and return what it printed."""
+    capsys.readouterr()
+    assert run([*command.split(), "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+CALIBRATE = "calibrate m.onnx --data d.npz --batch 4"
+
+
+@pytest.mark.parametrize("observer", ["minmax", "mean-minmax", "percentile", "mse", "entropy"])
+def test_shards_merged_are_the_whole(capsys: pytest.CaptureFixture[str], observer: str) -> None:
+    told(capsys, f"{CALIBRATE} --observer {observer} --channels -o whole.stats")
+    for shard in (2, 0, 3, 1):
+        told(capsys, f"{CALIBRATE} --observer {observer} --channels --shard {shard}/4 -o s{shard}.stats")
+    merged = told(capsys, "merge s3.stats s0.stats s2.stats s1.stats -o merged.stats")
+    assert merged["parts"] == [[0, 40, 40]]
+    whole = Path("whole.stats").read_bytes()
+    if observer == "mean-minmax":  # moving averages are sums of products: the same but for their last bits
+        one, other = (statistics.load(Path(name)) for name in ("whole.stats", "merged.stats"))
+        assert [t.samples.mean for t in one.tensors.values()] == [t.samples.mean for t in other.tensors.values()]  # type: ignore[union-attr]
+    else:
+        assert Path("merged.stats").read_bytes() == whole
+
+
+def test_missing_shards_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    for shard in (0, 1):
+        told(capsys, f"{CALIBRATE} --shard {shard}/3 -o s{shard}.stats")
+    assert run(["merge", "s0.stats", "s1.stats", "-o", "part.stats"]) == 0
+    assert "shards are missing" in capsys.readouterr().err
+    assert run(["merge", "s0.stats", "s0.stats", "-o", "twice.stats"]) == 1
+    assert "counts samples that another file counts too" in capsys.readouterr().err
+    assert not Path("twice.stats").exists()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8, 40])
+def test_ranges_do_not_depend_on_the_batch_or_the_shortcut(capsys: pytest.CaptureFixture[str], batch: int) -> None:
+    """From four batches on, what Relu made is looked at in the graph; the extremes are those of whole tensors.
+
+    Only the dense layer's sums may be ordered differently for one row than for several.
+    """
+    found = told(capsys, f"calibrate m.onnx --data d.npz --batch {batch} -o a.stats")["tensors"]
+    whole = told(capsys, "calibrate m.onnx --data d.npz --batch 40 --observer all -o b.stats")["tensors"]
+    assert found.keys() == whole.keys()
+    for name in found:
+        for end in ("minimum", "maximum"):
+            assert found[name][end] == pytest.approx(whole[name][end], rel=1e-5)
+    held = statistics.load(Path("a.stats")).tensors
+    everything = statistics.load(Path("b.stats")).tensors
+    assert {n: t.elements for n, t in held.items()} == {n: t.elements for n, t in everything.items()}
+
+
+def test_one_calibration_serves_many_ranges(capsys: pytest.CaptureFixture[str]) -> None:
+    told(capsys, f"{CALIBRATE} --observer all -o s.stats")
+    scales = {}
+    for text in ("minmax", "mean-minmax", "moving-average", "percentile:99", "percentile:99.9", "mse", "entropy"):
+        told(capsys, f"convert m.onnx --stats s.stats --range {text} -o q.onnx")
+        document = json.loads(Path("q.json").read_text())
+        assert document["recipe"]["activation"]["range"] == text
+        scales[text] = document["tensors"]["x"]["scale"][0]
+        direct = told(capsys, f"convert m.onnx --data d.npz --batch 4 --range {text} -o direct.onnx")
+        assert direct["sha256"] == told(capsys, f"convert m.onnx --stats s.stats --range {text} -o q2.onnx")["sha256"]
+    assert len(set(scales.values())) == len(scales)
+    assert scales["percentile:99"] < scales["percentile:99.9"] < scales["minmax"]
+
+
+def test_the_range_of_the_observer_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    told(capsys, f"{CALIBRATE} --observer mse -o s.stats")
+    told(capsys, "convert m.onnx --stats s.stats -o a.onnx")
+    told(capsys, "convert m.onnx --stats s.stats --range mse -o b.onnx")
+    assert Path("a.onnx").read_bytes() == Path("b.onnx").read_bytes()
+    assert run(["convert", "m.onnx", "--stats", "s.stats", "--range", "mean-minmax", "-o", "c.onnx"]) == 1
+    assert "--observer mean-minmax" in capsys.readouterr().err
+    assert run(["convert", "m.onnx", "--stats", "s.stats", "--range", "middle", "-o", "c.onnx"]) == 2
+    assert "there is no range 'middle'" in capsys.readouterr().err
+
+
+# ---- interruptions -------------------------------------------------------------------------------------------------------------
+
+LONG = f"{CALIBRATE} --batch 1 --observer all --checkpoint 0 -o s.stats"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_goes_on_to_the_same_file(here: Path, number: int) -> None:
+    """Stopped twice at moments drawn at random, after its first checkpoint."""
+    stored = np.random.default_rng(3).normal(size=(400, 3, 8, 8)).astype(np.float32)
+    np.savez(here / "d.npz", x=stored)
+    assert run([*LONG.replace("s.stats", "whole.stats").split(), "-q"]) == 0
+    draw, partial = random.Random(int(number)), here / "s.stats.partial"
+    stopped = 0
+    for _ in range(2):
+        before = partial.stat().st_mtime_ns if partial.exists() else 0
+        process = subprocess.Popen([*MAIN, *LONG.split(), "--resume"], stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and (not partial.exists() or partial.stat().st_mtime_ns == before):
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.3))
+        process.send_signal(number)
+        errors = process.communicate()[1]
+        stopped += process.returncode != 0
+        if process.returncode > 0:  # else it was over already, or killed, perhaps while it was leaving
+            assert process.returncode == 130
+            assert "--resume" in errors
+            assert "Traceback" not in errors
+    assert stopped
+    assert run([*LONG.split(), "--resume", "-q"]) == 0
+    assert (here / "s.stats").read_bytes() == (here / "whole.stats").read_bytes()
+    assert not partial.exists()
+
+
+def test_a_checkpoint_of_something_else_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = statistics.Statistics(
+        "a" * 64, "b" * 64, {}, 0, "minmax", {}, unfinished={"done": 1, "samples": 1, "finished": [], "shard": [0, 1]}
+    )
+    (here / "s.stats.partial").write_bytes(statistics.serialized(checkpoint))
+    assert run([*CALIBRATE.split(), "-o", "s.stats", "--resume"]) == 1
+    assert "another calibration (model_sha256 differs)" in capsys.readouterr().err
+    assert run([*CALIBRATE.split(), "-o", "s.stats"]) == 0  # without --resume it begins anew
+    assert not (here / "s.stats.partial").exists()
+    assert run(["convert", "m.onnx", "--stats", "s.stats", "-o", "q.onnx"]) == 0
+
+
+# ---- data that is not there, or not finite -------------------------------------------------------------------------------------
+
+
+def test_made_up_data_is_stamped_loud_and_refused_by_strict(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["convert", "m.onnx", "--synthetic", "8", "-o", "q.onnx"]) == 0
+    assert "random data" in capsys.readouterr().err
+    assert json.loads(Path("q.json").read_text())["calibration"]["synthetic"] is True
+    assert run(["convert", "m.onnx", "--synthetic", "8", "--strict", "-o", "strict.onnx"]) == 5
+    assert "--synthetic" in capsys.readouterr().err
+    assert not (here / "strict.onnx").exists()
+    for name in ("one", "two"):
+        assert run(f"calibrate m.onnx --synthetic 8 --seed 3 -o {name}.stats".split()) == 0
+        assert "made up" in capsys.readouterr().err
+    assert Path("one.stats").read_bytes() == Path("two.stats").read_bytes()
+    assert run(["convert", "m.onnx", "--stats", "one.stats", "--strict", "-o", "strict.onnx"]) == 5
+
+
+def test_a_function_gives_batches(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "my_data.py").write_text(
+        "import numpy as np\n\ndef batches():\n    x = np.load('d.npz')['x']\n"
+        "    for start in range(0, 40, 7):\n        yield {'x': x[start:start + 7]}\n"
+    )
+    found = told(capsys, "calibrate m.onnx --data-function my_data:batches --batch 4 -o f.stats")
+    assert found["tensors"] == told(capsys, f"{CALIBRATE} -o s.stats")["tensors"]
+    assert run(["calibrate", "m.onnx", "--data-function", "my_data:nothing", "-o", "g.stats"]) == 1
+    assert "nothing" in capsys.readouterr().err
+    assert run(["calibrate", "m.onnx", "--data-function", "my_data:batches", "--data", "d.npz", "-o", "g.stats"]) == 2
+
+
+def test_non_finite_values_are_counted_where_allowed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = [node("Conv", ["x", "w"], ["c"]), node("Sqrt", ["c"], ["s"]), node("Conv", ["s", "v"], ["y"])]
+    constants = {"w": normal(4, 3, 1, 1, seed=1), "v": normal(2, 4, 1, 1, seed=2)}
+    save(here / "nan.onnx", nodes, {"x": ["N", 3, 8, 8]}, {"y": None}, constants)
+    command = "calibrate nan.onnx --data d.npz -o s.stats"
+    assert run(command.split()) == 1
+    assert "tensor 's', samples 0 to" in capsys.readouterr().err
+    assert run([*command.split(), "--allow-non-finite", "--observer", "all"]) == 0
+    assert "warning: tensor 's':" in capsys.readouterr().err
+    seen = statistics.load(Path("s.stats")).tensors["s"]
+    assert seen.nan > 0
+    assert seen.nan + seen.elements == 40 * 4 * 64
+    assert seen.minimum >= 0
+
+
+# ---- memory, runtimes, inspect -------------------------------------------------------------------------------------------------
+
+
+def test_memory_shrinks_the_batch_or_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    held = told(capsys, "calibrate m.onnx --data d.npz -o s.stats")["batch"]
+    assert held == 32
+    assert told(capsys, "calibrate m.onnx --data d.npz --max-memory 16GB -o s.stats")["batch"] == 32
+    assert run(["calibrate", "m.onnx", "--data", "d.npz", "--max-memory", "1MB", "-o", "t.stats"]) == 1
+    assert "raise --max-memory" in capsys.readouterr().err
+    assert not Path("t.stats").exists()
+    assert run(["calibrate", "m.onnx", "--data", "d.npz", "--max-memory", "much", "-o", "t.stats"]) == 2
+
+
+def test_a_batch_fits_between_what_is_held_and_what_is_allowed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantcli.observation.resident_bytes", lambda: 100 << 20)
+    whole = told(capsys, "calibrate m.onnx --data d.npz --max-memory 100.2MB -o s.stats")
+    assert 1 < whole["batch"] < 32
+
+
+@pytest.mark.parametrize(
+    "options", ["--shard 4/4", "--shard 1", "--shard a/b", "--shard 0/0", "--momentum 1", "--momentum -1", "--checkpoint -1",
+                "--device tpu", "--runtime numpy", "--device cuda --runtime onnxruntime", "--synthetic 0", "--shard 90/99"]
+)  # fmt: skip
+def test_options_that_mean_nothing_are_usage_errors(capsys: pytest.CaptureFixture[str], options: str) -> None:
+    assert run([*CALIBRATE.split(), "-o", "s.stats", *options.split()]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+    assert not Path("s.stats").exists()
+
+
+def test_torch_runs_exported_programs_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*CALIBRATE.split(), "-o", "s.stats", "--runtime", "torch"]) == 1
+    assert "no exported program" in capsys.readouterr().err
+
+
+def test_inspect_shows_ranges_clips_and_histograms(capsys: pytest.CaptureFixture[str]) -> None:
+    told(capsys, f"{CALIBRATE} --observer all --channels -o s.stats")
+    assert run(["inspect", "s.stats", "--range", "percentile:99"]) == 0
+    shown = capsys.readouterr().out
+    assert "percentile:99" in shown
+    assert "█" in shown
+    found = told(capsys, "inspect s.stats --range percentile:99")
+    x = np.load("d.npz")["x"]
+    entry = found["tensors"]["x"]
+    assert (entry["minimum"], entry["maximum"]) == (float(x.min()), float(x.max()))
+    assert entry["clipped"] == pytest.approx(0.01, abs=0.003)
+    assert entry["outliers"] > 1
+    assert entry["channel_spread"] >= 1
+    none = told(capsys, "inspect s.stats --range minmax")["tensors"]["x"]
+    assert none["clipped"] == 0
+    assert run(["inspect", "m.onnx"]) == 1
+    assert "not a statistics file" in capsys.readouterr().err
+
+
+def test_inspect_shows_plain_extremes(capsys: pytest.CaptureFixture[str]) -> None:
+    told(capsys, f"{CALIBRATE} -o s.stats")
+    assert run(["inspect", "s.stats"]) == 0
+    shown = capsys.readouterr().out
+    assert "lowest" in shown
+    assert "histogram" not in shown
+
+
+def test_sequences_of_different_lengths_calibrate(here: Path) -> None:
+    nodes = [node("Gather", ["table", "ids"], ["e"]), node("MatMul", ["e", "w"], ["y"])]
+    constants = {"table": normal(20, 8, seed=1), "w": normal(8, 4, seed=2)}
+    save(here / "t.onnx", nodes, {"ids": ["N", "S"]}, {"y": None}, constants, kinds={"ids": TensorProto.INT64})
+    rows = [{"ids": list(range(length))} for length in (3, 3, 5, 1, 5, 5)]
+    (here / "d.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert run(["convert", "t.onnx", "--data", "d.jsonl", "--verify", "-o", "t.int8.onnx"]) == 0
+    assert json.loads(Path("t.int8.json").read_text())["calibration"]["samples"] == 6
