@@ -39,6 +39,10 @@ class Hook(Protocol):
         """Run one batch and return the asked tensors by name."""
         ...
 
+    def rest(self) -> None:
+        """Let go of what can be loaded again when it is needed again."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Shortcut:
@@ -164,7 +168,7 @@ def collect(
                 count(hook, seen.tensors, feeds, span, work)
                 light = None
                 if shortcut is not None and not counting.parts:
-                    light = Light.of(shortcut, seen, feeds)
+                    light = Light.of(shortcut, hook, seen, feeds)
                     shortcut = None  # built once; given up for good where a value turns out too large
             seen.done, seen.samples = seen.done + 1, seen.samples + span[1] - span[0]
             progress(seen.samples)
@@ -259,11 +263,12 @@ class Light:
     seen: Seen
 
     @classmethod
-    def of(cls, shortcut: Shortcut, seen: Seen, feeds: dict[str, NDArray[Any]]) -> Light | None:
+    def of(cls, shortcut: Shortcut, whole: Hook, seen: Seen, feeds: dict[str, NDArray[Any]]) -> Light | None:
         """Return the shortcut for the tensors that are settled after a first batch; None where there are none."""
         settled = [name for name, held in seen.tensors.items() if name in shortcut.pooled and held.settled]
         if not settled:
             return None
+        whole.rest()
         hook, names = shortcut.build(settled)
         rows = len(next(iter(feeds.values())))
         sizes = {name: held.elements // rows for name, held in seen.tensors.items()}

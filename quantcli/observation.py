@@ -183,7 +183,7 @@ class Observation:
             from calibration.hooks.torch import ProgramHook
 
             return ProgramHook(self.source.files[0], names, self.run.device, self.source.name)
-        return Runner(with_outputs(self.folded, names), what=self.source.name)
+        return Runner(lambda: with_outputs(self.folded, names), what=self.source.name)
 
     def batch(self, hook: Hook, names: Sequence[str], dataset: Dataset, indices: NDArray[np.intp]) -> int:
         """Return the batch size: the model's or the user's, or what fits into the caches; less where memory is short.

@@ -11,7 +11,7 @@ from calibration.datasets.dataset import InputSpec
 from calibration.errors import RunError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -35,7 +35,7 @@ class Runner:
     """A model loaded into ONNX Runtime.
 
     Args:
-        model: A model's bytes, or the path of its file.
+        model: A model's bytes, the path of its file, or a function that makes the bytes, again where they are needed again.
         threads: Threads within an operator; 0 lets ONNX Runtime choose.
         what: What to call the model in errors.
 
@@ -43,19 +43,40 @@ class Runner:
         RunError: If ONNX Runtime refuses the model.
     """
 
-    def __init__(self, model: bytes | Path, threads: int = 0, what: str = "the model") -> None:
+    def __init__(self, model: bytes | Path | Callable[[], bytes], threads: int = 0, what: str = "the model") -> None:
+        self.what, self.threads = what, threads
+        self.again = model if callable(model) else None
+        self.loaded: Any = self.load(model() if callable(model) else model)
+
+    def load(self, model: bytes | Path) -> Any:
+        """Return a session.
+
+        Raises:
+            RunError: If ONNX Runtime refuses the model.
+        """
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = self.threads
         options.log_severity_level = 4
-        self.what = what
         try:
-            self.session = onnxruntime.InferenceSession(
+            return onnxruntime.InferenceSession(
                 str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
-            raise RunError(f"ONNX Runtime refuses {what} ({first_line(error)})") from error
+            raise RunError(f"ONNX Runtime refuses {self.what} ({first_line(error)})") from error
+
+    @property
+    def session(self) -> Any:
+        """The session; loaded again where it was let go."""
+        if self.loaded is None and self.again is not None:
+            self.loaded = self.load(self.again())
+        return self.loaded
+
+    def rest(self) -> None:
+        """Let the session go, where it can be loaded again."""
+        if self.again is not None:
+            self.loaded = None
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:

@@ -68,6 +68,9 @@ class ProgramHook:
             )
         self.module = self.module.to(device)
 
+    def rest(self) -> None:
+        """Keep everything: it is used until the end."""
+
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
         """The program's inputs."""
@@ -118,6 +121,9 @@ class ModuleHook:
         torch_on(device, "the module")
         self.module = module.eval().to(device)
         self.specs, self.device = tuple(inputs), device
+
+    def rest(self) -> None:
+        """Keep everything: the module is the caller's."""
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:

@@ -108,6 +108,9 @@ class Counted:
     def __init__(self, hook: Runner, stop: int = -1) -> None:
         self.hook, self.stop, self.runs = hook, stop, 0
 
+    def rest(self) -> None:
+        pass
+
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
         return self.hook.inputs
@@ -158,6 +161,9 @@ class Highest:
 
     def __init__(self, hook: Runner) -> None:
         self.hook, self.runs = hook, 0
+
+    def rest(self) -> None:
+        pass
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
