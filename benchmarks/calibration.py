@@ -150,14 +150,14 @@ class Case:
         return run
 
 
-def times(bed: Any, names: list[str], runs: int) -> None:
+def times(bed: Any, names: list[str], runs: int, others: dict[str, str]) -> None:
     """Print seconds over bare inference."""
     print(f"\n{machine()}\n")
     print(
         f"| model | threads | samples | batch | bare, ms | {' | '.join(OBSERVERS)} | "
-        f"{' | '.join(f'ORT {name}' for name in PEERS)} |"
+        f"{' | '.join(f'ORT {name}' for name in others)} |"
     )
-    print("|---" * (5 + len(OBSERVERS) + len(PEERS)) + "|")
+    print("|---" * (5 + len(OBSERVERS) + len(others)) + "|")
     for name in names:
         for threads in (1, 2):
             case = Case(bed, name, threads)
@@ -327,13 +327,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What calibration costs, and what each observer is worth.")
     parser.add_argument("what", nargs="*", choices=["time", "subset", "memory", "accuracy", []], default=[])
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--no-peers", action="store_true", help="leave ONNX Runtime's calibrators out of the times")
     parser.add_argument("--entries", nargs="*", default=[])
     given = parser.parse_args()
     bed = load_bed()
     three = entries(bed, given.entries or ENTRIES)
     wanted = given.what or ["time", "subset", "memory", "accuracy"]
     if "time" in wanted:
-        times(bed, three, given.runs)
+        times(bed, three, given.runs, {} if given.no_peers else PEERS)
     if "subset" in wanted:
         subset(bed, three)
     if "memory" in wanted:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 DEFAULT_PERCENTILE = 99.99
 # How many clips are tried between the whole range and an eightieth of it.
 CANDIDATES = 80
-# Bins of the distributions that entropy compares, as in TensorRT's calibrator.
-ENTROPY_BINS = 2048
+# How much of a relative entropy may come from having counted too few values.
+COUNTING_NOISE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,9 @@ def entropy(spec: RangeSpec, name: str, seen: TensorStatistics, grid: Grid) -> t
 
     Migacz, "8-bit inference with TensorRT" (2017): of a distribution P clipped at a bin, and Q, the same spread over the grid's
     levels, the clip with the lowest KL(P‖Q) is taken. Exact zeros are left out, since every grid holds them.
+
+    Few values in many bins make a divergence of their own, (bins − levels) / (2 · values) on average: where that is more than
+    0.001, bins go together, and where no more of them are left than there are levels, nothing is clipped.
     """
     histogram = histogram_of(spec, name, seen)
     two_sided = seen.minimum < 0 < seen.maximum
@@ -222,11 +225,14 @@ def entropy(spec: RangeSpec, name: str, seen: TensorStatistics, grid: Grid) -> t
     counts[0] = max(counts[0] - histogram.zeros, 0.0)
     largest = max(-seen.minimum, seen.maximum)
     used = min(len(counts), math.floor(math.ldexp(largest, -histogram.exponent)) + 1) if largest > 0 else 0
+    exponent = histogram.exponent
+    while used > levels + 2 * COUNTING_NOISE * counts.sum() / histogram.stride:
+        counts, used, exponent = counts.reshape(-1, 2).sum(axis=1), (used + 1) // 2, exponent + 1
     if used <= levels or not counts.any():
         return seen.minimum, seen.maximum
     ends = np.arange(levels, used + 1, max(1, (used - levels) // 128))
     costs = np.array([divergence(counts[:used], int(end), levels) for end in ends])
-    bound = math.ldexp(float(ends[lowest_cost(costs)]), histogram.exponent)
+    bound = math.ldexp(float(ends[lowest_cost(costs)]), exponent)
     return max(-bound, seen.minimum), min(bound, seen.maximum)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from quantcli.observation import Run
     from quantcli.pipeline import Conversion, Evaluation, calibrate, convert, evaluate, verify
     from quantcli.recipe import Recipe, read_recipe
 
@@ -17,6 +18,7 @@ __all__ = [
     "Conversion",
     "Evaluation",
     "Recipe",
+    "Run",
     "__version__",
     "calibrate",
     "convert",

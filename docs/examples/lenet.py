@@ -4,7 +4,6 @@ The embedded network and images; 1,000 images calibrate, the other 4,000 evaluat
 and maxima, so that a single bright sample does not stretch it.
 """
 
-import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -12,15 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from calibration.hooks.onnxruntime import Runner
-from calibration.statistics import TensorStatistics
-from quantcli import calibrate, convert
+from quantcli import Recipe, calibrate, convert
 from quantcli.demo import EVALUATION, MODEL
-from quantcli.fold import fold
 from quantcli.integer.executor import Executor
-from quantcli.load import load
-from quantcli.placement import place
-from quantcli.probe import with_outputs
-from quantcli.recipe import Recipe
+from quantcli.recipe import Activation, Calibration
 
 stored = np.load(EVALUATION)
 images = ((stored["images"][:, None].astype(np.float32) / np.float32(255)) - np.float32(0.1307)) / np.float32(0.3081)
@@ -29,24 +23,14 @@ calibration, evaluation, expected = images[:1000], images[1000:], labels[1000:]
 
 with tempfile.TemporaryDirectory() as folder:
     np.save(Path(folder) / "calibration.npy", calibration)
-    statistics = calibrate(MODEL, Path(folder) / "calibration.npy")
+    counting = Recipe(calibration=Calibration(observer="mean-minmax"))
+    statistics = calibrate(MODEL, Path(folder) / "calibration.npy", recipe=counting)
+    for name, seen in statistics.tensors.items():
+        low, high = seen.samples.mean
+        print(f"{name}: [{seen.minimum:.2f}, {seen.maximum:.2f}] of all, [{low:.2f}, {high:.2f}] on average")
 
-    # The mean of the samples' ranges, in place of the range of all samples.
-    folded = fold(load(MODEL).graph)
-    names = [name for name in place(folded, Recipe()).observed() if name != "x"]
-    seen = {"x": calibration, **Runner(with_outputs(folded, names)).run({"x": calibration}, names)}
-    rows = {name: values.reshape(len(calibration), -1) for name, values in seen.items()}
-    means = {
-        name: TensorStatistics(float(values.min(axis=1).mean()), float(values.max(axis=1).mean()), values.size)
-        for name, values in rows.items()
-    }
-    for name, mean in means.items():
-        whole = statistics.tensors[name]
-        print(
-            f"{name}: [{whole.minimum:.2f}, {whole.maximum:.2f}] of all, [{mean.minimum:.2f}, {mean.maximum:.2f}] on average"
-        )
-
-    done = convert(MODEL, Path(folder) / "lenet.onnx", dataclasses.replace(statistics, tensors=means))
+    averaged = Recipe(activation=Activation(range="mean-minmax"))
+    done = convert(MODEL, Path(folder) / "lenet.onnx", statistics, recipe=averaged)
     executor = Executor(ir.load(done.model), done.sidecar)
     batches = [evaluation[start : start + 200] for start in range(0, len(evaluation), 200)]
     integer = np.concatenate([executor.run({"x": batch})["log_softmax"] for batch in batches]).argmax(axis=1)
