@@ -11,6 +11,7 @@ accuracy  every observer on the whole bed: metric, SQNR, and seconds of calibrat
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import functools
 import io
@@ -80,7 +81,7 @@ class Case:
         self.folded = fold(load(self.path).graph)
         self.placement = place(self.folded, Recipe())
         self.names = self.placement.observed()
-        self.threads = threads
+        self.threads, self.apart = threads, 0 < threads < (os.cpu_count() or 1)
         self.bare = Runner(model_bytes(self.folded), threads)
         self.hook = Runner(with_outputs(self.folded, self.names), threads)
         self.data = Arrays(as_feeds(bed.inputs(name, "calib")[0], self.bare.inputs[0].name))
@@ -106,7 +107,7 @@ class Case:
     def count(self, observer: str) -> dict[str, TensorStatistics]:
         """Calibrate as quantcli does."""
         counting = Counting(observer, samples=len(self.data))
-        work = Work(self.data, self.indices, self.spans, self.spans[0], counting)
+        work = Work(self.data, self.indices, self.spans, self.spans[0], counting, apart=self.apart)
         pooled = poolable(self.placement) & set(self.floors) & set(self.names)
         shortcut = Shortcut(pooled, largest_safe(self.placement), self.build) if pooled else None
         return collect(self.hook, self.names, work, None, self.floors, shortcut).tensors
@@ -165,7 +166,7 @@ def times(bed: Any, names: list[str], runs: int, others: dict[str, str]) -> None
             with tempfile.TemporaryDirectory() as folder:
                 peers = [
                     interleaved_with(functools.partial(case.infer, True), case.peer(method, Path(folder)))
-                    for method in PEERS.values()
+                    for method in others.values()
                 ]
             ours = " | ".join(f"{seconds / spent[0]:.2f}" for seconds in spent[1:])
             theirs = " | ".join(f"{ratio:.1f}" for ratio in peers)
@@ -301,14 +302,14 @@ def accuracy(bed: Any, names: list[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             data = Path(folder) / "calibration.npz"
             np.savez(data, **case.data.stored)  # type: ignore[arg-type]
-            reference = run_bed(model, name)
+            reference = run_bed(model, name).partition(",")[0]
             for text in RANGES:
                 start = time.perf_counter()
                 done = convert(
                     model, Path(folder) / "q.onnx", data=data, recipe=Recipe(activation=Activation(range=text))
                 )
                 spent = time.perf_counter() - start
-                cells.append(f"{run_bed(str(done.model), name)} ({spent:.1f} s)")
+                cells.append(f"{run_bed(str(done.model), name)}, {spent:.1f} s")
         print(f"| {name} | {reference} | {' | '.join(cells)} |", flush=True)
 
 
@@ -316,7 +317,8 @@ def run_bed(model: str, name: str) -> str:
     """Return what the bed's own script says of a model."""
     script = [sys.executable, str(bed_folder() / "eval_bed.py"), model, name]
     done = subprocess.run(script, check=True, capture_output=True, text=True)
-    return done.stdout.strip().splitlines()[-1]
+    metric, _, agreement = done.stdout.strip().splitlines()[-1].partition(" ")
+    return f"{float(metric):.2f}, {ast.literal_eval(agreement)['sqnr_db']:.1f} dB"
 
 
 def main() -> None:

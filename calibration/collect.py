@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +16,7 @@ from calibration.observers import TensorStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from concurrent.futures import Future
 
     import numpy as np
     from numpy.typing import NDArray
@@ -70,6 +73,7 @@ class Work:
         pilot: The first batch of the whole calibration, which fixes how histograms look at their tensors.
         counting: What is counted.
         whole: Whether a batch is kept whole for self-checks, since the model fixes its batch size.
+        apart: Whether a batch is counted in a thread of its own while the next one is computed. It pays where a core is free.
     """
 
     dataset: Dataset
@@ -78,6 +82,7 @@ class Work:
     pilot: Span
     counting: Counting
     whole: bool = False
+    apart: bool = False
 
     def feeds(self, span: Span) -> dict[str, NDArray[Any]]:
         """Return a batch."""
@@ -159,23 +164,31 @@ def collect(
             seen.tensors[name].floor = floor
     checkpoint = checkpoint or Checkpoint()
     light: Light | None = None
-    with interruptions() as interrupted:
-        for span in work.spans[seen.done :]:
-            feeds = work.feeds(span)
-            if not seen.kept:
-                seen.kept = work.kept(feeds)
-            if light is None or not light.count(feeds, span):
-                count(hook, seen.tensors, feeds, span, work)
-                light = None
-                if shortcut is not None and not counting.parts:
-                    light = Light.of(shortcut, hook, seen, feeds)
-                    shortcut = None  # built once; given up for good where a value turns out too large
+    with interruptions() as interrupted, Beside(work.apart and bool(counting.parts)) as beside:
+
+        def counted(span: Span) -> None:
             seen.done, seen.samples = seen.done + 1, seen.samples + span[1] - span[0]
             progress(seen.samples)
             checkpoint.offer(seen)
             if interrupted():
                 checkpoint.save(seen)
                 raise KeyboardInterrupt
+
+        for span in work.spans[seen.done :]:
+            feeds = work.feeds(span)
+            if not seen.kept:
+                seen.kept = work.kept(feeds)
+            if light is not None and light.count(feeds, span):
+                counted(span)
+                continue
+            found = computed(hook, list(seen.tensors), feeds)
+            beside.wait()
+            beside.start(functools.partial(count, found, seen.tensors, span, work), functools.partial(counted, span))
+            light = None
+            if shortcut is not None and not counting.parts:
+                light = Light.of(shortcut, hook, seen, feeds)
+                shortcut = None  # built once; given up for good where a value turns out too large
+        beside.wait()
     for held in seen.tensors.values():
         if held.histogram is not None:
             held.histogram.flush()
@@ -222,15 +235,48 @@ def computed(hook: Hook, names: Sequence[str], feeds: dict[str, NDArray[Any]]) -
     return {name: found[name] if name in found else feeds[name] for name in names}
 
 
-def count(
-    hook: Hook, tensors: dict[str, TensorStatistics], feeds: dict[str, NDArray[Any]], span: Span, work: Work
-) -> None:
-    """Run one batch and count it; every tensor is let go as soon as it was counted.
+class Beside:
+    """Counts a batch in a thread of its own while the next one is computed; one at a time, in order.
+
+    Args:
+        apart: Whether there is a thread; without one, a batch is counted where it was computed.
+    """
+
+    def __init__(self, apart: bool) -> None:
+        self.executor = ThreadPoolExecutor(1) if apart else None
+        self.pending: tuple[Future[None], Callable[[], None]] | None = None
+
+    def __enter__(self) -> Beside:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.executor is not None:
+            self.executor.shutdown()
+
+    def start(self, count: Callable[[], None], after: Callable[[], None]) -> None:
+        """Begin to count a batch; ``after`` is called here, when it is waited for."""
+        if self.executor is None:
+            count()
+            after()
+        else:
+            self.pending = self.executor.submit(count), after
+
+    def wait(self) -> None:
+        """Wait for the batch that is being counted; what its counting raised is raised here."""
+        if self.pending is not None:
+            future, after = self.pending
+            self.pending = None
+            future.result()
+            after()
+
+
+def count(found: dict[str, NDArray[Any]], tensors: dict[str, TensorStatistics], span: Span, work: Work) -> None:
+    """Count one batch; every tensor is let go as soon as it was counted.
 
     Raises:
         DataError: If a value is not finite and that is not allowed, naming tensor and samples.
     """
-    found, rows = computed(hook, list(tensors), feeds), span[1] - span[0]
+    rows = span[1] - span[0]
     for name in list(found):
         values = found.pop(name)
         if span == work.pilot:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Activations of a batch that stay in the caches of a core cost least to look at; above so many samples nothing is gained.
-BATCH_BYTES = 10 << 20
+BATCH_BYTES = 8 << 20
 LARGEST_BATCH = 32
 # A run below so many batches is over before a second session is loaded.
 WORTH_A_SHORTCUT = 4
@@ -85,6 +86,7 @@ class Run:
         resume: Whether to go on from a checkpoint.
         runtime: ``onnxruntime`` or ``torch``.
         device: ``cpu`` or ``cuda``.
+        threads: Threads of ONNX Runtime; 0 for as many as there are cores (but one, where a batch is counted beside the next).
     """
 
     shard: tuple[int, int] = (0, 1)
@@ -94,6 +96,17 @@ class Run:
     resume: bool = False
     runtime: str = "onnxruntime"
     device: str = "cpu"
+    threads: int = 0
+
+    def threads_for(self, parts: frozenset[str]) -> tuple[int, bool]:
+        """Return the threads of ONNX Runtime, and whether a core is left to count a batch beside the next one's inference.
+
+        Counting extremes alone costs too little to leave a core to it.
+        """
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if self.threads or not parts or cores <= 2:
+            return self.threads, bool(parts) and 0 < self.threads < cores
+        return cores - 1, True
 
 
 def observer_of(recipe: Recipe) -> str:
@@ -172,6 +185,12 @@ class Observation:
         self.report_non_finite()
         return replace(blank, samples=part.stop - part.start, tensors=self.finished, check_inputs=seen.kept)
 
+    @property
+    def threads(self) -> tuple[int, bool]:
+        """The threads of ONNX Runtime, and whether a core is left for counting."""
+        counting = Counting(observer_of(self.recipe), self.recipe.calibration.channels)
+        return self.run.threads_for(counting.parts)
+
     def still_needed(self) -> tuple[str, ...]:
         """Return the tensors that the plan needs, as far as is known by now, and that were not observed."""
         needed = place(self.folded, self.recipe, unresolvable(self.finished)).observed()
@@ -183,7 +202,7 @@ class Observation:
             from calibration.hooks.torch import ProgramHook
 
             return ProgramHook(self.source.files[0], names, self.run.device, self.source.name)
-        return Runner(lambda: with_outputs(self.folded, names), what=self.source.name)
+        return Runner(lambda: with_outputs(self.folded, names), self.threads[0], self.source.name)
 
     def batch(self, hook: Hook, names: Sequence[str], dataset: Dataset, indices: NDArray[np.intp]) -> int:
         """Return the batch size: the model's or the user's, or what fits into the caches; less where memory is short.
@@ -252,7 +271,7 @@ class Observation:
             usable,
         )
         part = Part(dataset.digest, usable, mine[0][0], mine[-1][1])
-        return Work(dataset, indices, mine, spans[0], counting, fixed), part
+        return Work(dataset, indices, mine, spans[0], counting, fixed, self.threads[1]), part
 
     def blank(self, dataset: Dataset, chosen: int, batch: int, part: Part) -> Statistics:
         """Return the statistics with everything but what is counted."""
@@ -294,7 +313,7 @@ class Observation:
 
         def build(settled: list[str]) -> tuple[Hook, dict[str, str]]:
             data, pooled = with_highest(self.folded, names, settled)
-            return Runner(data, what=self.source.name), pooled
+            return Runner(data, self.threads[0], self.source.name), pooled
 
         return Shortcut(pooled, largest_safe(placement), build)
 

@@ -180,6 +180,7 @@ counting_options = together(
         type=Bytes(),
         help="Shrink batches so that the process stays within, say, 2GB; fail if none fits.",
     ),
+    click.option("--threads", type=click.IntRange(min=1), help="Threads of ONNX Runtime.  [default: the cores]"),
     click.option(
         "--runtime",
         type=click.Choice(["onnxruntime", "torch"]),
@@ -250,6 +251,7 @@ def run_of(options: dict[str, Any]) -> Run:
         bool(options.get("resume")),
         runtime,
         device,
+        options.get("threads") or 0,
     )
 
 
