@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from calibration.errors import DataError
 from calibration.observers import TensorStatistics
 
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Future
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from calibration.datasets.dataset import Dataset, InputSpec
@@ -89,8 +90,16 @@ class Work:
         return self.dataset.read(self.indices[span[0] : span[1]])
 
     def kept(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Return what is kept of the first batch."""
-        return {name: values if self.whole else values[:CHECK_SAMPLES].copy() for name, values in feeds.items()}
+        """Return what is kept of the first batch: samples that are finite, where there are any."""
+        if self.whole:
+            return feeds
+        rows = len(next(iter(feeds.values())))
+        finite = np.ones(rows, dtype=bool)
+        for values in feeds.values():
+            if values.dtype.kind == "f":
+                finite &= np.isfinite(values.reshape(rows, -1)).all(axis=1)
+        chosen = np.flatnonzero(finite if finite.any() else ~finite)[:CHECK_SAMPLES]
+        return {name: values[chosen] for name, values in feeds.items()}
 
 
 @dataclass

@@ -10,6 +10,7 @@ import click
 from quantcli.cli.options import (
     EXISTING,
     EXISTING_FILE,
+    KINDS_OF_DATA,
     label_options,
     preprocess_options,
     recipe_of,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 @click.command("eval")
 @click.argument("quantized", type=EXISTING_FILE)
 @click.option("--float", "reference", type=EXISTING_FILE, help="The float model (.onnx or .pt2) to stand beside it.")
-@click.option("--data", type=EXISTING, required=True, help=".npz, .npy, or a folder of images.")
+@click.option("--data", type=EXISTING, required=True, help=f"{KINDS_OF_DATA}.")
 @click.option(
     "--metric",
     type=click.Choice(["top1", "top5", "sqnr", "mse", "psnr", "cosine"]),

@@ -10,6 +10,7 @@ import click
 from quantcli.cli.options import (
     EXISTING,
     EXISTING_FILE,
+    KINDS_OF_DATA,
     label_options,
     preprocess_options,
     recipe_of,
@@ -24,9 +25,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("sidecar", type=EXISTING_FILE)
-@click.option(
-    "--data", type=EXISTING, help="Inputs: .npz, .npy, or a folder of images.  [default: random, over the ranges]"
-)
+@click.option("--data", type=EXISTING, help=f"Inputs: {KINDS_OF_DATA}.  [default: random, over the ranges]")
 @sample_options
 @preprocess_options
 @label_options

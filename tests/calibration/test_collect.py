@@ -102,6 +102,13 @@ def test_what_is_not_finite_is_counted_where_that_is_allowed() -> None:
     assert int(found.histogram.counts.sum()) == 30
 
 
+def test_samples_that_are_finite_are_kept_for_checks() -> None:
+    rows = ROWS.copy()
+    rows[[0, 2], 1] = np.nan
+    counting = Counting(allow_non_finite=True, samples=10)
+    assert collect(model("n"), ["x"], work(rows, 5, counting)).kept["x"].tolist() == rows[[1, 3, 4]].tolist()
+
+
 class Counted:
     """A hook that counts its runs and can be interrupted at one of them."""
 
