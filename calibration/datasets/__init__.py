@@ -70,33 +70,31 @@ def open_dataset(
 
     if sum(given is not None for given in (path, function, synthetic)) != 1:
         raise DataError("data comes from exactly one place", "give a path, a function, or a number of random samples")
+    reading = arrays.Reading(tuple(inputs), preprocess, labels, allow_non_finite)
     if synthetic is not None:
         return samples.Synthetic(synthetic, tuple(inputs), seed)
     if function is not None:
-        return samples.open_function(function, inputs, preprocess, allow_non_finite)
+        return samples.open_function(function, reading)
     path = Path(str(path))
     if not path.exists():
         raise DataError(f"there is no data at {path}", f"give {KINDS}")
     if path.is_dir():
         if folders := samples.test_set_folders(path):
-            return samples.open_test_sets(folders, inputs, allow_non_finite)
+            return samples.open_test_sets(folders, reading)
         return images.open_images(path, inputs, preprocess or Preprocess(), labels, split)
     if split is not None:
         raise DataError(f"{path.name} has no splits", "--split chooses rows of a labels CSV beside a folder of images")
-    readers: dict[str, Callable[[Path, Sequence[InputSpec], Preprocess | None, Path | None, bool], Dataset]] = {
+    readers: dict[str, Callable[[Path, arrays.Reading], Dataset]] = {
         ".npz": arrays.open_npz,
         ".npy": arrays.open_npy,
         ".safetensors": arrays.open_safetensors,
         ".pt": samples.open_torch,
         ".pth": samples.open_torch,
+        ".csv": samples.open_csv,
+        ".jsonl": samples.open_lines,
     }
+    if labels is not None and path.suffix in {".csv", ".jsonl"}:
+        raise DataError(f"{path.name} holds its labels itself", "name a column or key label, and leave out --labels")
     if path.suffix in readers:
-        return readers[path.suffix](path, inputs, preprocess, labels, allow_non_finite)
-    rows = {".csv": samples.open_csv, ".jsonl": samples.open_lines}
-    if path.suffix in rows:
-        if labels is not None:
-            raise DataError(
-                f"{path.name} holds its labels itself", "name a column or key label, and leave out --labels"
-            )
-        return rows[path.suffix](path, inputs, preprocess, allow_non_finite)
+        return readers[path.suffix](path, reading)
     raise DataError(f"{path} is not a kind of data that can be read", f"give {KINDS}")

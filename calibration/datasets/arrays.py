@@ -26,6 +26,23 @@ Stored = np.ndarray | StoredArray | Spool
 LABEL_NAMES = ("labels", "label", "targets", "target", "y")
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a reader is asked for.
+
+    Attributes:
+        inputs: The model's inputs.
+        preprocess: How stored values become what the model takes; None leaves arrays as they are.
+        labels: A file of labels.
+        allow_non_finite: Whether NaN and infinities pass.
+    """
+
+    inputs: tuple[InputSpec, ...]
+    preprocess: Preprocess | None = None
+    labels: Path | None = None
+    allow_non_finite: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Arrays:
     """A data set held as arrays, one per input, first axis the sample."""
@@ -64,13 +81,7 @@ class Arrays:
         return values
 
 
-def open_npz(
-    path: Path,
-    inputs: Sequence[InputSpec],
-    preprocess: Preprocess | None,
-    labels: Path | None,
-    allow_non_finite: bool = False,
-) -> Arrays:
+def open_npz(path: Path, reading: Reading) -> Arrays:
     """Open an ``.npz``: arrays under the inputs' names, or a single array under any name for a model with a single input.
 
     Raises:
@@ -80,16 +91,10 @@ def open_npz(
         found = npz_members(path)
     except Exception as error:
         raise DataError(f"{path} cannot be read as .npz ({first_line(error)})", "write it with numpy.savez") from error
-    return named(path, found, inputs, preprocess, labels, allow_non_finite)
+    return named(path, found, reading)
 
 
-def open_safetensors(
-    path: Path,
-    inputs: Sequence[InputSpec],
-    preprocess: Preprocess | None,
-    labels: Path | None,
-    allow_non_finite: bool = False,
-) -> Arrays:
+def open_safetensors(path: Path, reading: Reading) -> Arrays:
     """Open a ``.safetensors`` file, by the rules of ``.npz``.
 
     Raises:
@@ -101,23 +106,16 @@ def open_safetensors(
         raise DataError(
             f"{path} cannot be read as .safetensors ({first_line(error)})", "write it with safetensors"
         ) from error
-    return named(path, found, inputs, preprocess, labels, allow_non_finite)
+    return named(path, found, reading)
 
 
-def named(
-    path: Path,
-    found: Mapping[str, Stored],
-    inputs: Sequence[InputSpec],
-    preprocess: Preprocess | None,
-    labels: Path | None,
-    allow_non_finite: bool = False,
-) -> Arrays:
+def named(path: Path, found: Mapping[str, Stored], reading: Reading) -> Arrays:
     """Return arrays by name as the model's inputs, and those under one of the labels' names as labels.
 
     Raises:
         DataError: If an input has no array, or an array is nobody's.
     """
-    found = dict(found)
+    found, inputs = dict(found), reading.inputs
     names = {spec.name for spec in inputs}
     label_name = next((name for name in LABEL_NAMES if name in found and name not in names), None)
     stored_labels = found.pop(label_name) if label_name else None
@@ -136,8 +134,9 @@ def named(
             f"{path} holds '{extra[0]}', which is no input of the model (inputs: {', '.join(sorted(names))})",
             f"remove it, or call the labels one of {', '.join(LABEL_NAMES)}",
         )
-    given = read_labels(labels) if labels else None if stored_labels is None else whole(stored_labels)
-    return checked(path, found, inputs, preprocess, given, allow_non_finite)
+    if reading.labels is not None:
+        return checked(path, found, reading, read_labels(reading.labels))
+    return checked(path, found, reading, None if stored_labels is None else whole(stored_labels))
 
 
 def whole(values: Stored) -> NDArray[Any]:
@@ -164,21 +163,15 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def open_npy(
-    path: Path,
-    inputs: Sequence[InputSpec],
-    preprocess: Preprocess | None,
-    labels: Path | None,
-    allow_non_finite: bool = False,
-) -> Arrays:
+def open_npy(path: Path, reading: Reading) -> Arrays:
     """Open an ``.npy`` for a model with a single input.
 
     Raises:
         DataError: If the file cannot be read, or the model has several inputs.
     """
-    name = single_input(path, inputs)
-    given = read_labels(labels) if labels else None
-    return checked(path, {name: read_array(path)}, inputs, preprocess, given, allow_non_finite)
+    name = single_input(path, reading.inputs)
+    given = read_labels(reading.labels) if reading.labels is not None else None
+    return checked(path, {name: read_array(path)}, reading, given)
 
 
 def single_input(path: Path | str, inputs: Sequence[InputSpec]) -> str:
@@ -195,14 +188,7 @@ def single_input(path: Path | str, inputs: Sequence[InputSpec]) -> str:
     return inputs[0].name
 
 
-def checked(
-    path: Path | str,
-    stored: dict[str, Stored],
-    inputs: Sequence[InputSpec],
-    preprocess: Preprocess | None,
-    labels: NDArray[Any] | None,
-    allow_non_finite: bool = False,
-) -> Arrays:
+def checked(path: Path | str, stored: dict[str, Stored], reading: Reading, labels: NDArray[Any] | None) -> Arrays:
     """Return the data set after checking that every array has the same, positive number of samples."""
     for name, values in stored.items():
         if values.ndim == 0 or len(values) == 0:
@@ -221,7 +207,9 @@ def checked(
         raise DataError(
             f"{path} has {next(iter(counts.values()))} samples and {len(labels)} labels", "give one label a sample"
         )
-    return Arrays(stored, tuple(inputs), preprocess, labels, digest_of(stored), str(path), allow_non_finite)
+    return Arrays(
+        stored, reading.inputs, reading.preprocess, labels, digest_of(stored), str(path), reading.allow_non_finite
+    )
 
 
 def read_labels(path: Path) -> NDArray[Any]:

@@ -22,6 +22,7 @@ import numpy as np
 from calibration.datasets.arrays import (
     LABEL_NAMES,
     Arrays,
+    Reading,
     Stored,
     cast_to,
     check_finite,
@@ -40,24 +41,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from calibration.datasets.dataset import InputSpec
-    from calibration.datasets.preprocess import Preprocess
 
 Sample = dict[str, "NDArray[Any]"]
 
 
-def spooled(
-    source: str,
-    samples: Iterable[tuple[Sample, int | None]],
-    inputs: Sequence[InputSpec],
-    preprocess: Preprocess | None,
-    allow_non_finite: bool,
-) -> Arrays:
+def spooled(source: str, samples: Iterable[tuple[Sample, int | None]], reading: Reading) -> Arrays:
     """Return a data set of samples (without a batch axis) and their labels, written to a temporary file as they come.
 
     Raises:
         DataError: If there is none, or one lacks an input, holds another array, or changes its dtype.
     """
-    spools = {spec.name: Spool() for spec in inputs}
+    spools = {spec.name: Spool() for spec in reading.inputs}
     labels: list[int] = []
     count = 0
     for count, (sample, label) in enumerate(samples, 1):
@@ -79,7 +73,7 @@ def spooled(
         raise DataError(f"{source} has labels for {len(labels)} of {count} samples", "label all of them or none")
     stored: dict[str, Stored] = dict(spools)
     held = np.array(labels, dtype=np.int64) if labels else None
-    return checked(source, stored, inputs, preprocess, held, allow_non_finite)
+    return checked(source, stored, reading, held)
 
 
 def fitted(spec: InputSpec, values: Any, source: str) -> NDArray[Any]:
@@ -105,9 +99,9 @@ def fitted(spec: InputSpec, values: Any, source: str) -> NDArray[Any]:
 # ---- text ----------------------------------------------------------------------------------------------------------------------
 
 
-def open_csv(path: Path, inputs: Sequence[InputSpec], preprocess: Preprocess | None, allow_non_finite: bool) -> Arrays:
+def open_csv(path: Path, reading: Reading) -> Arrays:
     """Open a table: a row is a sample, whose columns fill the only input, or those that the header names (``input.k``)."""
-    return spooled(str(path), table_rows(path, inputs), inputs, preprocess, allow_non_finite)
+    return spooled(str(path), table_rows(path, reading.inputs), reading)
 
 
 def table_rows(path: Path, inputs: Sequence[InputSpec]) -> Iterator[tuple[Sample, int | None]]:
@@ -216,11 +210,9 @@ def columns_of(
     return columns, label
 
 
-def open_lines(
-    path: Path, inputs: Sequence[InputSpec], preprocess: Preprocess | None, allow_non_finite: bool
-) -> Arrays:
+def open_lines(path: Path, reading: Reading) -> Arrays:
     """Open JSON lines: an object {input: nested list} a sample, or the bare list for the only input; perhaps a label."""
-    return spooled(str(path), json_rows(path, inputs), inputs, preprocess, allow_non_finite)
+    return spooled(str(path), json_rows(path, reading.inputs), reading)
 
 
 def json_rows(path: Path, inputs: Sequence[InputSpec]) -> Iterator[tuple[Sample, int | None]]:
@@ -257,13 +249,7 @@ def json_rows(path: Path, inputs: Sequence[InputSpec]) -> Iterator[tuple[Sample,
 # ---- tensors -------------------------------------------------------------------------------------------------------------------
 
 
-def open_torch(
-    path: Path,
-    inputs: Sequence[InputSpec],
-    preprocess: Preprocess | None,
-    labels: Path | None,
-    allow_non_finite: bool,
-) -> Arrays:
+def open_torch(path: Path, reading: Reading) -> Arrays:
     """Open what ``torch.save`` wrote: a tensor, tensors by input name, or a list of samples or batches of either.
 
     Raises:
@@ -278,19 +264,12 @@ def open_torch(
     except Exception as error:
         raise DataError(f"{path} holds no tensors ({first_line(error)})", "save tensors with torch.save") from error
     if isinstance(found, (list, tuple)):
-        return spooled(str(path), split_batches(str(path), found, inputs), inputs, preprocess, allow_non_finite)
+        return spooled(str(path), split_batches(str(path), found, reading.inputs), reading)
     if isinstance(found, torch.Tensor):
-        found = {single_input(path, inputs): found}
+        found = {single_input(path, reading.inputs): found}
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise DataError(f"{path} holds {type(found).__name__}, not tensors", "save tensors by input name")
-    return named(
-        path,
-        {str(name): as_array(value) for name, value in found.items()},
-        inputs,
-        preprocess,
-        labels,
-        allow_non_finite,
-    )
+    return named(path, {str(name): as_array(value) for name, value in found.items()}, reading)
 
 
 def as_array(value: Any) -> NDArray[Any]:
@@ -335,9 +314,7 @@ def split_batches(
             yield {name: values[row] for name, values in arrays.items()}, None
 
 
-def open_function(
-    name: str, inputs: Sequence[InputSpec], preprocess: Preprocess | None, allow_non_finite: bool
-) -> Arrays:
+def open_function(name: str, reading: Reading) -> Arrays:
     """Call a Python function that yields batches, dicts of arrays by input name, and spool them.
 
     Raises:
@@ -354,7 +331,7 @@ def open_function(
         raise DataError(f"{name} cannot be called ({type(error).__name__}: {first_line(error)})", "mend it") from error
     finally:
         sys.path.remove(str(Path.cwd()))
-    return spooled(name, split_batches(name, entries, inputs), inputs, preprocess, allow_non_finite)
+    return spooled(name, split_batches(name, entries, reading.inputs), reading)
 
 
 def failing_clearly(name: str, entries: Iterable[Any]) -> Iterator[Any]:
@@ -435,7 +412,7 @@ def numbered(path: Path) -> tuple[int, str]:
     return (int(digits[1]) if digits else -1), path.name
 
 
-def open_test_sets(folders: list[Path], inputs: Sequence[InputSpec], allow_non_finite: bool) -> TestSets:
+def open_test_sets(folders: list[Path], reading: Reading) -> TestSets:
     """Open ONNX test data.
 
     Raises:
@@ -445,9 +422,9 @@ def open_test_sets(folders: list[Path], inputs: Sequence[InputSpec], allow_non_f
     digest = hashlib.sha256()
     for number, folder in enumerate(folders):
         files = tuple(sorted(folder.glob("input_*.pb"), key=numbered))
-        if len(files) != len(inputs):
+        if len(files) != len(reading.inputs):
             raise DataError(
-                f"{folder} holds {len(files)} inputs and the model takes {len(inputs)}", "give one file each"
+                f"{folder} holds {len(files)} inputs and the model takes {len(reading.inputs)}", "give one file each"
             )
         arrays = [read_tensor(file) for file in files]
         counts = {len(values) if values.ndim else -1 for values in arrays}
@@ -460,7 +437,9 @@ def open_test_sets(folders: list[Path], inputs: Sequence[InputSpec], allow_non_f
         rows += [(number, row) for row in range(counts.pop())]
     if not rows:
         raise DataError(f"{folders[0].parent} holds no samples", "give at least one")
-    return TestSets(tuple(sets), tuple(inputs), tuple(rows), tuple(shapes), digest.hexdigest(), allow_non_finite)
+    return TestSets(
+        tuple(sets), reading.inputs, tuple(rows), tuple(shapes), digest.hexdigest(), reading.allow_non_finite
+    )
 
 
 def read_tensor(file: Path) -> NDArray[Any]:

@@ -19,7 +19,33 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class ProgramHook:
+class TorchHook:
+    """What both hooks share.
+
+    Attributes:
+        specs: The inputs, in order.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    specs: tuple[InputSpec, ...]
+    device: str
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """The model's inputs."""
+        return self.specs
+
+    def rest(self) -> None:
+        """Keep everything: it is used until the end."""
+
+    def fed(self, feeds: dict[str, NDArray[Any]]) -> list[torch.Tensor]:
+        """Return a batch as tensors on the device, in the order of the inputs."""
+        import torch
+
+        return [torch.from_numpy(np.ascontiguousarray(feeds[spec.name])).to(self.device) for spec in self.specs]
+
+
+class ProgramHook(TorchHook):
     """An exported program (``.pt2``), run node by node with `torch.fx.Interpreter`.
 
     Values are called as the program's nodes are, which is what the ONNX exporter calls them too.
@@ -48,13 +74,9 @@ class ProgramHook:
                 f"torch cannot load {what} ({first_line(error)})", "save it with torch.export.save"
             ) from error
         self.what, self.device = what, device
-        self.given = [
-            (spec.arg.name, program.graph_signature)
-            for spec in program.graph_signature.input_specs
-            if spec.kind.name == "USER_INPUT"
-        ]
+        given = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
         placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-        self.specs = tuple(spec_of(name, placeholders[name].meta["val"]) for name, _ in self.given)
+        self.specs = tuple(spec_of(name, placeholders[name].meta["val"]) for name in given)
         self.module = program.module()
         if missing := unknown_to(self.module, names):
             # The exporter's graph is a decomposed one (a pool became a mean, say), but for what ONNX has operators for.
@@ -67,14 +89,6 @@ class ProgramHook:
                 "calibrate in ONNX Runtime: leave out --runtime and --device",
             )
         self.module = self.module.to(device)
-
-    def rest(self) -> None:
-        """Keep everything: it is used until the end."""
-
-    @property
-    def inputs(self) -> tuple[InputSpec, ...]:
-        """The program's inputs."""
-        return self.specs
 
     def run(self, feeds: dict[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Run one batch and return the asked values by name.
@@ -99,16 +113,15 @@ class ProgramHook:
                 return value
 
         recorder = Recorder(self.module, set(outputs or ()))
-        given = [torch.from_numpy(np.ascontiguousarray(feeds[name])).to(self.device) for name, _ in self.given]
         try:
             with torch.no_grad():
-                recorder.run(*given)
+                recorder.run(*self.fed(feeds))
         except Exception as error:
             raise RunError(f"torch fails while running {self.what} ({first_line(error)})") from error
         return recorder.found
 
 
-class ModuleHook:
+class ModuleHook(TorchHook):
     """A module in eager mode, watched by forward hooks: the value called ``a.b`` is what the submodule ``a.b`` returns.
 
     Args:
@@ -122,14 +135,6 @@ class ModuleHook:
         self.module = module.eval().to(device)
         self.specs, self.device = tuple(inputs), device
 
-    def rest(self) -> None:
-        """Keep everything: the module is the caller's."""
-
-    @property
-    def inputs(self) -> tuple[InputSpec, ...]:
-        """The module's inputs."""
-        return self.specs
-
     def run(self, feeds: dict[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Run one batch and return what the asked submodules returned.
 
@@ -139,10 +144,9 @@ class ModuleHook:
         import torch
 
         found: dict[str, NDArray[Any]] = {}
-        given = [torch.from_numpy(np.ascontiguousarray(feeds[spec.name])).to(self.device) for spec in self.specs]
         with self.watched(list(outputs or ()), found), torch.no_grad():
             try:
-                self.module(*given)
+                self.module(*self.fed(feeds))
             except Exception as error:
                 raise RunError(f"torch fails while running the module ({first_line(error)})") from error
         if missing := [name for name in outputs or () if name not in found]:
