@@ -16,7 +16,7 @@ from calibration.collect import Checkpoint, Seen, Shortcut, Work, collect, compu
 from calibration.datasets import boundaries, fitted_batch, fixes_batch, open_dataset, select
 from calibration.errors import DataError, StatisticsError
 from calibration.hooks.onnxruntime import Runner
-from calibration.observers import Counting, TensorStatistics
+from calibration.observers import OBSERVERS, Counting, TensorStatistics
 from calibration.ranges import observer_for, parse_range
 from calibration.statistics import Part, Statistics
 from quantcli.errors import UsageError
@@ -114,6 +114,22 @@ def observer_of(recipe: Recipe) -> str:
     if recipe.calibration.observer is not None:
         return recipe.calibration.observer
     return observer_for(parse_range(recipe.activation.range)) if recipe.activation.range is not None else "minmax"
+
+
+def check_counted(recipe: Recipe) -> None:
+    """Check that the observer that a recipe asks for counts what its range needs.
+
+    Raises:
+        UsageError: If it does not.
+    """
+    if recipe.activation.range is None:
+        return
+    needed, observer = parse_range(recipe.activation.range).name, observer_of(recipe)
+    if not OBSERVERS[needed] <= OBSERVERS[observer]:
+        raise UsageError(
+            f"the observer {observer} does not count what the range {needed} needs",
+            f"leave it out, or say {needed} or all",
+        )
 
 
 def observe(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import logging
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from quantcli.fold import fold
 from quantcli.integer.verify import Verification, random_inputs
 from quantcli.integer.verify import verify as compare_integers
 from quantcli.load import LoadedModel, load, shown_name
-from quantcli.observation import Data, Run, observe
+from quantcli.observation import Data, Run, check_counted, observe
 from quantcli.plan import Plan, make_plan
 from quantcli.probe import model_bytes
 from quantcli.progress import Progress, silent
@@ -108,8 +109,15 @@ def calibrate(
         with staged() as files:
             files.write(path, statistics_file.serialized(statistics))
         if run.partial is not None:
-            run.partial.unlink(missing_ok=True)
+            remove_checkpoints(run.partial)
     return statistics
+
+
+def remove_checkpoints(partial: Path) -> None:
+    """Remove a checkpoint, and what a run that was killed while it wrote one has left beside it."""
+    partial.unlink(missing_ok=True)
+    for left in partial.parent.glob(f".{glob.escape(partial.stem)}.*{partial.suffix}*"):
+        left.unlink(missing_ok=True)
 
 
 def data_of(
@@ -188,6 +196,7 @@ def convert(
     check_outputs([output, sidecar_path], source.files)
     folded = fold(source.graph, target.activation.opset)
     if statistics is None:
+        check_counted(recipe)
         found = observe(
             source, folded, data_of(data, labels, split, function, synthetic), recipe, run or Run(), progress
         )
