@@ -72,14 +72,20 @@ def open_dataset(
         raise DataError("data comes from exactly one place", "give a path, a function, or a number of random samples")
     reading = arrays.Reading(tuple(inputs), preprocess, labels, allow_non_finite)
     if synthetic is not None:
-        return samples.Synthetic(synthetic, tuple(inputs), seed)
+        if labels is not None or split is not None:
+            raise DataError("random samples have neither labels nor splits", "leave out --labels and --split")
+        return samples.open_synthetic(synthetic, tuple(inputs), seed)
     if function is not None:
+        if split is not None:
+            raise DataError(f"{function} has no splits", "leave out --split, and yield what it should")
         return samples.open_function(function, reading)
     path = Path(str(path))
     if not path.exists():
         raise DataError(f"there is no data at {path}", f"give {KINDS}")
     if path.is_dir():
         if folders := samples.test_set_folders(path):
+            if split is not None:
+                raise DataError(f"the test data in {path} has no splits", "leave out --split")
             return samples.open_test_sets(folders, reading)
         return images.open_images(path, inputs, preprocess or Preprocess(), labels, split)
     if split is not None:
@@ -93,8 +99,9 @@ def open_dataset(
         ".csv": samples.open_csv,
         ".jsonl": samples.open_lines,
     }
-    if labels is not None and path.suffix in {".csv", ".jsonl"}:
+    suffix = path.suffix.lower()
+    if labels is not None and suffix in {".csv", ".jsonl"}:
         raise DataError(f"{path.name} holds its labels itself", "name a column or key label, and leave out --labels")
-    if path.suffix in readers:
-        return readers[path.suffix](path, reading)
+    if suffix in readers:
+        return readers[suffix](path, reading)
     raise DataError(f"{path} is not a kind of data that can be read", f"give {KINDS}")

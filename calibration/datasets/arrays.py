@@ -59,26 +59,33 @@ class Arrays:
     def shape_of(self, index: int) -> tuple[tuple[int, ...], ...]:
         """Return the shapes of a sample's arrays."""
         ragged = [values for values in self.stored.values() if isinstance(values, Spool)]
-        return tuple(values.shapes[index] for values in ragged)
+        return tuple(values.shape_at(index) for values in ragged)
 
     def __len__(self) -> int:
         return len(next(iter(self.stored.values())))
 
     def read(self, indices: NDArray[np.intp]) -> dict[str, NDArray[Any]]:
         """Return the samples at ``indices``, checked against the model's inputs."""
-        return {spec.name: self._fitted(spec, self.stored[spec.name][indices]) for spec in self.inputs}
+        how = Reading(self.inputs, self.preprocess, None, self.allow_non_finite)
+        return {spec.name: prepared(spec, self.stored[spec.name][indices], how, self.source) for spec in self.inputs}
 
-    def _fitted(self, spec: InputSpec, values: NDArray[Any]) -> NDArray[Any]:
-        if self.preprocess is not None and spec.dtype.kind == "f":
-            if values.dtype.kind not in "biuf":
-                raise DataError(f"{self.source} holds {values.dtype} for input '{spec.name}'", "give numbers")
-            scale = 1.0 if self.preprocess.scale is None else self.preprocess.scale
-            values = normalized(values, self.preprocess, scale, self.preprocess.layout, self.source)
-        values = cast_to(spec, values, self.source)
-        check_shape(spec, values, self.source)
-        if not self.allow_non_finite:
-            check_finite(spec, values, self.source)
-        return values
+
+def prepared(spec: InputSpec, values: NDArray[Any], reading: Reading, source: str) -> NDArray[Any]:
+    """Return stored values as a model's input takes them.
+
+    Raises:
+        DataError: If they are of another kind or shape than the input, or not finite where they must be.
+    """
+    if reading.preprocess is not None and spec.dtype.kind == "f":
+        if values.dtype.kind not in "biuf":
+            raise DataError(f"{source} holds {values.dtype} for input '{spec.name}'", "give numbers")
+        scale = 1.0 if reading.preprocess.scale is None else reading.preprocess.scale
+        values = normalized(values, reading.preprocess, scale, reading.preprocess.layout, source)
+    values = cast_to(spec, values, source)
+    check_shape(spec, values, source)
+    if not reading.allow_non_finite:
+        check_finite(spec, values, source)
+    return values
 
 
 def open_npz(path: Path, reading: Reading) -> Arrays:
@@ -89,6 +96,8 @@ def open_npz(path: Path, reading: Reading) -> Arrays:
     """
     try:
         found = npz_members(path)
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(f"{path} cannot be read as .npz ({first_line(error)})", "write it with numpy.savez") from error
     return named(path, found, reading)
@@ -158,7 +167,7 @@ def read_array(path: Path) -> StoredArray | NDArray[Any]:
         raise DataError(f"{path} cannot be read as .npy ({first_line(error)})", "write it with numpy.save") from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of what a library says."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
@@ -198,18 +207,25 @@ def checked(path: Path | str, stored: dict[str, Stored], reading: Reading, label
     counts = {name: len(values) for name, values in stored.items()}
     if len(set(counts.values())) > 1:
         raise DataError(f"{path} holds arrays of different lengths: {counts}", "the first axis of each is the sample")
-    if labels is not None:
-        labels = labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
-        if labels.ndim != 1 or labels.dtype.kind not in "iu":
-            held = f"{labels.dtype} of shape {list(labels.shape)}"
-            raise DataError(f"the labels of {path} are {held}, not one integer per sample", "number the classes from 0")
-    if labels is not None and len(labels) < next(iter(counts.values())):
-        raise DataError(
-            f"{path} has {next(iter(counts.values()))} samples and {len(labels)} labels", "give one label a sample"
-        )
+    labels = None if labels is None else checked_labels(path, labels, next(iter(counts.values())))
     return Arrays(
         stored, reading.inputs, reading.preprocess, labels, digest_of(stored), str(path), reading.allow_non_finite
     )
+
+
+def checked_labels(path: Path | str, labels: NDArray[Any], count: int) -> NDArray[np.integer]:
+    """Return the labels of ``count`` samples as a single axis.
+
+    Raises:
+        DataError: If they are not integers, one a sample, or too few.
+    """
+    labels = labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        held = f"{labels.dtype} of shape {list(labels.shape)}"
+        raise DataError(f"the labels of {path} are {held}, not one integer per sample", "number the classes from 0")
+    if len(labels) < count:
+        raise DataError(f"{path} has {count} samples and {len(labels)} labels", "give one label a sample")
+    return labels
 
 
 def read_labels(path: Path) -> NDArray[Any]:

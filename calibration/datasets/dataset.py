@@ -129,13 +129,14 @@ def boundaries(dataset: Dataset, indices: NDArray[np.intp], size: int, fixed: bo
     spans: list[tuple[int, int]] = []
     start = 0
     shape: Hashable = None
-    for position, index in enumerate(indices.tolist()):
-        found = dataset.shape_of(index)
+    for position, index in enumerate(indices):
+        found = dataset.shape_of(int(index))
         if position > start and (position - start == size or found != shape):
             spans.append((start, position))
             start = position
         shape = found
-    spans.append((start, len(indices)))
+    if start < len(indices):
+        spans.append((start, len(indices)))
     return [span for span in spans if not fixed or span[1] - span[0] == size]
 
 

@@ -13,6 +13,7 @@ import json
 import math
 import re
 import sys
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,15 +25,17 @@ from calibration.datasets.arrays import (
     Arrays,
     Reading,
     Stored,
-    cast_to,
-    check_finite,
     check_shape,
     checked,
+    checked_labels,
     first_line,
     named,
+    prepared,
+    read_labels,
     single_input,
 )
-from calibration.datasets.stored import Spool
+from calibration.datasets.stored import Spool, StoredArray
+from calibration.datasets.tensors import load_tensors
 from calibration.errors import DataError
 
 if TYPE_CHECKING:
@@ -52,7 +55,7 @@ def spooled(source: str, samples: Iterable[tuple[Sample, int | None]], reading: 
         DataError: If there is none, or one lacks an input, holds another array, or changes its dtype.
     """
     spools = {spec.name: Spool() for spec in reading.inputs}
-    labels: list[int] = []
+    labels = array("q")
     count = 0
     for count, (sample, label) in enumerate(samples, 1):
         if set(sample) != set(spools):
@@ -64,7 +67,12 @@ def spooled(source: str, samples: Iterable[tuple[Sample, int | None]], reading: 
             except ValueError as error:
                 raise DataError(f"{source}, sample {count - 1}, input '{name}': {error}", "give one dtype") from error
         if label is not None:
-            labels.append(label)
+            try:
+                labels.append(label)
+            except OverflowError as error:
+                raise DataError(
+                    f"{source}, sample {count - 1}: {label} is no label", "number the classes from 0"
+                ) from error
     for spool in spools.values():
         spool.finish()
     if count == 0:
@@ -72,28 +80,49 @@ def spooled(source: str, samples: Iterable[tuple[Sample, int | None]], reading: 
     if labels and len(labels) != count:
         raise DataError(f"{source} has labels for {len(labels)} of {count} samples", "label all of them or none")
     stored: dict[str, Stored] = dict(spools)
+    if reading.labels is not None:
+        return checked(source, stored, reading, read_labels(reading.labels))
     held = np.array(labels, dtype=np.int64) if labels else None
     return checked(source, stored, reading, held)
 
 
 def fitted(spec: InputSpec, values: Any, source: str) -> NDArray[Any]:
-    """Return numbers from a text as an array of an input's dtype; integers must be whole.
+    """Return numbers from a text as an array of an input's dtype; integers must be whole, and within its range.
 
     Raises:
-        DataError: If they are no numbers, ragged, or not whole where they should be.
+        DataError: If they are no numbers, ragged, or not what an integer input holds.
     """
     try:
         found = np.asarray(values)
+        if found.dtype.kind == "O" and spec.dtype.kind == "f" and all(type(value) is int for value in found.flat):
+            found = found.astype(np.float64)  # integers that no integer dtype holds
         if found.dtype.kind not in "biuf":
             raise ValueError("not all of it is numbers, or rows differ in length")
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise DataError(f"{source}, input '{spec.name}': {error}", "give nested lists of numbers") from error
-    if spec.dtype.kind in "iub" and found.dtype.kind == "f" and (found != np.floor(found)).any():
-        raise DataError(
-            f"{source}, input '{spec.name}' takes {spec.dtype} and there are fractions", "give whole numbers"
-        )
-    with np.errstate(over="ignore", invalid="ignore"):
+    if spec.dtype.kind in "iub":
+        # Floats may stand for integers that a float does not hold: those are looked at one by one.
+        found = np.asarray(values, dtype=object) if found.dtype.kind == "f" else found
+        check_whole(spec, found, source)
+    with np.errstate(over="ignore"):
         return found.astype(spec.dtype)
+
+
+def check_whole(spec: InputSpec, found: NDArray[Any], source: str) -> None:
+    """Raise DataError where numbers are not whole, or out of an integer input's range."""
+    if not found.size:
+        return
+    broken = [v for v in found.flat if isinstance(v, float) and not v.is_integer()] if found.dtype.kind == "O" else []
+    if broken:
+        there = "fractions" if all(map(math.isfinite, broken)) else "NaN or infinities"
+        raise DataError(f"{source}, input '{spec.name}' takes {spec.dtype} and there are {there}", "give whole numbers")
+    lowest, highest = (0, 1) if spec.dtype.kind == "b" else (np.iinfo(spec.dtype).min, np.iinfo(spec.dtype).max)
+    least, most = int(found.min()), int(found.max())  # as Python's integers, which compare exactly
+    if least < lowest or most > highest:
+        raise DataError(
+            f"{source}, input '{spec.name}' takes {spec.dtype} and there is {least if least < lowest else most}",
+            f"it holds {lowest} to {highest}",
+        )
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------------------
@@ -116,10 +145,10 @@ def table_rows(path: Path, inputs: Sequence[InputSpec]) -> Iterator[tuple[Sample
             first = next(rows, None)
             if first is None:
                 return
-            header = None if all(is_number(cell) for cell in first[1]) else [cell.strip() for cell in first[1]]
+            header = header_of(path, *first, inputs)
             width = len(first[1])
             columns, label = columns_of(path, header, width, inputs)
-            for number, row in itertools.chain([] if header else [first], rows):
+            for number, row in itertools.chain([first] if header is None else [], rows):
                 if len(row) != width:
                     raise DataError(f"{path}, line {number}, has {len(row)} columns, not {width}", "complete it")
                 cells = [number_in(path, number, place, cell) for place, cell in enumerate(row, 1)]
@@ -140,18 +169,46 @@ def is_number(cell: str) -> bool:
         float(cell)
     except ValueError:
         return False
-    return True
+    return "_" not in cell
 
 
 def number_in(path: Path, line: int, column: int, cell: str) -> float:
-    """Return a cell's number.
+    """Return a cell's number: an int where it is written as one that 64 bits hold, so that none of its digits is lost.
 
     Raises:
         DataError: If it is none.
     """
     if not is_number(cell):
         raise DataError(f"{path}, line {line}, column {column}: '{cell}' is no number", "mend it")
-    return float(cell)
+    whole = int(cell) if re.fullmatch(r"\s*[-+]?[0-9]{1,20}\s*", cell) else None
+    return whole if whole is not None and -(1 << 63) <= whole < 1 << 64 else float(cell)
+
+
+def header_of(path: Path, line: int, row: list[str], inputs: Sequence[InputSpec]) -> list[str] | None:
+    """Return the names of the columns, where the first row holds names; None where it holds numbers.
+
+    Raises:
+        DataError: If it holds numbers beside something that is neither a number nor the name of an input or of the label.
+    """
+    cells, names = [cell.strip() for cell in row], {spec.name for spec in inputs}
+    strange = [place for place, cell in enumerate(cells, 1) if not is_number(cell)]
+    if not strange:
+        return None
+    unknown = [i for i in strange if column_of(cells[i - 1], names) is None and cells[i - 1].lower() not in LABEL_NAMES]
+    if unknown and len(strange) < len(cells):
+        raise DataError(
+            f"{path}, line {line}, column {unknown[0]}: '{cells[unknown[0] - 1]}' is no number",
+            "mend it, or give every column a name",
+        )
+    return cells
+
+
+def column_of(cell: str, names: Iterable[str]) -> tuple[str, int] | None:
+    """Return the input that a column's name speaks of, and the place in it: ``input`` or ``input.k``; None for other names."""
+    if cell in names:
+        return cell, 0
+    match = re.fullmatch(r"(.*)\.([0-9]{1,9})", cell)
+    return (match[1], int(match[2])) if match and match[1] in names else None
 
 
 def whole_label(path: Path, line: int, value: float) -> int:
@@ -160,7 +217,7 @@ def whole_label(path: Path, line: int, value: float) -> int:
     Raises:
         DataError: If it is no integer.
     """
-    if not value.is_integer():
+    if not float(value).is_integer():
         raise DataError(f"{path}, line {line}: the label {value} is no integer", "number the classes from 0")
     return int(value)
 
@@ -178,50 +235,81 @@ def columns_of(
     Raises:
         DataError: If they do not fit the inputs.
     """
-    label = next((i for i, name in enumerate(header or []) if name.lower() in LABEL_NAMES), None)
+    names = {spec.name for spec in inputs}
+    kept = header or []
+    label = next((i for i, name in enumerate(kept) if name.lower() in LABEL_NAMES and name not in names), None)
     others = [i for i in range(width) if i != label]
-    columns: dict[str, list[int]] = {spec.name: [] for spec in inputs}
-    if len(inputs) == 1:
-        columns[inputs[0].name] = others
+    meant = {i: column_of(kept[i], names) for i in others} if header is not None else {}
+    if len(inputs) == 1 and (not meant or None in meant.values()):
+        columns = {inputs[0].name: others}
     elif header is None:
         raise DataError(
             f"{path} names no columns and the model has {len(inputs)} inputs", "add a header: input.0,input.1"
         )
     else:
-        places: dict[str, dict[int, int]] = {spec.name: {} for spec in inputs}
-        for i in others:
-            match = re.fullmatch(r"(.*?)(?:\.(\d+))?", header[i])
-            name, number = (
-                (header[i], 0) if header[i] in places else (match[1], int(match[2] or 0)) if match else ("", 0)
-            )
-            if name not in places or number in places[name]:
-                raise DataError(f"{path} has a column '{header[i]}', which is no input's", "name columns input.k")
-            places[name][number] = i
-        columns = {name: [found[k] for k in sorted(found)] for name, found in places.items()}
+        columns = columns_by_name(path, header, meant, names)
     for spec in inputs:
         shape = sample_shape(spec)
         known = math.prod(size for size in shape if size > 0)
         free = shape.count(-1)
         have = len(columns[spec.name])
         if free > 1 or have == 0 or (have != known if free == 0 else have % max(known, 1) != 0):
+            beside = f" beside the label, '{kept[label]}'" if label is not None else ""
             raise DataError(
-                f"{path} has {have} columns for input '{spec.name}', a sample of which is {list(shape)}", "fill it"
+                f"{path} has {have} columns for input '{spec.name}'{beside}, and a sample of it is {list(shape)}",
+                "give one column per element, in C order",
             )
     return columns, label
 
 
+def columns_by_name(
+    path: Path, header: list[str], meant: dict[int, tuple[str, int] | None], names: Iterable[str]
+) -> dict[str, list[int]]:
+    """Return the columns of every input in the order of their numbers.
+
+    Raises:
+        DataError: If a column is no input's, two have one number, or a number between them is missing.
+    """
+    places: dict[str, dict[int, int]] = {name: {} for name in names}
+    for i, found in meant.items():
+        if found is None or found[1] in places[found[0]]:
+            raise DataError(
+                f"{path} has a column '{header[i]}', which is no input's, or there twice", "name columns input.k"
+            )
+        places[found[0]][found[1]] = i
+    for name, numbers in places.items():
+        if gap := next((k for k in range(len(numbers)) if k not in numbers), None):
+            raise DataError(f"{path} lacks the column '{name}.{gap}'", "number the columns of an input from 0")
+    return {name: [numbers[k] for k in sorted(numbers)] for name, numbers in places.items()}
+
+
 def open_lines(path: Path, reading: Reading) -> Arrays:
     """Open JSON lines: an object {input: nested list} a sample, or the bare list for the only input; perhaps a label."""
-    return spooled(str(path), json_rows(path, reading.inputs), reading)
+    return spooled(str(path), json_rows(path, reading), reading)
 
 
-def json_rows(path: Path, inputs: Sequence[InputSpec]) -> Iterator[tuple[Sample, int | None]]:
+def check_entry(sample: Sample, reading: Reading, where: str) -> None:
+    """Raise DataError where a sample lacks an input, holds another array, or an array of another shape than the input's.
+
+    Shapes of what is still to be preprocessed are left to preprocessing.
+    """
+    wanted = {spec.name for spec in reading.inputs}
+    if other := next((name for name in sample if name not in wanted), None):
+        raise DataError(f"{where}, holds '{other}', which is no input", f"inputs: {', '.join(sorted(wanted))}")
+    for spec in reading.inputs:
+        if spec.name not in sample:
+            raise DataError(f"{where}, has nothing for input '{spec.name}'", "give every input in every sample")
+        if reading.preprocess is None or spec.dtype.kind != "f":
+            check_shape(spec, sample[spec.name][None], where)
+
+
+def json_rows(path: Path, reading: Reading) -> Iterator[tuple[Sample, int | None]]:
     """Yield the samples of a file of JSON lines.
 
     Raises:
         DataError: If a line is no JSON, or does not hold the inputs.
     """
-    specs = {spec.name: spec for spec in inputs}
+    specs = {spec.name: spec for spec in reading.inputs}
     try:
         with path.open(encoding="utf-8-sig") as stream:
             for number, line in enumerate(stream, 1):
@@ -230,18 +318,20 @@ def json_rows(path: Path, inputs: Sequence[InputSpec]) -> Iterator[tuple[Sample,
                 where = f"{path}, line {number}"
                 try:
                     found = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise DataError(f"{where}, is no JSON ({first_line(error)})", "give one document a line") from error
                 if isinstance(found, list):
-                    found = {single_input(path, inputs): found}
+                    found = {single_input(path, reading.inputs): found}
                 if not isinstance(found, dict):
                     raise DataError(f"{where}, is neither an object nor a list", "give {input: values}")
                 label = next((found.pop(name) for name in LABEL_NAMES if name in found and name not in specs), None)
-                if label is not None and not isinstance(label, int):
+                if label is not None and type(label) is not int:
                     raise DataError(f"{where}: the label {label!r} is no integer", "number the classes from 0")
                 if other := next((name for name in found if name not in specs), None):
                     raise DataError(f"{where}, holds '{other}', which is no input", f"inputs: {', '.join(specs)}")
-                yield {name: fitted(specs[name], values, where) for name, values in found.items()}, label
+                sample = {name: fitted(specs[name], values, where) for name, values in found.items()}
+                check_entry(sample, reading, where)
+                yield sample, label
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read ({first_line(error)})", "write it as UTF-8") from error
 
@@ -256,62 +346,73 @@ def open_torch(path: Path, reading: Reading) -> Arrays:
         DataError: If torch is missing, or the file holds anything else.
     """
     try:
-        import torch
+        found = load_tensors(path)
     except ImportError as error:
         raise DataError(f"{path} needs torch to be read", "pip install quantcli[torch]") from error
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise DataError(f"{path} holds no tensors ({first_line(error)})", "save tensors with torch.save") from error
     if isinstance(found, (list, tuple)):
-        return spooled(str(path), split_batches(str(path), found, reading.inputs), reading)
-    if isinstance(found, torch.Tensor):
+        return spooled(str(path), split_batches(str(path), found, reading), reading)
+    if is_tensor(found):
         found = {single_input(path, reading.inputs): found}
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+    if not isinstance(found, dict) or not all(map(is_tensor, found.values())):
         raise DataError(f"{path} holds {type(found).__name__}, not tensors", "save tensors by input name")
-    return named(path, {str(name): as_array(value) for name, value in found.items()}, reading)
+    stored = {
+        str(name): value if isinstance(value, StoredArray) else as_array(value, f"{path}, '{name}'")
+        for name, value in found.items()
+    }
+    return named(path, stored, reading)
 
 
-def as_array(value: Any) -> NDArray[Any]:
-    """Return an array, or a torch tensor as one; bfloat16 becomes float32."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
-        return np.asarray(value.numpy())
-    return np.asarray(value)
+def is_tensor(value: Any) -> bool:
+    """Tell whether a value is a torch tensor, or stands for one."""
+    return isinstance(value, StoredArray) or hasattr(value, "detach")
 
 
-def split_batches(
-    source: str, entries: Iterable[Any], inputs: Sequence[InputSpec]
-) -> Iterator[tuple[Sample, int | None]]:
+def as_array(value: Any, where: str) -> NDArray[Any]:
+    """Return an array, or a torch tensor or stored array as one; bfloat16 becomes float32.
+
+    Raises:
+        DataError: If it cannot be an array: a sparse tensor, one of a dtype that numpy lacks, lists of different lengths.
+    """
+    if isinstance(value, StoredArray):
+        return value[np.arange(len(value))]
+    try:
+        if hasattr(value, "detach"):
+            value = value.detach().cpu()
+            value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+            return np.asarray(value.numpy())
+        return np.asarray(value)
+    except Exception as error:
+        raise DataError(f"{where}: {first_line(error)}", "give dense arrays of numbers, by input name") from error
+
+
+def split_batches(source: str, entries: Iterable[Any], reading: Reading) -> Iterator[tuple[Sample, int | None]]:
     """Yield the samples of batches; an entry with one axis less than the model's input is a sample itself.
 
     Raises:
-        DataError: If an entry is neither arrays by input name nor an array for the only input.
+        DataError: If an entry is neither arrays by input name nor an array for the only input, or does not fit the inputs.
     """
-    ranks = {spec.name: len(spec.shape) for spec in inputs}
+    ranks = {spec.name: len(spec.shape) for spec in reading.inputs}
     for number, entry in enumerate(entries):
-        found = entry if isinstance(entry, dict) else {single_input(source, inputs): entry}
-        try:
-            arrays = {str(name): as_array(value) for name, value in found.items()}
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{source}, entry {number}: {first_line(error)}", "give arrays by input name") from error
+        where = f"{source}, entry {number}"
+        found = entry if isinstance(entry, dict) else {single_input(source, reading.inputs): entry}
+        arrays = {str(name): as_array(value, where) for name, value in found.items()}
         if other := next((name for name in arrays if name not in ranks), None):
-            raise DataError(
-                f"{source}, entry {number}, holds '{other}', which is no input", f"inputs: {', '.join(ranks)}"
-            )
+            raise DataError(f"{where}, holds '{other}', which is no input", f"inputs: {', '.join(ranks)}")
         if other := next((name for name, values in arrays.items() if values.dtype.kind not in "biuf"), None):
-            raise DataError(f"{source}, entry {number}, holds {arrays[other].dtype} for '{other}'", "give numbers")
+            raise DataError(f"{where}, holds {arrays[other].dtype} for '{other}'", "give numbers")
         if all(values.ndim == ranks[name] - 1 for name, values in arrays.items()):
+            check_entry(arrays, reading, where)
             yield arrays, None
             continue
         counts = {len(values) if values.ndim else -1 for values in arrays.values()}
         if len(counts) != 1 or -1 in counts:
-            raise DataError(
-                f"{source}, entry {number}, holds arrays of different lengths", "the first axis is the sample"
-            )
+            raise DataError(f"{where}, holds arrays of different lengths", "the first axis is the sample")
         for row in range(counts.pop()):
-            yield {name: values[row] for name, values in arrays.items()}, None
+            sample = {name: values[row] for name, values in arrays.items()}
+            check_entry(sample, reading, where)
+            yield sample, None
 
 
 def open_function(name: str, reading: Reading) -> Arrays:
@@ -323,26 +424,37 @@ def open_function(name: str, reading: Reading) -> Arrays:
     module, colon, attribute = name.partition(":")
     if not colon or not module or not attribute:
         raise DataError(f"'{name}' names no function", "write module:function")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-        entries = failing_clearly(name, function())
-    except Exception as error:
-        raise DataError(f"{name} cannot be called ({type(error).__name__}: {first_line(error)})", "mend it") from error
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:  # a generator runs, and imports, while it is drawn from
+        return spooled(name, split_batches(name, failing_clearly(name, called(name)), reading), reading)
     finally:
-        sys.path.remove(str(Path.cwd()))
-    return spooled(name, split_batches(name, entries, reading.inputs), reading)
+        if here in sys.path:
+            sys.path.remove(here)
 
 
-def failing_clearly(name: str, entries: Iterable[Any]) -> Iterator[Any]:
+def called(name: str) -> Iterator[Any]:
+    """Return an iterator over what a function, ``module:function``, returns.
+
+    Raises:
+        DataError: If there is no such function, or it fails.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        entries: Iterator[Any] = iter(getattr(importlib.import_module(module), attribute)())
+        return entries
+    except (Exception, SystemExit) as error:
+        raise DataError(f"{name} cannot be called ({type(error).__name__}: {first_line(error)})", "mend it") from error
+
+
+def failing_clearly(name: str, entries: Iterator[Any]) -> Iterator[Any]:
     """Yield what a function yields; what it raises becomes a DataError."""
-    iterator = iter(entries)
     while True:
         try:
-            entry = next(iterator)
+            entry = next(entries)
         except StopIteration:
             return
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise DataError(f"{name} fails ({type(error).__name__}: {first_line(error)})", "mend it") from error
         yield entry
 
@@ -356,47 +468,52 @@ class TestSets:
 
     Attributes:
         sets: The files of every set, one per input.
-        inputs: The model's inputs.
-        rows: The set and the row of every sample.
+        reading: What was asked for.
+        starts: The number of every set's first sample, and of all samples.
         shapes: The shapes of every set's rows.
+        labels: The class of every sample.
         digest: Over all files.
-        allow_non_finite: Whether NaN and infinities pass.
+        synthetic: That it is not made up.
     """
 
     __test__ = False  # no test case, for all its name
 
     sets: tuple[tuple[Path, ...], ...]
-    inputs: tuple[InputSpec, ...]
-    rows: tuple[tuple[int, int], ...]
+    reading: Reading
+    starts: NDArray[np.intp]
     shapes: tuple[tuple[tuple[int, ...], ...], ...]
+    labels: NDArray[np.integer] | None
     digest: str
-    allow_non_finite: bool = False
-    labels: None = None
     synthetic: bool = False
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return int(self.starts[-1])
+
+    def set_of(self, index: int) -> int:
+        """Return the number of a sample's set."""
+        return int(np.searchsorted(self.starts, index, side="right")) - 1
 
     def shape_of(self, index: int) -> tuple[tuple[int, ...], ...]:
         """Return the shapes of a sample's arrays."""
-        return self.shapes[self.rows[index][0]]
+        return self.shapes[self.set_of(index)]
 
     def read(self, indices: NDArray[np.intp]) -> dict[str, NDArray[Any]]:
-        """Return the samples at ``indices``; each set is read once."""
-        parts: dict[str, list[NDArray[Any]]] = {spec.name: [] for spec in self.inputs}
-        for number, group in itertools.groupby((self.rows[i] for i in indices), key=lambda row: row[0]):
-            chosen = [row for _, row in group]
-            for spec, file in zip(self.inputs, self.sets[number], strict=True):
-                parts[spec.name].append(read_tensor(file)[chosen])
-        found = {}
-        for spec in self.inputs:
-            source = str(self.sets[0][0].parent.parent)
-            values = cast_to(spec, np.concatenate(parts[spec.name]), source)
-            check_shape(spec, values, source)
-            if not self.allow_non_finite:
-                check_finite(spec, values, source)
-            found[spec.name] = values
-        return found
+        """Return the samples at ``indices``; a set is read once for those of it that follow each other."""
+        source = str(self.sets[0][0].parent.parent)
+        inputs = self.reading.inputs
+        parts: dict[str, list[NDArray[Any]]] = {spec.name: [] for spec in inputs}
+        for number, group in itertools.groupby(indices.tolist(), key=self.set_of):
+            chosen = np.fromiter(group, dtype=np.intp) - self.starts[number]
+            for spec, file, shape in zip(inputs, self.sets[number], self.shapes[number], strict=True):
+                values = read_tensor(file)
+                if values.shape != (int(self.starts[number + 1] - self.starts[number]), *shape):
+                    raise DataError(f"{file} has changed", "leave it as it is while it is read")
+                parts[spec.name].append(values[chosen])
+        for part in parts.values():
+            if len(shapes := {values.shape[1:] for values in part}) > 1:
+                there = ", ".join(str(list(shape)) for shape in sorted(shapes)[:4])
+                raise DataError(f"sets of different shapes ({there}) do not fit one batch", "take batches of 1")
+        return {spec.name: prepared(spec, np.concatenate(parts[spec.name]), self.reading, source) for spec in inputs}
 
 
 def test_set_folders(path: Path) -> list[Path]:
@@ -418,14 +535,16 @@ def open_test_sets(folders: list[Path], reading: Reading) -> TestSets:
     Raises:
         DataError: If a set has another number of inputs than the model, or its inputs differ in length.
     """
-    sets, rows, shapes = [], [], []
+    sets, lengths, shapes = [], [], []
     digest = hashlib.sha256()
-    for number, folder in enumerate(folders):
+    for folder in folders:
         files = tuple(sorted(folder.glob("input_*.pb"), key=numbered))
         if len(files) != len(reading.inputs):
             raise DataError(
                 f"{folder} holds {len(files)} inputs and the model takes {len(reading.inputs)}", "give one file each"
             )
+        if lacking := next((k for k, file in enumerate(files) if numbered(file)[0] != k), None):
+            raise DataError(f"{folder} has no input_{lacking}.pb", "number the files as the model's inputs, from 0")
         arrays = [read_tensor(file) for file in files]
         counts = {len(values) if values.ndim else -1 for values in arrays}
         if len(counts) != 1 or -1 in counts:
@@ -434,30 +553,48 @@ def open_test_sets(folders: list[Path], reading: Reading) -> TestSets:
             digest.update(hashlib.sha256(file.read_bytes()).digest())
         sets.append(files)
         shapes.append(tuple(values.shape[1:] for values in arrays))
-        rows += [(number, row) for row in range(counts.pop())]
-    if not rows:
+        lengths.append(counts.pop())
+    starts = np.cumsum([0, *lengths], dtype=np.intp)
+    if not starts[-1]:
         raise DataError(f"{folders[0].parent} holds no samples", "give at least one")
-    return TestSets(
-        tuple(sets), reading.inputs, tuple(rows), tuple(shapes), digest.hexdigest(), reading.allow_non_finite
-    )
+    labels = None
+    if reading.labels is not None:
+        labels = checked_labels(folders[0].parent, read_labels(reading.labels), int(starts[-1]))
+    return TestSets(tuple(sets), reading, starts, tuple(shapes), labels, digest.hexdigest())
 
 
 def read_tensor(file: Path) -> NDArray[Any]:
-    """Return the array of a serialized TensorProto.
+    """Return the array of a serialized TensorProto; bfloat16 becomes float32.
 
     Raises:
-        DataError: If it is none.
+        DataError: If it is none, or its values stand in another file.
     """
     import onnx
 
     try:
         proto = onnx.TensorProto.FromString(file.read_bytes())
-        return np.asarray(onnx.numpy_helper.to_array(proto))
+        if proto.data_location == onnx.TensorProto.EXTERNAL:
+            raise ValueError("its values stand in another file")
+        values = np.asarray(onnx.numpy_helper.to_array(proto))
+        return values.astype(np.float32) if proto.data_type == onnx.TensorProto.BFLOAT16 else values
     except Exception as error:
         raise DataError(f"{file} holds no tensor ({first_line(error)})", "it is a serialized TensorProto") from error
 
 
 # ---- random data ---------------------------------------------------------------------------------------------------------------
+
+
+def open_synthetic(count: int, inputs: tuple[InputSpec, ...], seed: int) -> Synthetic:
+    """Return random samples.
+
+    Raises:
+        DataError: If there is none, or the seed is negative.
+    """
+    if count < 1:
+        raise DataError(f"{count} random samples were asked for", "ask for at least one")
+    if seed < 0:
+        raise DataError(f"the seed of the random samples is {seed}", "give one of at least 0")
+    return Synthetic(count, inputs, seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -479,7 +616,7 @@ class Synthetic:
     @property
     def digest(self) -> str:
         """The sha256 of what the samples follow from."""
-        described = [(spec.name, spec.dtype.str, [size or 1 for size in spec.shape[1:]]) for spec in self.inputs]
+        described = [(spec.name, spec.dtype.str, drawn_shape(spec)) for spec in self.inputs]
         return hashlib.sha256(json.dumps(["synthetic", self.count, self.seed, described]).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -493,11 +630,15 @@ class Synthetic:
     def read(self, indices: NDArray[np.intp]) -> dict[str, NDArray[Any]]:
         """Return the samples at ``indices``."""
         found = {}
-        for place, spec in enumerate(self.inputs):
-            shape = [size or 1 for size in spec.shape[1:]]
+        for spec in self.inputs:
+            found[spec.name] = values = np.zeros((len(indices), *drawn_shape(spec)), dtype=spec.dtype)
             if spec.dtype.kind == "f":
-                drawn = [np.random.default_rng([self.seed, place, int(i)]).standard_normal(shape) for i in indices]
-                found[spec.name] = np.stack(drawn).astype(spec.dtype)
-            else:
-                found[spec.name] = np.zeros((len(indices), *shape), dtype=spec.dtype)
+                name = int.from_bytes(hashlib.sha256(spec.name.encode()).digest()[:8], "little")
+                for row, index in enumerate(indices.tolist()):
+                    values[row] = np.random.default_rng([self.seed, name, index]).standard_normal(values.shape[1:])
         return found
+
+
+def drawn_shape(spec: InputSpec) -> list[int]:
+    """Return the shape of a random sample: free dimensions are 1."""
+    return [1 if size is None else size for size in spec.shape[1:]]

@@ -5,10 +5,15 @@ They are read, not mapped: pages of a mapped file count as memory of the process
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import shutil
 import tempfile
+import weakref
 import zipfile
+from array import array
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -18,7 +23,7 @@ import numpy as np
 from calibration.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -63,16 +68,10 @@ class StoredArray:
         return self.shape[0]
 
     def __getitem__(self, indices: NDArray[np.intp]) -> NDArray[Any]:
-        rows = np.empty((len(indices), *self.shape[1:]), dtype=self.dtype)
-        try:
-            with self.path.open("rb") as stream:
-                for first, count, place in runs(indices):
-                    stream.seek(self.offset + first * self.row_bytes)
-                    data = stream.read(count * self.row_bytes)
-                    rows[place : place + count] = np.frombuffer(data, self.dtype).reshape(count, *self.shape[1:])
-        except (OSError, ValueError) as error:
-            raise DataError(f"{self.path} cannot be read any more ({error})", "leave it where it is") from error
-        return native(rows, self.widened)
+        def place(row: int) -> int:
+            return self.offset + row * self.row_bytes
+
+        return native(read_rows(self.path, self.dtype, self.shape[1:], indices, place), self.widened)
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the stored bytes in pieces."""
@@ -85,6 +84,34 @@ class StoredArray:
                 if not piece:
                     raise DataError(f"{self.path} is cut short", "write it again")
                 yield piece
+
+
+def read_rows(
+    path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], indices: NDArray[np.intp], place: Callable[[int], int]
+) -> NDArray[Any]:
+    """Return rows of one shape from a file; those that follow each other are read at once.
+
+    Args:
+        path: The file.
+        dtype: Of the rows.
+        shape: Of one row.
+        indices: The numbers of the rows.
+        place: Where the row of a number stands; the next one stands right behind it.
+
+    Raises:
+        DataError: If the file is gone, or shorter than it was.
+    """
+    size = dtype.itemsize * math.prod(shape)
+    held = np.empty(len(indices) * size, dtype=np.uint8)
+    try:
+        with path.open("rb") as stream:
+            for first, count, row in runs(indices):
+                stream.seek(place(first))
+                if stream.readinto(held.data[row * size : (row + count) * size]) != count * size:
+                    raise OSError("it is cut short")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read any more ({error})", "leave it as it is") from error
+    return held.view(dtype).reshape(len(indices), *shape)
 
 
 def native(rows: NDArray[Any], widened: bool) -> NDArray[Any]:
@@ -115,6 +142,8 @@ def npy_at(path: Path, start: int, size: int, keeper: Any = None) -> StoredArray
         shape, fortran, dtype = read(stream)
         if dtype.hasobject:
             raise ValueError("it holds Python objects")
+        if dtype.itemsize == 0 or any(length < 0 for length in shape):
+            raise ValueError(f"its header speaks of {dtype} of shape {list(shape)}")
         offset = stream.tell()
         if size - (offset - start) < dtype.itemsize * math.prod(shape):
             raise ValueError("it is cut short")
@@ -156,12 +185,11 @@ def data_offset(path: Path, member: zipfile.ZipInfo) -> int:
 
 def unpacked(stream: IO[bytes], size: int) -> StoredArray | NDArray[Any]:
     """Return the array that a stream gives in ``.npy`` form, from a temporary file."""
-    folder = tempfile.TemporaryDirectory(prefix="quantcli-")
-    file = Path(folder.name) / "array.npy"
-    with file.open("wb") as target:
-        while piece := stream.read(CHUNK):
-            target.write(piece)
-    return npy_at(file, 0, size, folder)
+    scratch = Scratch()
+    while piece := stream.read(CHUNK):
+        scratch.write(piece)
+    scratch.finish()
+    return npy_at(scratch.file, 0, size, scratch)
 
 
 def safetensors_members(path: Path) -> dict[str, StoredArray | NDArray[Any]]:
@@ -184,46 +212,103 @@ def safetensors_members(path: Path) -> dict[str, StoredArray | NDArray[Any]]:
         if kind not in SAFETENSORS and kind != "BF16":
             raise ValueError(f"'{name}' is of type {kind}")
         dtype, shape = np.dtype(SAFETENSORS.get(kind, "<u2")), tuple(int(n) for n in entry["shape"])
+        if start < 0 or any(length < 0 for length in shape):
+            raise ValueError(f"its header speaks of '{name}' of shape {list(shape)} at {start}")
         if stop - start != dtype.itemsize * math.prod(shape) or 8 + length + stop > size:
             raise ValueError("it is cut short")
         found[name] = StoredArray(path, 8 + length + start, dtype, shape, kind == "BF16")
     return found
 
 
-class Spool:
-    """Samples that are written to a temporary file one after the other, and read back by number."""
+class Scratch:
+    """A temporary file that is written once, and removed with its last user or when the program ends."""
 
     def __init__(self) -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="quantcli-")
-        self.file = Path(self.folder.name) / "samples"
-        self.writing: IO[bytes] | None = self.file.open("wb")
-        self.offsets: list[int] = []
-        self.shapes: list[tuple[int, ...]] = []
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="quantcli-"))
+            self.file = folder / "data"
+            self.stream = self.file.open("wb")
+        except OSError as error:
+            raise DataError(f"no temporary file can be made ({error})", "set TMPDIR to a folder with room") from error
+        self.removal = weakref.finalize(self, removed, self.stream, folder)
+
+    def write(self, data: bytes) -> None:
+        """Add bytes.
+
+        Raises:
+            DataError: If there is no room for them.
+        """
+        try:
+            self.stream.write(data)
+        except OSError as error:
+            raise DataError(f"{self.file} cannot be written ({error})", "set TMPDIR to a folder with room") from error
+
+    def finish(self) -> None:
+        """Close the file for writing.
+
+        Raises:
+            DataError: If there is no room for what is not yet written.
+        """
+        try:
+            self.stream.close()
+        except OSError as error:
+            raise DataError(f"{self.file} cannot be written ({error})", "set TMPDIR to a folder with room") from error
+
+
+def removed(stream: IO[bytes], folder: Path) -> None:
+    """Close a temporary file, full disk or not, and remove its folder."""
+    with contextlib.suppress(OSError):
+        stream.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class Spool:
+    """Samples that are written to a temporary file one after the other, and read back by number.
+
+    Where shapes differ, each stretch of samples of one shape is remembered, not each sample.
+    """
+
+    def __init__(self) -> None:
+        self.scratch = Scratch()
         self.kind: np.dtype[Any] | None = None
+        self.count = 0
         self.end = 0
+        self.forms: list[tuple[int, ...]] = []  # the shapes that there are
+        self.known: dict[tuple[int, ...], int] = {}  # and the place of each among them
+        self.starts = array("q")  # of each stretch: the number of its first sample,
+        self.places = array("q")  # where that stands in the file,
+        self.shaped = array("q")  # and the place of its shape in forms
+
+    @property
+    def file(self) -> Path:
+        """The temporary file."""
+        return self.scratch.file
 
     def append(self, sample: NDArray[Any]) -> None:
         """Add a sample.
 
         Raises:
             ValueError: If its dtype is not that of the samples before.
+            DataError: If there is no room for it.
         """
         if self.kind is None:
             self.kind = sample.dtype
         if sample.dtype != self.kind:
             raise ValueError(f"a sample is {sample.dtype} and those before are {self.kind}")
-        assert self.writing is not None  # noqa: S101 - nothing is added once it is read
-        data = np.ascontiguousarray(sample).tobytes()
-        self.writing.write(data)
-        self.offsets.append(self.end)
-        self.shapes.append(sample.shape)
-        self.end += len(data)
+        form = self.known.setdefault(sample.shape, len(self.forms))
+        if form == len(self.forms):
+            self.forms.append(sample.shape)
+        if not self.shaped or self.shaped[-1] != form:
+            self.starts.append(self.count)
+            self.places.append(self.end)
+            self.shaped.append(form)
+        self.scratch.write(np.ascontiguousarray(sample).tobytes())
+        self.count += 1
+        self.end += sample.nbytes
 
     def finish(self) -> None:
         """Close the file for writing."""
-        if self.writing is not None:
-            self.writing.close()
-            self.writing = None
+        self.scratch.finish()
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -233,7 +318,7 @@ class Spool:
     @property
     def shape(self) -> tuple[int, ...]:
         """How many samples there are, and the shape of the first."""
-        return (len(self.shapes), *(self.shapes[0] if self.shapes else ()))
+        return (self.count, *(self.forms[0] if self.forms else ()))
 
     @property
     def ndim(self) -> int:
@@ -241,23 +326,36 @@ class Spool:
         return len(self.shape)
 
     def __len__(self) -> int:
-        return len(self.shapes)
+        return self.count
 
-    def __getitem__(self, indices: Sequence[int] | NDArray[np.intp]) -> NDArray[Any]:
-        rows = []
-        with self.file.open("rb") as stream:
-            for index in indices:
-                shape = self.shapes[index]
-                stream.seek(self.offsets[index])
-                rows.append(
-                    np.frombuffer(stream.read(self.dtype.itemsize * math.prod(shape)), self.dtype).reshape(shape)
-                )
-        return np.stack(rows)
+    def shape_at(self, index: int) -> tuple[int, ...]:
+        """Return the shape of a sample."""
+        return self.forms[self.shaped[bisect_right(self.starts, index) - 1]]
+
+    def place_of(self, index: int) -> int:
+        """Return where a sample stands in the file."""
+        stretch = bisect_right(self.starts, index) - 1
+        size = self.dtype.itemsize * math.prod(self.forms[self.shaped[stretch]])
+        return self.places[stretch] + (index - self.starts[stretch]) * size
+
+    def __getitem__(self, indices: NDArray[np.intp]) -> NDArray[Any]:
+        shapes = {self.shape_at(int(index)) for index in indices} or {self.shape[1:]}
+        if len(shapes) > 1:
+            there = ", ".join(str(list(shape)) for shape in sorted(shapes)[:4])
+            raise DataError(
+                f"samples of different shapes ({there}) do not fit one batch", "pad them, or take batches of 1"
+            )
+        return native(read_rows(self.file, self.dtype, shapes.pop(), indices, self.place_of), widened=False)
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the stored bytes in pieces, after the shapes where they differ."""
-        if len(set(self.shapes)) > 1:
-            yield json.dumps(self.shapes).encode()
+        if len(self.forms) > 1:
+            texts = [json.dumps(form).encode() for form in self.forms]
+            for stretch, (start, form) in enumerate(zip(self.starts, self.shaped, strict=True)):
+                stop = self.starts[stretch + 1] if stretch + 1 < len(self.starts) else self.count
+                yield b", " if stretch else b"["
+                yield b", ".join([texts[form]] * (stop - start))
+            yield b"]"
         with self.file.open("rb") as stream:
             while piece := stream.read(CHUNK):
                 yield piece

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
-from calibration.datasets import Dataset, InputSpec, batches, boundaries, open_dataset
+from calibration.datasets import Dataset, InputSpec, Preprocess, batches, boundaries, open_dataset
 from calibration.datasets.stored import Spool, StoredArray, npy_at, npz_members, runs
 from calibration.errors import DataError
 
@@ -327,3 +327,244 @@ def test_what_is_not_finite_passes_where_it_may(tmp_path: Path) -> None:
     found = everything(open_dataset(tmp_path / "d.csv", [X], allow_non_finite=True))["x"]
     assert np.isnan(found[0, 1])
     assert np.isinf(found[0, 2])
+
+
+# ---- the finer points of every kind --------------------------------------------------------------------------------------------
+
+Y = InputSpec("y", np.dtype("float32"), (None, 1))
+BYTES = InputSpec("x", np.dtype("uint8"), (None, 3))
+FLAGS = InputSpec("x", np.dtype("bool"), (None, 3))
+WHOLE = InputSpec("x", np.dtype("int64"), (None, 3))
+
+
+@pytest.mark.parametrize(
+    ("text", "inputs", "told"),
+    [
+        ("1,two,3\n4,5,6\n", [X], "line 1, column 2: 'two' is no number"),
+        ("1,,3\n4,5,6\n", [X], "line 1, column 2: '' is no number"),
+        ("1_0,2,3\n", [X], "line 1, column 1: '1_0' is no number"),
+        ("a,b,c\n1,2,3\n4,5,\n", [X], "line 3, column 3: '' is no number"),
+        ("x.0,x.1,x.3\n1,2,3\n", [X], "lacks the column 'x.2'"),
+        ("x.0,x.1,x.1\n1,2,3\n", [X], "column 'x.1', which is no input's, or there twice"),
+        ("x.0,x.1,x.2,z\n1,2,3,4\n", [X, Y], "column 'z', which is no input's"),
+        ("1,2,3,4\n", [X, Y], "add a header"),
+        ("a,b,y\n1,2,3\n", [X], "has 2 columns for input 'x' beside the label, 'y'"),
+        ("300,1,2\n", [BYTES], "takes uint8 and there is 300; it holds 0 to 255"),
+        ("1,-1,2\n", [BYTES], "there is -1"),
+        ("1,0,2\n", [FLAGS], "takes bool and there is 2"),
+        ("1,0.5,2\n", [WHOLE], "there are fractions"),
+        ("1,inf,2\n", [WHOLE], "there are NaN or infinities"),
+        ("1e30,1,2\n", [WHOLE], "takes int64 and there is 1000000000000000019884624838656"),
+        ("a,b,c,label\n1,2,3,1e30\n", [X], "is no label"),
+        ("a,b,c,label\n1,2,3,inf\n", [X], "the label inf is no integer"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused(tmp_path: Path, text: str, inputs: list[InputSpec], told: str) -> None:
+    (tmp_path / "d.csv").write_text(text)
+    with pytest.raises(DataError) as caught:
+        open_dataset(tmp_path / "d.csv", inputs)
+    assert told in str(caught.value)
+    assert "d.csv" in str(caught.value)
+
+
+def test_columns_are_put_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("x.2,Label,x.0,x.1\n2,5,0,1\n")
+    dataset = open_dataset(tmp_path / "d.csv", [X])
+    assert everything(dataset)["x"].tolist() == [[0, 1, 2]]
+    assert dataset.labels is not None
+    assert dataset.labels.tolist() == [5]
+
+
+def test_numbered_columns_with_a_label_are_a_header(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("0,1,2,label\n7,8,9,1\n")
+    assert everything(open_dataset(tmp_path / "d.csv", [X]))["x"].tolist() == [[7, 8, 9]]
+
+
+def test_an_input_named_like_a_label_is_an_input(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("x.0,x.1,x.2,y\n1,2,3,4\n")
+    (tmp_path / "d.jsonl").write_text('{"x": [1, 2, 3], "y": [4]}\n')
+    for name in ("d.csv", "d.jsonl"):
+        dataset = open_dataset(tmp_path / name, [X, Y])
+        assert dataset.labels is None
+        assert everything(dataset)["y"].tolist() == [[4]]
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint64"])
+def test_integers_lose_no_digit(tmp_path: Path, dtype: str) -> None:
+    row = [(1 << 53) + 1, np.iinfo(dtype).max, 0]
+    spec = InputSpec("x", np.dtype(dtype), (None, 3))
+    (tmp_path / "d.csv").write_text(",".join(map(str, row)) + "\n")
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
+    for name in ("d.csv", "d.jsonl"):
+        assert everything(open_dataset(tmp_path / name, [spec]))["x"].tolist() == [row]
+
+
+def test_large_integers_become_floats_where_floats_are_taken(tmp_path: Path) -> None:
+    row = [10**30, 1 << 63, -1]
+    (tmp_path / "d.csv").write_text(",".join(map(str, row)) + "\n")
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
+    for name in ("d.csv", "d.jsonl"):
+        found = everything(open_dataset(tmp_path / name, [X]))["x"]
+        assert found.tolist() == np.array([row], dtype=np.float64).astype(np.float32).tolist()
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"x": [1, 2]}', "takes shape [?, 3] and"),
+        ('{"x": [1, 2, 3], "label": 9223372036854775808}', "is no label"),
+        ('{"x": [1, 2, 3], "label": true}', "the label True is no integer"),
+        ('{"label": 1}', "has nothing for input 'x'"),
+        ("[" * 100000, "is no JSON"),
+        ('{"x": [1, 2, null]}', "not all of it is numbers"),
+        ('{"x": [1, 2, {}]}', "not all of it is numbers"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, told: str) -> None:
+    (tmp_path / "d.jsonl").write_text('{"x": [1, 2, 3], "label": 1}\n\n' + line + "\n")
+    with pytest.raises(DataError) as caught:
+        open_dataset(tmp_path / "d.jsonl", [X])
+    assert told in str(caught.value)
+    assert "line 3" in str(caught.value) or "sample 1" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (torch.eye(3).to_sparse(), "'x': "),
+        (torch.ones(2, 3).to(torch.float8_e4m3fn), "Float8"),
+        ([torch.ones(2, 3).to(torch.float8_e4m3fn)], "entry 0"),
+        ((torch.ones(4, 3), torch.arange(4)), "entry 1"),
+        ([torch.ones(2, 2, 3)], "entry 0"),
+        ([{"x": torch.ones(2, 3)}], "has nothing for input 'y'"),
+        ([{"x": torch.ones(2, 3), "y": torch.ones(3, 1)}], "different lengths"),
+        ([], "holds no samples"),
+        (torch.tensor(3.0), "is empty"),
+        ("text", "not tensors"),
+        ([torch.ones(2, 3, dtype=torch.complex64)], "complex64"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, content: Any, told: str) -> None:
+    torch.save(content, tmp_path / "d.pt")
+    inputs = [X, Y] if isinstance(content, list) and content and isinstance(content[0], dict) else [X]
+    with pytest.raises(DataError) as caught:
+        open_dataset(tmp_path / "d.pt", inputs)
+    assert told in str(caught.value)
+    assert "d.pt" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_torch_that_is_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(torch.ones(2, 3), tmp_path / "d.pt")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(DataError, match=r"needs torch.*quantcli\[torch\]"):
+        open_dataset(tmp_path / "d.pt", [X])
+
+
+def test_labels_stand_beside_lists_functions_and_test_data(tmp_path: Path, module: Path) -> None:
+    np.save(tmp_path / "l.npy", np.arange(7) * 2)
+    torch.save([torch.from_numpy(ROWS)], tmp_path / "d.pt")
+    tensor(tmp_path / "sets" / "test_data_set_0" / "input_0.pb", ROWS)
+    labels = tmp_path / "l.npy"
+    for dataset in (
+        open_dataset(tmp_path / "d.pt", [X], labels=labels),
+        open_dataset(tmp_path / "sets", [X], labels=labels),
+        open_dataset(None, [X], labels=labels, function="drawn_here:batches"),
+    ):
+        assert dataset.labels is not None
+        assert dataset.labels.tolist() == [0, 2, 4, 6, 8, 10, 12]
+    np.save(tmp_path / "l.npy", np.arange(3))
+    with pytest.raises(DataError, match="7 samples and 3 labels"):
+        open_dataset(tmp_path / "sets", [X], labels=labels)
+    assert module
+
+
+def test_what_would_be_ignored_is_refused(tmp_path: Path, module: Path) -> None:
+    tensor(tmp_path / "sets" / "test_data_set_0" / "input_0.pb", ROWS)
+    with pytest.raises(DataError, match="no splits"):
+        open_dataset(tmp_path / "sets", [X], split="val")
+    with pytest.raises(DataError, match="no splits"):
+        open_dataset(None, [X], split="val", function="drawn_here:batches")
+    with pytest.raises(DataError, match="neither labels nor splits"):
+        open_dataset(None, [X], labels=tmp_path / "l.npy", synthetic=3)
+    (tmp_path / "d.csv").write_text("1,2,3\n")
+    with pytest.raises(DataError, match="holds its labels itself"):
+        open_dataset(tmp_path / "d.csv", [X], labels=tmp_path / "l.npy")
+    assert module
+
+
+def test_functions_may_import_late_leave_and_exit(module: Path) -> None:
+    (module / "drawn_too.py").write_text("import numpy as np\nROWS = np.ones((2, 3), dtype=np.float32)\n")
+    (module / "drawn_here.py").write_text(
+        "import os\ndef late():\n    import drawn_too\n    os.chdir('/')\n    yield {'x': drawn_too.ROWS}\n"
+        "def leaves():\n    raise SystemExit(0)\ndef leaves_later():\n    yield from ()\n    raise SystemExit(0)\n"
+    )
+    before = list(sys.path)
+    assert len(open_dataset(None, [X], function="drawn_here:late")) == 2
+    assert sys.path == before
+    for function in ("drawn_here:leaves", "drawn_here:leaves_later"):
+        with pytest.raises(DataError, match="SystemExit"):
+            open_dataset(None, [X], function=function)
+    del sys.modules["drawn_too"]
+
+
+def test_test_data_of_different_shapes_and_kinds(tmp_path: Path) -> None:
+    free = InputSpec("x", np.dtype("float32"), (None, None))
+    for number, length in enumerate((3, 3, 5)):
+        tensor(tmp_path / f"test_data_set_{number}" / "input_0.pb", np.full((2, length), number, dtype=np.float32))
+    dataset = open_dataset(tmp_path, [free])
+    order = np.array([3, 0, 1, 2, 5, 4], dtype=np.intp)
+    assert boundaries(dataset, order, 9) == [(0, 4), (4, 6)]
+    assert dataset.read(order[:4])["x"].tolist() == [[1] * 3, [0] * 3, [0] * 3, [1] * 3]
+    with pytest.raises(DataError, match="do not fit one batch"):
+        everything(dataset)
+    tensor(tmp_path / "test_data_set_2" / "input_0.pb", np.zeros((1, 5), dtype=np.float32))
+    with pytest.raises(DataError, match="has changed"):
+        dataset.read(order[4:])
+
+
+def test_test_data_is_preprocessed_and_widened(tmp_path: Path) -> None:
+    proto = onnx.helper.make_tensor("x", onnx.TensorProto.BFLOAT16, [1, 3], [1.5, -2.25, 3.0])
+    (tmp_path / "input_0.pb").write_bytes(proto.SerializeToString())
+    assert everything(open_dataset(tmp_path, [X]))["x"].tolist() == [[1.5, -2.25, 3.0]]
+    tensor(tmp_path / "input_0.pb", np.array([[1, 2, 3]], dtype=np.uint8))
+    assert everything(open_dataset(tmp_path, [X], Preprocess(scale=0.5)))["x"].tolist() == [[0.5, 1.0, 1.5]]
+
+
+def test_test_data_with_gaps_or_values_elsewhere_is_refused(tmp_path: Path) -> None:
+    tensor(tmp_path / "input_0.pb", ROWS)
+    tensor(tmp_path / "input_2.pb", ROWS[:, :1])
+    with pytest.raises(DataError, match=r"has no input_1\.pb"):
+        open_dataset(tmp_path, [X, Y])
+    (tmp_path / "input_2.pb").unlink()
+    proto = onnx.numpy_helper.from_array(ROWS)
+    onnx.external_data_helper.set_external_data(proto, "values.bin")
+    proto.ClearField("raw_data")
+    (tmp_path / "input_0.pb").write_bytes(proto.SerializeToString())
+    with pytest.raises(DataError, match="stand in another file"):
+        open_dataset(tmp_path, [X])
+
+
+@pytest.mark.parametrize(("count", "seed", "told"), [(0, 0, "at least one"), (-3, 0, "at least one"), (1, -1, "seed")])
+def test_random_samples_that_make_no_sense_are_refused(count: int, seed: int, told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        open_dataset(None, [X], synthetic=count, seed=seed)
+
+
+def test_random_samples_follow_from_the_names_of_inputs() -> None:
+    z = InputSpec("z", np.dtype("float32"), (None, 3))
+    alone, both = open_dataset(None, [X], synthetic=5), open_dataset(None, [z, X], synthetic=9)
+    assert (everything(both)["x"][:5] == everything(alone)["x"]).all()
+    assert (everything(both)["x"] != everything(both)["z"]).all()
+
+
+def test_no_sample_makes_no_batch() -> None:
+    dataset = open_dataset(None, [X], synthetic=3)
+    assert boundaries(dataset, np.array([], dtype=np.intp), 4) == []
+    assert dataset.read(np.array([], dtype=np.intp))["x"].shape == (0, 3)
+
+
+def test_suffixes_may_be_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "D.CSV").write_text("1,2,3\n")
+    assert everything(open_dataset(tmp_path / "D.CSV", [X]))["x"].tolist() == [[1, 2, 3]]
