@@ -348,7 +348,7 @@ def open_torch(path: Path, reading: Reading) -> Arrays:
     try:
         found = load_tensors(path)
     except ImportError as error:
-        raise DataError(f"{path} needs torch to be read", "pip install quantcli[torch]") from error
+        raise DataError(f"{path} needs torch to be read", "pip install torch") from error
     except Exception as error:
         raise DataError(f"{path} holds no tensors ({first_line(error)})", "save tensors with torch.save") from error
     if isinstance(found, (list, tuple)):

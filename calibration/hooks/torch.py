@@ -210,9 +210,7 @@ def torch_on(device: str, what: str) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise RunError(
-            f"{what} is to be run in torch, which is not installed", "pip install quantcli[torch]"
-        ) from error
+        raise RunError(f"{what} is to be run in torch, which is not installed", "pip install torch") from error
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise RunError("there is no CUDA device that torch can use", "leave out --device, or install torch for CUDA")
     return torch

@@ -458,7 +458,7 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, content: Any, told:
 def test_torch_that_is_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(torch.ones(2, 3), tmp_path / "d.pt")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(DataError, match=r"needs torch.*quantcli\[torch\]"):
+    with pytest.raises(DataError, match=r"needs torch.*pip install torch"):
         open_dataset(tmp_path / "d.pt", [X])
 
 
