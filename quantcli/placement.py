@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
+from quantcli.cost import values_of, work_of
 from quantcli.errors import PlanError, UsageError
 from quantcli.fold import constant
 from quantcli.recipe import resolve_target
-from quantcli.rules import RULES, Arithmetic, Operand, Rule, rule_for
+from quantcli.rules import LOOKUPS, RULES, Arithmetic, Operand, Rule, rule_for
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from quantcli.recipe import Layers, Recipe
+    from quantcli.targets import Target
 
 ACTIVATIONS = frozenset({"Relu", "Clip"})
+# A table of fewer values is not worth the operator that dequantizes what is looked up.
+WORTH_STORING = 1 << 16
+# How many times fewer the float values must be than the integers they are combined with, to be quantized for it: of n values each,
+# quantizing reads 4n bytes and writes n, and dequantizing the others and computing in float moves as much several times.
+FEWER = 4
 
 
 @dataclass(frozen=True)
@@ -43,11 +52,15 @@ class PlacedLayer:
         node: Its node in the folded model.
         rule: Its row of the table.
         absorbed: The Relu and Clip nodes behind it that become its clamp.
+        why: Why it is one.
+        real: Whether its output stays real: the accumulator is dequantized and not rounded to a grid.
     """
 
     node: ir.Node
     rule: Rule
     absorbed: tuple[ir.Node, ...]
+    why: str = ""
+    real: bool = False
 
     @property
     def output(self) -> ir.Value:
@@ -109,27 +122,13 @@ def place(model: ir.Model, recipe: Recipe, barred: frozenset[str] = frozenset())
         PlanError: If nothing is left to quantize.
     """
     nodes = [node for node in model.graph if carries_floats(node)]
-    excluded = exclusions(nodes, recipe.layers)
-    same_scale = resolve_target(recipe).activation.same_scale
+    excluded, forced = exclusions(nodes, recipe.layers)
+    target = resolve_target(recipe)
     for node in nodes:
         if masked := next((v for v in (*node.inputs, *node.outputs) if v is not None and v.name in barred), None):
             excluded.setdefault(node, f"'{masked.name}' spans a range that no integer grid resolves, as a mask's does")
     reasons = {node: reason for node in nodes if (reason := why_float(node, excluded)) is not None}
-    heads = absorptions(nodes, reasons)
-    quantized: set[ir.Value] = set()
-    layers: list[PlacedLayer] = []
-    absorbed_nodes = {node for chain in heads.values() for node in chain}
-    for node in nodes:
-        if node in reasons or node in absorbed_nodes:
-            continue
-        layer = PlacedLayer(node, rule_for(node, same_scale), tuple(heads.get(node, ())))
-        reason = why_isolated(layer, quantized, reasons)
-        if reason is not None:
-            reasons[node] = reason
-            reasons.update(dict.fromkeys(layer.absorbed, f"it follows {node.op_type}, which stays float"))
-            continue
-        layers.append(layer)
-        quantized.update(layer.outputs)
+    layers = Placing(nodes, reasons, target, forced).layers()
     if not layers:
         first = next(((n, r) for n, r in reasons.items()), None)
         detail = f" (the first operator, {first[0].op_type} '{first[0].name}', {first[1]})" if first else ""
@@ -148,8 +147,8 @@ def carries_floats(node: ir.Node) -> bool:
     return any(value.dtype not in integers for value in node.outputs)
 
 
-def exclusions(nodes: list[ir.Node], layers: Layers) -> dict[ir.Node, str]:
-    """Return the nodes that the recipe keeps float, with the reason.
+def exclusions(nodes: list[ir.Node], layers: Layers) -> tuple[dict[ir.Node, str], frozenset[ir.Node]]:
+    """Return the nodes that the recipe keeps float, with the reason, and those that it names to be quantized.
 
     Raises:
         UsageError: If a pattern matches nothing.
@@ -166,12 +165,12 @@ def exclusions(nodes: list[ir.Node], layers: Layers) -> dict[ir.Node, str]:
         return found
 
     kept: dict[ir.Node, str] = {}
+    included = frozenset(node for pattern in layers.include for node in matching(pattern))
     if layers.include:
-        included = {node for pattern in layers.include for node in matching(pattern)}
         kept.update({node: "the recipe does not include it" for node in nodes if node not in included})
     for pattern in layers.exclude:
         kept.update(dict.fromkeys(matching(pattern), f"excluded by '{pattern}'"))
-    return kept
+    return kept, included
 
 
 def why_float(node: ir.Node, excluded: dict[ir.Node, str]) -> str | None:
@@ -219,24 +218,135 @@ def absorptions(nodes: list[ir.Node], reasons: dict[ir.Node, str]) -> dict[ir.No
     return chains
 
 
-def why_isolated(layer: PlacedLayer, quantized: set[ir.Value], reasons: dict[ir.Node, str]) -> str | None:
-    """Return why an operator that could be an integer layer would gain nothing; None if it stays one.
+class Placing:
+    """The walk through the graph that settles which operators become integer layers.
 
-    Multiply-accumulate layers always pay. Whatever only moves or combines values pays where its data is in integers already, or
-    comes from the graph's inputs and goes on to an integer layer.
+    Args:
+        nodes: The operators on float data, in graph order.
+        reasons: Those that cannot be integer layers, with the reason; the walk adds those for which it would gain nothing.
+        target: What the runtime can do.
+        forced: Those that the recipe names to be quantized: what pays is not asked of them.
     """
-    if layer.rule.arithmetic is Arithmetic.ACCUMULATE:
-        return None
-    data = [value for _, value, _ in layer.operands() if constant(value) is None]
-    if any(value in quantized for value in data):
-        return None
-    if layer.rule.arithmetic is Arithmetic.MOVE:
+
+    def __init__(
+        self, nodes: list[ir.Node], reasons: dict[ir.Node, str], target: Target, forced: frozenset[ir.Node]
+    ) -> None:
+        self.nodes, self.reasons, self.forced = nodes, reasons, forced
+        self.target, self.pays = target, target.placement.pays
+        self.chains = absorptions(nodes, reasons)
+        self.integers: set[ir.Value] = set()
+
+    def layers(self) -> list[PlacedLayer]:
+        """Return the integer layers in graph order."""
+        layers: list[PlacedLayer] = []
+        taken: set[ir.Node] = set()
+        for node in self.nodes:
+            if node in self.reasons or node in taken:
+                continue
+            layer = self.settled(node)
+            if layer is None:
+                behind = f"it follows {node.op_type}, which stays float"
+                self.reasons.update(dict.fromkeys(self.chains.get(node, ()), behind))
+                continue
+            taken.update(layer.absorbed)
+            layers.append(layer)
+            if not layer.real:
+                self.integers.update(layer.outputs)
+        return layers
+
+    def settled(self, node: ir.Node) -> PlacedLayer | None:
+        """Return the integer layer that an operator becomes; None, with a reason noted, if it stays float."""
+        if self.pays and node.op_type in LOOKUPS and constant(node.inputs[0]) is not None:
+            if (values_of(node.inputs[0]) or 0) < WORTH_STORING and node not in self.forced:
+                self.reasons[node] = "its table is small, and looking up costs nothing"
+                return None
+            return PlacedLayer(node, LOOKUPS[node.op_type], (), "its table is stored in a quarter of the bytes", True)
+        rule = rule_for(node, self.target.activation.same_scale)
+        layer = PlacedLayer(node, rule, tuple(self.chains.get(node, ())))
+        why, reason = self.verdict(layer)
+        if reason is not None:
+            self.reasons[node] = reason
+            return None
+        if self.stays_real(layer):
+            return PlacedLayer(node, rule, (), f"{why}; nothing that computes with integers reads its output", True)
+        return replace(layer, why=why)
+
+    def verdict(self, layer: PlacedLayer) -> tuple[str, str | None]:
+        """Return why an operator becomes an integer layer, and a reason (else None) for which it would gain nothing."""
+        data = [value for _, value, _ in layer.operands() if constant(value) is None]
+        floats = [value for value in data if value not in self.integers]
+        if layer.rule.arithmetic is Arithmetic.ACCUMULATE:
+            return "it multiplies and accumulates", self.too_little(layer, floats)
+        if layer.rule.arithmetic is Arithmetic.MOVE:
+            moves = layer.operands()[0][1] in self.integers or self.starts(layer)
+            return "it moves integers", None if moves else "its data is float, and it only moves it"
+        if not floats and data:
+            return "its operands are integers already", None
+        if self.pays and len(floats) < len(data):
+            return self.mixture(layer, data, floats)
+        if not self.pays and (len(floats) < len(data) or any(value.is_graph_input() for value in data)):
+            return "its data is in integers, or comes from the model's inputs", None
+        return "", "an island: its operands are float, and it alone is not worth quantizing them"
+
+    def too_little(self, layer: PlacedLayer, floats: list[ir.Value]) -> str | None:
+        """Return why a layer that accumulates gains too little: products of two float activations over few terms."""
+        least = self.target.placement.macs_per_value if self.pays else 0
+        found = work_of(layer.node).macs_per_value
+        if len(floats) < 2 or found is None or found >= least or layer.node in self.forced:
+            return None
+        return (
+            f"{found:.0f} multiply-accumulates per value do not outweigh quantizing both operands, which takes {least}"
+        )
+
+    def mixture(self, layer: PlacedLayer, data: list[ir.Value], floats: list[ir.Value]) -> tuple[str, str | None]:
+        """Judge an operator that combines integers with float values: whichever side is cheaper to convert gives way.
+
+        Where they are alike, integers win if a layer that accumulates reads the result, which would be quantized there anyway.
+        """
+        if layer.node in self.forced:
+            return "the recipe names it, and some of its data is in integers", None
+        sizes = {value: values_of(value) for value in data}
+        real = sum(sizes[value] or 0 for value in floats)
+        held = sum(sizes[value] or 0 for value in data if value not in floats)
+        if all(size is not None for size in sizes.values()) and real * FEWER <= held:
+            return f"most of its data is in integers ({held:,} values beside {real:,} float ones)", None
+        if any(self.accumulates(value) for value in layer.outputs):
+            return "a layer that accumulates reads what it makes of integers and float values", None
+        return "", "it combines integers with float values, and float operators read the result"
+
+    def starts(self, layer: PlacedLayer) -> bool:
+        """Tell whether an operator moves the model's inputs, or constants, on to where integers are computed with."""
         source = layer.operands()[0][1]
-        starts = source.is_graph_input() or constant(source) is not None
-        return None if starts and reaches_layer(layer, reasons) else "its data is float, and it only moves it"
-    if any(value.is_graph_input() for value in data):
-        return None
-    return "an island: its operands are float, and it alone is not worth quantizing them"
+        if not source.is_graph_input() and constant(source) is None:
+            return False
+        if self.pays:
+            return any(self.accumulates(value) for value in layer.outputs)
+        return reaches_layer(layer, self.reasons)
+
+    def accumulates(self, value: ir.Value) -> bool:
+        """Tell whether some layer accumulates integers of a value, perhaps behind operators that move them."""
+        return any(self.wants(user, value, any) for user in value.consumers())
+
+    def stays_real(self, layer: PlacedLayer) -> bool:
+        """Tell whether a layer's output is better not rounded to a grid: unless all that read it accumulate integers."""
+        if layer.node.op_type not in self.target.placement.real_outputs or layer.output.is_graph_output():
+            return layer.node.op_type in self.target.placement.real_outputs
+        readers = list(layer.output.consumers())
+        return not (readers and all(self.wants(user, layer.output, all) for user in readers))
+
+    def wants(self, user: ir.Node, value: ir.Value, quantifier: Callable[[Iterable[bool]], bool]) -> bool:
+        """Tell whether a reader accumulates integers of a value, or moves them to readers of which any, or all, do."""
+        rule = RULES.get(user.op_type)
+        if user in self.reasons or rule is None or user.domain not in {"", "ai.onnx"}:
+            return False
+        if rule.arithmetic is Arithmetic.ACCUMULATE:
+            layer = PlacedLayer(user, rule, ())
+            return self.too_little(layer, [v for _, v, _ in layer.operands() if constant(v) is None]) is None
+        if rule.arithmetic is not Arithmetic.MOVE or user.inputs[0] is not value:
+            return False
+        given = any(output.is_graph_output() for output in user.outputs)
+        ends = [(end, output) for output in user.outputs for end in output.consumers()]
+        return bool(ends) and not given and quantifier([self.wants(end, output, quantifier) for end, output in ends])
 
 
 def reaches_layer(layer: PlacedLayer, reasons: dict[ir.Node, str]) -> bool:
@@ -263,6 +373,8 @@ def owners(layers: list[PlacedLayer]) -> tuple[dict[str, str], dict[str, tuple[f
         for _, value, kind in layer.operands():
             if kind is Operand.OWN:
                 owner.setdefault(str(value.name), str(value.name))
+        if layer.real:
+            continue
         if layer.rule.output is Operand.SAME:
             source = owner[str(layer.operands()[0][1].name)]
             owner.update({str(value.name): source for value in layer.outputs})

@@ -102,7 +102,10 @@ class LayerPlan:
         absorbed: The names of the activation nodes that became the clamp.
         multipliers: How the accumulator or each operand is rescaled.
         rounding: How a product with a multiplier is rounded.
-        clamp: The lowest and highest output integer.
+        clamp: The lowest and highest output integer; None where the output stays real.
+        accumulator_scale: Where the output stays real, what its accumulator is multiplied by: float32(S_x·S_w), one or one per
+            output channel; of a lookup S_w. Else None.
+        why: Why it is an integer layer.
     """
 
     name: str
@@ -113,7 +116,9 @@ class LayerPlan:
     absorbed: tuple[str, ...]
     multipliers: tuple[Multiplier, ...]
     rounding: str
-    clamp: tuple[int, int]
+    clamp: tuple[int, int] | None
+    accumulator_scale: tuple[float, ...] | None = None
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,11 @@ class Plan:
     tensors: dict[str, TensorPlan]
     layers: tuple[LayerPlan, ...]
     floats: tuple[FloatLayer, ...]
+
+    @property
+    def made(self) -> frozenset[str]:
+        """The activations that integer layers make as integers; all others are quantized for the layers that read them."""
+        return frozenset(name for layer in self.layers if layer.accumulator_scale is None for name in layer.outputs)
 
     @property
     def dead_channels(self) -> dict[str, tuple[int, ...]]:
@@ -281,6 +291,8 @@ def plan_biases(placement: Placement, tensors: dict[str, TensorPlan]) -> dict[st
 def plan_layer(layer: PlacedLayer, tensors: dict[str, TensorPlan], target: Target) -> LayerPlan:
     """Return a layer's multipliers and clamp."""
     inputs = tuple(str(value.name) for _, value, _ in layer.operands())
+    if layer.real:
+        return plan_real_layer(layer, inputs, tensors, target)
     output = tensors[str(layer.output.name)]
     rounding = target.multiplier.rounding_of(layer.node.op_type)
     scales = {name: np.array(tensors[name].scale, dtype=np.float64) for name in inputs}
@@ -307,6 +319,29 @@ def plan_layer(layer: PlacedLayer, tensors: dict[str, TensorPlan], target: Targe
         tuple(multipliers),
         rounding,
         clamp_of(layer, output),
+        why=layer.why,
+    )
+
+
+def plan_real_layer(
+    layer: PlacedLayer, inputs: tuple[str, ...], tensors: dict[str, TensorPlan], target: Target
+) -> LayerPlan:
+    """Return a layer whose output stays real: float32(S_x·S_w) times its accumulator."""
+    scale = np.array(tensors[inputs[-1 if layer.rule.arithmetic is Arithmetic.LOOKUP else 1]].scale, dtype=np.float32)
+    if layer.rule.arithmetic is not Arithmetic.LOOKUP:
+        scale = np.float32(tensors[inputs[0]].scale[0]) * scale
+    return LayerPlan(
+        str(layer.node.name),
+        layer.node.op_type,
+        layer.rule.arithmetic,
+        inputs,
+        tuple(str(value.name) for value in layer.outputs),
+        (),
+        (),
+        target.multiplier.rounding_of(layer.node.op_type),
+        None,
+        tuple(float(s) for s in scale),
+        layer.why,
     )
 
 

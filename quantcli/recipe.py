@@ -11,7 +11,15 @@ from calibration.datasets.dataset import Selection
 from calibration.datasets.preprocess import Preprocess
 from calibration.ranges import parse_range
 from quantcli.errors import RecipeError
-from quantcli.targets import DEFAULT_TARGET, ActivationType, MultiplierBits, Rounding, Target, load_target
+from quantcli.targets import (
+    DEFAULT_TARGET,
+    ActivationType,
+    MultiplierBits,
+    PlacementFormat,
+    Rounding,
+    Target,
+    load_target,
+)
 
 Format = TypeVar("Format", bound=msgspec.Struct)
 
@@ -68,11 +76,13 @@ class Layers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which layers are quantized (section ``[layers]``).
 
     Patterns are those of a shell (``*``, ``?``, ``[…]``) and are matched against the layers' names; ``op:Conv`` matches
-    operators instead. A pattern that matches nothing is an error.
+    operators instead. A pattern that matches nothing is an error. With ``everywhere`` whatever can be an integer layer is one,
+    not only what pays on the target; a layer that ``include`` names is one in any case.
     """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    everywhere: bool = False
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -143,6 +153,7 @@ def resolve_target(recipe: Recipe) -> Target:
         activation=activation,
         weight=overlaid(target.weight, per_channel=recipe.weight.per_channel),
         multiplier=overlaid(target.multiplier, bits=recipe.multiplier.bits, rounding=recipe.multiplier.rounding),
+        placement=PlacementFormat() if recipe.layers.everywhere else target.placement,
     )
 
 

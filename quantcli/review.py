@@ -49,7 +49,10 @@ def lint(sidecar: Sidecar, target: Target, weights: Mapping[str, NDArray[np.inte
 
 def tensor_reasons(layer: LayerEntry, sidecar: Sidecar, target: Target) -> Iterator[str]:
     """Yield what a target cannot do with a layer's operands and outputs."""
-    for name in dict.fromkeys([*layer.inputs, *layer.outputs]):
+    outputs = layer.outputs if layer.accumulator_scale is None else ()
+    if not outputs and layer.arithmetic == "accumulate" and layer.operator not in target.placement.real_outputs:
+        yield f"its output '{layer.outputs[0]}' stays real, the target rounds it to a grid"
+    for name in dict.fromkeys([*layer.inputs, *outputs]):
         tensor = sidecar.tensors[name]
         if tensor.role == "weight":
             yield from weight_reasons(name, tensor, target)

@@ -43,6 +43,7 @@ class Arithmetic(Enum):
     TABLE = "table"  # y = table[x]
     SOFTMAX = "softmax"  # y = softmax over an axis, output fixed
     MOVE = "move"  # y = x, elsewhere
+    LOOKUP = "lookup"  # rows of a stored table, given as reals
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Rule:
     @property
     def absorbs(self) -> bool:
         """Whether a Relu or Clip behind the operator can become its clamp."""
-        return self.arithmetic not in {Arithmetic.TABLE, Arithmetic.SOFTMAX, Arithmetic.MOVE}
+        return self.arithmetic not in {Arithmetic.TABLE, Arithmetic.SOFTMAX, Arithmetic.MOVE, Arithmetic.LOOKUP}
 
 
 def conv_axis(node: ir.Node) -> int | None:
@@ -99,6 +100,13 @@ def matmul_axis(node: ir.Node) -> int | None:
     """Return the axis of MatMul's output columns in a constant matrix B; none for stacks of matrices."""
     matrix = node.inputs[1]
     return 1 if matrix is not None and matrix.shape is not None and len(matrix.shape) == 2 else None
+
+
+def lookup_axis(node: ir.Node) -> int | None:
+    """Return the axis of a table's columns, which stand last in what is looked up; none where rows are not its first axis."""
+    table = node.inputs[0]
+    flat = table is None or table.shape is None or len(table.shape) < 2 or node.attributes.get_int("axis", 0) != 0
+    return None if flat or table is None or table.shape is None else len(table.shape) - 1
 
 
 def needs_constant_weight(node: ir.Node) -> str | None:
@@ -171,6 +179,9 @@ OWN, WEIGHT, BIAS, SAME, PLAIN = Operand.OWN, Operand.WEIGHT, Operand.BIAS, Oper
 TABLE_RULE = Rule(Arithmetic.TABLE, (OWN,))
 MOVE_RULE = Rule(Arithmetic.MOVE, (OWN,), SAME)
 MEAN_RULE = Rule(Arithmetic.RESCALE, (OWN,))
+
+# Operators that look rows up in a stored table: their row where the table is a constant and a runtime gives reals.
+LOOKUPS: dict[str, Rule] = {"Gather": Rule(Arithmetic.LOOKUP, (WEIGHT,), weight_axis=lookup_axis)}
 
 RULES: dict[str, Rule] = {
     "Conv": Rule(

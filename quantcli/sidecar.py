@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from quantcli.plan import LayerPlan, TensorPlan
     from quantcli.quantize import QuantizedModel
 
-VERSION: Literal[1] = 1
+VERSION: Literal[2] = 2
 SCHEMA_FILE = Path(__file__).parent / "sidecar.schema.json"
 
 
@@ -80,17 +80,18 @@ class MultiplierEntry(Entry, frozen=True):
 
 
 class LayerEntry(Entry, frozen=True):
-    """One integer layer."""
+    """One integer layer; where its output stays real it is accumulator_scale · accumulator, and there is no clamp."""
 
     name: str
     operator: str
-    arithmetic: Literal["accumulate", "product", "sum", "mean", "rescale", "table", "softmax", "move"]
+    arithmetic: Literal["accumulate", "product", "sum", "mean", "rescale", "table", "softmax", "move", "lookup"]
     inputs: list[str]
     outputs: list[str]
     absorbed: list[str]
     multipliers: list[MultiplierEntry]
     rounding: Literal["single", "double", "half_even", "floor"]
-    clamp: tuple[int, int]
+    clamp: tuple[int, int] | None
+    accumulator_scale: list[float] | None
     table: list[int] | None
 
 
@@ -106,7 +107,7 @@ class Sidecar(Entry, frozen=True):
     """The whole document."""
 
     format: Literal["quantcli-sidecar"]
-    version: Literal[1]
+    version: Literal[2]
     producer: str
     float_model: FileEntry
     model: FileEntry
@@ -187,6 +188,7 @@ def layer_entry(layer: LayerPlan, quantized: QuantizedModel) -> LayerEntry:
         [MultiplierEntry(m.operand, list(m.real), list(m.multiplier), list(m.shift)) for m in layer.multipliers],
         layer.rounding,  # type: ignore[arg-type]
         layer.clamp,
+        None if layer.accumulator_scale is None else list(layer.accumulator_scale),
         table.tolist() if table is not None else None,
     )
 

@@ -11,8 +11,13 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from quantcli.recipe import Layers, Recipe
+
 Array = NDArray[Any]
 Shape = Sequence[int | str | None]
+
+# Tests of operators want each as an integer layer, whether it pays or not.
+EVERYWHERE = Recipe(layers=Layers(everywhere=True))
 
 
 def node(operator: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> onnx.NodeProto:

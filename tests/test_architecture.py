@@ -23,7 +23,7 @@ ORDER = [
     {"quantcli.targets", "quantcli.recipe", "quantcli.files", "quantcli.progress"},
     {"quantcli.load", "quantcli.fold", "quantcli.probe"},
     {"quantcli.arithmetic"},
-    {"quantcli.rules", "quantcli.integer_operators"},
+    {"quantcli.rules", "quantcli.integer_operators", "quantcli.cost"},
     {"quantcli.placement"},
     {"quantcli.plan"},
     {"quantcli.quantize"},

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -549,7 +550,9 @@ def converted(
         opset=opset,
     )
     np.savez(folder / "d.npz", **feeds)  # type: ignore[arg-type]
-    return model, convert(model, folder / "q.onnx", data=folder / "d.npz", recipe=recipe)
+    recipe = recipe or Recipe()
+    everywhere = msgspec.structs.replace(recipe, layers=msgspec.structs.replace(recipe.layers, everywhere=True))
+    return model, convert(model, folder / "q.onnx", data=folder / "d.npz", recipe=everywhere)
 
 
 def sqnr(expected: Array, found: Array) -> float:

@@ -11,37 +11,49 @@ import pytest
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe, convert, verify
 from quantcli.cli import run
-from quantcli.integer_operators import INTEGER_OPERATORS
+from quantcli.integer_operators import INTEGER_OPERATORS, REAL_OPERATORS
+from quantcli.recipe import Layers
 from quantcli.rules import RULES
 from quantcli.write.onnx_qoperator import MOVES
-from tests.graphs import data_for, node, normal, residual_net, save
+from tests.graphs import EVERYWHERE, data_for, node, normal, residual_net, save
 from tests.integer.test_layers import CASES
 
 
+@pytest.mark.parametrize("everywhere", [True, False], ids=["everywhere", "where it pays"])
 @pytest.mark.parametrize("name", CASES)
-def test_both_forms_give_the_same(tmp_path: Path, name: str) -> None:
+def test_both_forms_give_the_same(tmp_path: Path, name: str, everywhere: bool) -> None:
+    recipe = Recipe(layers=Layers(everywhere=everywhere))
     nodes, constants, opset = CASES[name]
     model = save(tmp_path / "m.onnx", nodes, {"x": ["N", 3, 8, 8]}, {"o": None}, constants, opset=opset)
     x = normal(6, 3, 8, 8, seed=5)
     np.savez(tmp_path / "d.npz", x=x)
     results, kinds = [], []
     for form in ("qdq", "qoperator"):
-        done = convert(model, tmp_path / f"{form}.onnx", data=tmp_path / "d.npz", form=form, verified=True)
+        done = convert(
+            model, tmp_path / f"{form}.onnx", data=tmp_path / "d.npz", recipe=recipe, form=form, verified=True
+        )
         found = verify(done.sidecar_path, tmp_path / "d.npz")
         assert (found.findings, found.layers) == ([], len(done.sidecar.layers))
         results.append(Runner(done.model).run({"x": x})["o"])
         kinds.append({n.op_type for n in onnx.load(done.model).graph.node})
     assert (results[0] == results[1]).all()
-    for n in nodes:
-        if n.op_type in INTEGER_OPERATORS:
-            assert n.op_type not in kinds[1]
-            assert INTEGER_OPERATORS[n.op_type].name in kinds[1]
+    for layer in done.plan.layers:
+        table = INTEGER_OPERATORS if layer.accumulator_scale is None else REAL_OPERATORS
+        if layer.operator in table:
+            assert layer.operator not in kinds[1]
+            assert table[layer.operator].name in kinds[1]
+    assert not everywhere or done.plan.floats == ()
 
 
 def test_a_whole_net_is_integer_from_edge_to_edge(tmp_path: Path) -> None:
     model, data = residual_net(tmp_path / "m.onnx"), data_for(tmp_path / "d.npz")
     assert (
-        run(["convert", str(model), "--data", str(data), "-o", str(tmp_path / "q.onnx"), "-q", "--format", "qoperator"])
+        run(
+            [
+                *("convert", str(model), "--data", str(data), "-o", str(tmp_path / "q.onnx"), "-q", "--everywhere"),
+                *("--format", "qoperator"),
+            ]
+        )
         == 0
     )
     kinds = [n.op_type for n in onnx.load(tmp_path / "q.onnx").graph.node]
@@ -49,7 +61,7 @@ def test_a_whole_net_is_integer_from_edge_to_edge(tmp_path: Path) -> None:
         "QuantizeLinear", "QLinearConv", "QLinearConv", "QLinearConv", "QLinearAdd", "QLinearGlobalAveragePool", "Flatten",
         "QGemm", "DequantizeLinear",
     ]  # fmt: skip
-    other = convert(model, tmp_path / "qdq.onnx", data=data)
+    other = convert(model, tmp_path / "qdq.onnx", data=data, recipe=EVERYWHERE)
     x = normal(4, 3, 8, 8, seed=40)
     assert (Runner(tmp_path / "q.onnx").run({"x": x})["y"] == Runner(other.model).run({"x": x})["y"]).all()
 
@@ -104,6 +116,6 @@ def test_a_table_that_is_looked_up_is_verified(tmp_path: Path, form: str) -> Non
         tmp_path / "m.onnx", nodes, {"x": ["N", 5]}, {"y": None}, constants, kinds={"x": onnx.TensorProto.INT64}
     )
     np.savez(tmp_path / "d.npz", x=np.arange(40).reshape(8, 5) % 20)
-    done = convert(model, tmp_path / "q.onnx", data=tmp_path / "d.npz", form=form, verified=True)
+    done = convert(model, tmp_path / "q.onnx", data=tmp_path / "d.npz", recipe=EVERYWHERE, form=form, verified=True)
     assert done.sidecar.tensors["table"].role == "constant"
     assert verify(done.sidecar_path, tmp_path / "d.npz").findings == []

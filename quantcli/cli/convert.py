@@ -25,6 +25,7 @@ from quantcli.cli.terminal import Terminal, output_options, terminal_of
 
 if TYPE_CHECKING:
     from quantcli.pipeline import Conversion
+    from quantcli.plan import LayerPlan, Plan
 
 
 @click.command()
@@ -99,12 +100,9 @@ def show(terminal: Terminal, done: Conversion) -> None:
                 layer.name,
                 layer.operator,
                 layer.outputs[0],
-                f"{tensor.scale[0]:.6g}",
-                str(tensor.zero_point[0]),
-                str(list(layer.clamp)),
+                *output_cells(layer, plan),
             )
             for layer in plan.layers
-            for tensor in (plan.tensors[layer.outputs[0]],)
         ]
         terminal.table("Integer layers", ("layer", "operator", "output", ">scale", ">zero point", "clamp"), rows)
     if plan.floats:
@@ -126,6 +124,14 @@ def show(terminal: Terminal, done: Conversion) -> None:
     for name, value in done.check.sqnr.items():
         terminal.say(f"self-check: output '{name}' SQNR {value:.1f} dB over {done.check.samples} samples")
     terminal.say(f"{done.sidecar_path}: the sidecar")
+
+
+def output_cells(layer: LayerPlan, plan: Plan) -> tuple[str, str, str]:
+    """Return the scale, zero point and clamp of a layer's output; none of an output that stays real."""
+    if layer.clamp is None:
+        return "real", "", ""
+    tensor = plan.tensors[layer.outputs[0]]
+    return f"{tensor.scale[0]:.6g}", str(tensor.zero_point[0]), str(list(layer.clamp))
 
 
 def as_document(done: Conversion) -> dict[str, Any]:

@@ -223,6 +223,11 @@ quantization_options = together(
     ),
     click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only these layers (names, or op:Conv)."),
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep these layers float (names, or op:Conv)."),
+    click.option(
+        "--everywhere/--where-it-pays",
+        default=None,
+        help="Quantize whatever can be, or what pays on the target.  [default: what pays]",
+    ),
 )
 
 
@@ -275,7 +280,10 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
         },
         "weight": {"per_channel": options.get("per_channel")},
         "multiplier": {"bits": int(bits) if bits else None, "rounding": options.get("rounding")},
-        "layers": {key: list(options.get(key) or ()) or None for key in ("include", "exclude")},
+        "layers": {
+            **{key: list(options.get(key) or ()) or None for key in ("include", "exclude")},
+            "everywhere": options.get("everywhere"),
+        },
     }
     return read_recipe(options.get("recipe"), overrides)
 

@@ -49,11 +49,7 @@ class Executor:
         self.by_real = {tensor.reals: name for name, tensor in self.sidecar.tensors.items()}
         self.sessions: dict[tuple[str, tuple[str, ...]], Any] = {}
         absorbed = {name for entry in self.sidecar.layers for name in entry.absorbed}
-        self.order = [
-            node
-            for node in self.model.graph
-            if node.op_type not in EDGES and str(node.name) not in absorbed and not is_fence(node)
-        ]
+        self.order = [node for node in self.model.graph if node.op_type not in EDGES and str(node.name) not in absorbed]
         self.bits = self.sidecar.target.multiplier.bits
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -71,12 +67,15 @@ class Executor:
         reals: dict[str, NDArray[Any]] = {**self.stored, **feeds}
         for node in self.order:
             entry = self.entries.get(str(node.name))
+            if is_fence(node):
+                reals[str(node.outputs[0].name)] = self.real(str(node.inputs[0].name), integers, reals)  # type: ignore[union-attr]
+                continue
             if entry is None:
                 self.run_island(node, integers, reals)
                 continue
             operands = [self.integer(name, integers, reals) for name in entry.inputs]
             results = run_layer(self.layer(entry, node, integers, reals), operands)
-            integers.update(zip(entry.outputs, results, strict=False))
+            (integers if entry.accumulator_scale is None else reals).update(zip(entry.outputs, results, strict=False))
         return integers, reals
 
     def layer(

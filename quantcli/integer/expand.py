@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from quantcli.integer_operators import FLOAT_OPERATORS, INTEGER_OPERATORS
+from quantcli.integer_operators import FLOAT_OPERATORS
 
 if TYPE_CHECKING:
+    from quantcli.integer_operators import IntegerOperator
     from quantcli.sidecar import Sidecar
 
 EDGES = frozenset({"QuantizeLinear", "DequantizeLinear"})
@@ -40,13 +41,16 @@ class Expansion:
         self.model, self.graph = model, model.graph
         self.reals = {tensor.integers: tensor.reals for tensor in sidecar.tensors.values()}
         self.parameters: dict[str, list[ir.Value | None]] = {}
+        self.lookups = {layer.name for layer in sidecar.layers if layer.arithmetic == "lookup"}
 
     def run(self) -> ir.Model:
         """Expand every node in turn."""
         for node in list(self.graph):
             operator = FLOAT_OPERATORS.get((node.domain, node.op_type))
+            if str(node.name) in self.lookups:
+                continue
             if operator is not None:
-                self.expand(node, operator)
+                self.expand(node, *operator)
             elif node.op_type not in EDGES and node.inputs and self.held(node.inputs[0]) is not None:
                 self.expand_move(node)
             elif node.op_type == "QuantizeLinear":
@@ -69,7 +73,7 @@ class Expansion:
         for user, position in value.uses():
             operator = FLOAT_OPERATORS.get((user.domain, user.op_type))
             if operator is not None:
-                operands, _, _ = INTEGER_OPERATORS[operator].taken_apart(list(user.inputs))
+                operands, _, _ = operator[1].taken_apart(list(user.inputs))
                 found = next(
                     (operands[i + 1 : i + 3] for i in range(0, len(operands), 3) if operands[i] is value), None
                 )
@@ -81,9 +85,9 @@ class Expansion:
                 return found
         return None
 
-    def expand(self, node: ir.Node, operator: str) -> None:
+    def expand(self, node: ir.Node, operator: str, entry: IntegerOperator) -> None:
         """Put a float operator in an integer one's place."""
-        operands, bias, output = INTEGER_OPERATORS[operator].taken_apart(list(node.inputs))
+        operands, bias, output = entry.taken_apart(list(node.inputs))
         triples = [operands[i : i + 3] for i in range(0, len(operands), 3)]
         inputs = [self.dequantized(node, integers, parameters) for integers, *parameters in triples]
         if bias is not None:
@@ -125,6 +129,11 @@ class Expansion:
         new = ir.Node("", operator, inputs, attributes, num_outputs=len(node.outputs), name=node.name)
         self.graph.insert_before(node, new)
         for made, old in zip(new.outputs, node.outputs, strict=True):
+            if not parameters:  # the output stays real
+                name = old.name
+                ir.convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
+                old.name, made.name = None, name
+                continue
             quantizer = ir.Node("", "QuantizeLinear", [made, *parameters], num_outputs=1)
             self.graph.insert_before(node, quantizer)
             made.name, quantizer.outputs[0].name = f"{old.name}_float", old.name

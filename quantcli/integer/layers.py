@@ -60,12 +60,45 @@ def run_layer(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[A
     Raises:
         IntegerError: If an accumulator leaves int32, or a result its clamp's type.
     """
+    if layer.entry.accumulator_scale is not None:
+        return [real_output(layer, operands)]
     results = INTEGER_LAYERS[layer.entry.arithmetic](layer, operands)
+    if layer.entry.clamp is None:
+        raise IntegerError(f"layer '{layer.entry.name}' has integers without a clamp")
     low, high = layer.entry.clamp
     dtype = np.dtype(layer.output.dtype)
     if layer.entry.arithmetic in {"move", "table"}:
         return [np.asarray(result).astype(dtype) for result in results]
     return [np.clip(result, low, high).astype(dtype) for result in results]
+
+
+def real_output(layer: Layer, operands: list[NDArray[np.int64]]) -> NDArray[np.float32]:
+    """Return an output that stays real (equation 18): float32(S_x·S_w) times the accumulator, or the scale of what is looked up."""
+    scale = np.array(layer.entry.accumulator_scale, dtype=np.float32)
+    if layer.entry.arithmetic == "lookup":
+        acc, axis = lookup(layer, centred(layer, operands))[0], -1
+    else:
+        acc, axis = accumulator(layer, operands)
+        check_width(layer, acc)
+    shape = [1] * acc.ndim
+    if scale.size > 1:
+        shape[axis] = -1
+    return np.asarray(acc.astype(np.float32) * scale.reshape(shape), dtype=np.float32)
+
+
+def lookup(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+    """Return the rows of a stored table that the indices name."""
+    indices = layer.plain.get(1)
+    if indices is None:
+        raise IntegerError(f"layer '{layer.entry.name}' has nothing to look up")
+    return [np.take(operands[0], indices, axis=int(layer.attributes.get("axis", 0)))]
+
+
+def check_width(layer: Layer, acc: NDArray[np.int64]) -> None:
+    """Raise IntegerError where an accumulator leaves its 32 bits (48 for operands of 16)."""
+    width = 32 if layer.tensors[layer.entry.inputs[0]].qmax < 1 << 8 else 48
+    if np.abs(acc).max(initial=0) >= 1 << (width - 1):
+        raise IntegerError(f"the accumulator leaves {width} bits")
 
 
 def rescaled(layer: Layer, acc: NDArray[np.int64], entry: MultiplierEntry, axis: int | None) -> NDArray[np.int64]:
@@ -81,9 +114,7 @@ def rescaled(layer: Layer, acc: NDArray[np.int64], entry: MultiplierEntry, axis:
 def accumulate(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
     """Equation 13: acc = Σ (q_x − z_x)(q_w − z_w) + q_b in int32, then M and z_y."""
     acc, axis = accumulator(layer, operands)
-    width = 32 if layer.tensors[layer.entry.inputs[0]].qmax < 1 << 8 else 48
-    if np.abs(acc).max(initial=0) >= 1 << (width - 1):
-        raise IntegerError(f"the accumulator leaves {width} bits")
+    check_width(layer, acc)
     return [rescaled(layer, acc, layer.entry.multipliers[0], axis) + layer.zero_point(layer.entry.outputs[0])]
 
 
@@ -108,6 +139,21 @@ def accumulator(layer: Layer, operands: list[NDArray[np.int64]]) -> tuple[NDArra
 def centred(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
     """Return the operands with their zero points taken off."""
     return [q - layer.zero_point(name) for q, name in zip(operands, layer.entry.inputs, strict=False)]
+
+
+def centred_magnitudes(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+    """Return operands whose centred values are the magnitudes of the given ones."""
+    return [
+        np.abs(q - layer.zero_point(name)) + layer.zero_point(name)
+        for q, name in zip(operands, layer.entry.inputs, strict=False)
+    ]
+
+
+def terms_of(layer: Layer, operands: list[NDArray[np.int64]]) -> int:
+    """Return how many products an accumulator of a matrix product sums, and one more for a bias."""
+    transposed = layer.entry.operator == "Gemm" and layer.attributes.get("transB", 0)
+    terms: int = operands[1].shape[-1 if transposed or operands[1].ndim == 1 else -2]
+    return terms + (len(operands) > 2)
 
 
 def product(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
@@ -342,6 +388,7 @@ MOVES: dict[str, Callable[[Layer, NDArray[np.int64]], list[NDArray[Any]]]] = {
 }
 
 INTEGER_LAYERS: dict[str, Callable[[Layer, list[NDArray[np.int64]]], list[NDArray[Any]]]] = {
+    "lookup": lookup,
     "accumulate": accumulate,
     "product": product,
     "sum": total,

@@ -21,7 +21,7 @@ from quantcli.arithmetic.fixed_point import fixed_point, headroom_multipliers
 from quantcli.arithmetic.tables import exponentials, table
 from quantcli.integer.exact import FLOAT32_ERROR, exact, function_parameters
 from quantcli.integer.executor import Executor, quantized
-from quantcli.integer.layers import IntegerError, Layer, run_layer
+from quantcli.integer.layers import IntegerError, Layer, centred_magnitudes, real_output, run_layer, terms_of
 from quantcli.probe import with_outputs
 
 if TYPE_CHECKING:
@@ -87,12 +87,22 @@ def verify(model: bytes, sidecar: Sidecar, batches: Iterable[dict[str, NDArray[A
     executor = Executor(graph, sidecar)
     result.findings.extend(tensor_findings(executor))
     result.findings.extend(layer_findings(executor))
-    integers = [tensor.integers for tensor in sidecar.tensors.values() if tensor.role == "activation"]
-    runner = Runner(with_outputs(graph, integers), what="the quantized model")
+    given = {value.name for value in graph.graph.inputs}
+    asked = [tensor.integers for tensor in sidecar.tensors.values() if tensor.role == "activation"]
+    asked += [name for name in reals_of(sidecar) if name not in given]
+    runner = Runner(with_outputs(graph, asked), what="the quantized model")
     for feeds in batches:
-        compare(executor, feeds, runner.run(feeds, integers), result)
+        compare(executor, feeds, runner.run(feeds, asked), result)
     result.islands = executor.islands
     return result
+
+
+def reals_of(sidecar: Sidecar) -> list[str]:
+    """Return the real tensors that are compared: what layers give as reals, and what is quantized only for some that read it."""
+    made = {name for entry in sidecar.layers if entry.accumulator_scale is None for name in entry.outputs}
+    rounded = [name for name, tensor in sidecar.tensors.items() if tensor.role == "activation" and name not in made]
+    given = [name for entry in sidecar.layers if entry.accumulator_scale is not None for name in entry.outputs]
+    return list(dict.fromkeys([*rounded, *given]))
 
 
 def reader_of(sidecar: Sidecar, tensor: str) -> str:
@@ -107,9 +117,11 @@ def tensor_findings(executor: Executor) -> Iterator[Finding]:
     sidecar = executor.sidecar
     dequantizers: dict[tuple[str, str], list[ir.Node]] = {}
     quantizers: dict[str, list[ir.Node]] = {}
+    tables = looked_up(executor)
     for node in executor.model.graph:
         if node.op_type == "DequantizeLinear" and node.inputs[0] is not None:
-            dequantizers.setdefault((str(node.inputs[0].name), str(node.outputs[0].name)), []).append(node)
+            names = str(node.inputs[0].name), str(node.outputs[0].name)
+            dequantizers.setdefault(tables.get(names[0], names), []).append(node)
         elif node.op_type == "QuantizeLinear":
             quantizers.setdefault(str(node.outputs[0].name), []).append(node)
     for name, tensor in sidecar.tensors.items():
@@ -131,6 +143,17 @@ def tensor_findings(executor: Executor) -> Iterator[Finding]:
             digest = "" if constant is None else hashlib.sha256(np.ascontiguousarray(constant).tobytes()).hexdigest()
             if digest != tensor.sha256:
                 yield Finding(layer, f"the integers of '{name}' are not those that the sidecar was written for")
+
+
+def looked_up(executor: Executor) -> dict[str, tuple[str, str]]:
+    """Return for what every lookup gives the names of its table's integers and reals: it is dequantized behind the lookup."""
+    found = {}
+    for entry in executor.sidecar.layers:
+        node = executor.nodes.get(entry.name)
+        if entry.arithmetic == "lookup" and node is not None:
+            tensor = executor.sidecar.tensors[entry.inputs[0]]
+            found[str(node.outputs[0].name)] = tensor.integers, tensor.reals
+    return found
 
 
 def differences(layer: str, what: str, held: NDArray[Any] | None, stated: list[float] | list[int]) -> Iterator[Finding]:
@@ -158,14 +181,29 @@ def layer_findings(executor: Executor) -> Iterator[Finding]:
             yield Finding(entry.name, f"the rounding is {entry.rounding}, its target's is {stated}")
         for multiplier in entry.multipliers:
             yield from multiplier_findings(entry, multiplier, sidecar)
+        if entry.accumulator_scale is not None:
+            yield from real_findings(entry, sidecar)
+            continue
         lowest, highest = expected_clamp(executor, entry)
-        if tuple(entry.clamp) != (lowest, highest):
-            yield Finding(entry.name, f"the clamp is {list(entry.clamp)}, its activation makes it {[lowest, highest]}")
+        if entry.clamp is None or tuple(entry.clamp) != (lowest, highest):
+            yield Finding(
+                entry.name, f"the clamp is {list(entry.clamp or ())}, its activation makes it {[lowest, highest]}"
+            )
         if entry.table is not None:
             expected = expected_table(executor, entry, node)
             if expected != entry.table:
                 index = next((i for i, (a, b) in enumerate(zip(expected, entry.table, strict=False)) if a != b), -1)
                 yield Finding(entry.name, f"the table is not that of its function, first at index {index}")
+
+
+def real_findings(entry: LayerEntry, sidecar: Sidecar) -> Iterator[Finding]:
+    """Compare the scale of an accumulator with the product of the operands' scales, in float32."""
+    scales = [np.array(sidecar.tensors[name].scale, dtype=np.float32) for name in entry.inputs[:2]]
+    expected = scales[0] if entry.arithmetic == "lookup" else scales[0] * scales[1]
+    for finding in differences(entry.name, "accumulator_scale", expected, entry.accumulator_scale or []):
+        yield Finding(entry.name, finding.what.replace("in the model", "from the scales"))
+    if entry.clamp is not None or entry.multipliers:
+        yield Finding(entry.name, "its output stays real, and it has a clamp or multipliers")
 
 
 def multiplier_findings(entry: LayerEntry, multiplier: MultiplierEntry, sidecar: Sidecar) -> Iterator[Finding]:
@@ -233,9 +271,10 @@ def compare(
     sidecar = executor.sidecar
     _, reals = executor.run_all(feeds)
     given = {name: runtime[t.integers] for name, t in sidecar.tensors.items() if t.role == "activation"}
-    made = {name for entry in sidecar.layers for name in entry.outputs}
-    for name in set(given) & set(feeds):
-        compare_edge(sidecar.tensors[name], reader_of(sidecar, name), name, feeds[name], given[name], result)
+    seen = {**runtime, **feeds}
+    for name in reals_of(sidecar):
+        if name in given and name in seen:
+            compare_edge(sidecar.tensors[name], reader_of(sidecar, name), name, seen[name], given[name], result)
     for entry in sidecar.layers:
         integers = dict(given)
         layer = executor.layer(entry, executor.nodes[entry.name], integers, reals)
@@ -247,19 +286,21 @@ def compare(
             continue
         result.layers += 1
         for name, values in zip(entry.outputs, found, strict=False):
-            if name in made:
+            if entry.accumulator_scale is not None:
+                compare_reals(layer, name, operands, values, seen[name], result)
+            else:
                 compare_output(layer, name, operands, values, given[name], result)
 
 
 def compare_edge(
     tensor: TensorEntry, layer: str, name: str, reals: NDArray[Any], runtime: NDArray[Any], result: Verification
 ) -> None:
-    """Compare the quantization of a model input: equation 5 against the runtime's float32 division."""
+    """Compare the quantization of a real tensor: equation 5 against the runtime's float32 division."""
     scale, zero_point = np.array(tensor.scale, dtype=np.float32), np.array(tensor.zero_point)
     found = quantize(reals, scale, zero_point, IntegerType(tensor.dtype), None).astype(np.int64)
     steps = reals.astype(np.float64) / tensor.scale[0] + tensor.zero_point[0]
     error = (np.abs(steps) + abs(tensor.zero_point[0]) + 1) * FLOAT32_ERROR
-    report(layer, f"input '{name}'", found, runtime.astype(np.int64), on_a_tie(steps, error), result)
+    report(layer, f"tensor '{name}'", found, runtime.astype(np.int64), on_a_tie(steps, error), result)
 
 
 def compare_output(
@@ -279,12 +320,48 @@ def compare_output(
         return
     explained = np.zeros(ours.shape, dtype=bool)
     if (ours != theirs).any() and (reference := exact(layer, operands)) is not None:
-        low, high = layer.entry.clamp
+        low, high = layer.entry.clamp or (layer.output.qmin, layer.output.qmax)
         values = np.clip(reference.values, low, high)
         nearest = np.abs(theirs - values) <= 0.5 + reference.float_error
         rounding = "single" if layer.entry.arithmetic == "mean" else layer.entry.rounding
         explained = nearest & rounding_of(rounding, ours - values, reference.integer_error)
     report(layer.entry.name, f"output '{name}'", ours, theirs, explained, result)
+
+
+def compare_reals(
+    layer: Layer,
+    name: str,
+    operands: list[NDArray[np.int64]],
+    found: NDArray[Any],
+    runtime: NDArray[Any],
+    result: Verification,
+) -> None:
+    """Compare an output that stays real with the runtime's.
+
+    Kernels that accumulate integers round twice, the accumulator and its product with the scale. Those that accumulate reals
+    round every term and every sum: of K terms the sum is off by at most (K + 4)·2^-24 of the magnitudes' sum (Higham 2002, 3.1).
+    """
+    entry = layer.entry
+    if found.shape != runtime.shape:
+        what = f"output '{name}' is {list(found.shape)}, the runtime's {list(runtime.shape)}"
+        result.findings.append(Finding(entry.name, what))
+        return
+    bound = np.abs(found.astype(np.float64)) * FLOAT32_ERROR
+    if entry.arithmetic != "lookup":
+        magnitudes = real_output(layer, centred_magnitudes(layer, operands)).astype(np.float64)
+        depth = terms_of(layer, operands)
+        bound = magnitudes * ((depth + 4) * 2.0**-24)
+    wrong = ~(np.abs(found.astype(np.float64) - runtime.astype(np.float64)) <= bound)
+    result.elements += found.size
+    if wrong.any():
+        index = tuple(int(i) for i in np.argwhere(wrong)[0])
+        values = f"{found[index]:.9g} by the sidecar and {runtime[index]:.9g} in the runtime"
+        result.findings.append(
+            Finding(
+                entry.name,
+                f"output '{name}', index {list(index)}: {values} ({int(wrong.sum())} of {found.size} differ)",
+            )
+        )
 
 
 def rounding_of(rounding: str, distance: NDArray[np.float64], error: NDArray[np.float64]) -> NDArray[np.bool_]:

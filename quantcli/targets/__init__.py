@@ -64,6 +64,24 @@ class MultiplierFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.by_operator.get(operator, self.rounding)
 
 
+class PlacementFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which operators become integer layers, where a runtime has float kernels beside its integer ones.
+
+    Attributes:
+        pays: Whether operators that float runs as well, or better, stay float; otherwise whatever can be an integer layer is one.
+        apart: Pairs of float operators that the runtime fuses into one that is slower than both; they are kept apart then.
+        real_outputs: The operators whose kernel gives reals straight from the accumulator; without an integer layer to read
+            them, their outputs are not rounded to a grid.
+        macs_per_value: How many multiply-accumulates a product of two activations must do per value that is quantized or
+            dequantized for it, so that it runs faster in integers (benchmarks/kernels.py measures it).
+    """
+
+    pays: bool = False
+    apart: tuple[tuple[str, str], ...] = ()
+    real_outputs: tuple[Literal["Gemm", "MatMul"], ...] = ()
+    macs_per_value: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a runtime can do.
 
@@ -73,6 +91,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         activation: The form of activations.
         weight: The form of weights.
         multiplier: The form of multipliers.
+        placement: Which operators become integer layers.
     """
 
     name: str
@@ -80,6 +99,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     activation: ActivationFormat
     weight: WeightFormat
     multiplier: MultiplierFormat
+    placement: PlacementFormat = PlacementFormat()
 
 
 def known() -> list[str]:

@@ -1,8 +1,11 @@
 """Write ONNX with QuantizeLinear/DequantizeLinear: integers for the constants, a pair behind every quantized activation.
 
+An activation that an integer layer makes is rounded for all that read it; one that comes from a model input, from an operator that
+stays float or from a layer whose output stays real is rounded for the integer layers that read it, and for nobody else.
+
 Names: inputs, outputs and every tensor that still exists keep theirs. Around a quantized tensor ``t`` stand ``t_quantized`` (the
-integers) and ``t_dequantized`` (what its readers get); of a graph output ``t`` the readers' side is ``t`` itself, and what is
-computed before rounding is ``t_unrounded``.
+integers) and ``t_dequantized`` (what its readers get); of a graph output ``t`` that is rounded for all, the readers' side is ``t``
+itself, and what is computed before rounding is ``t_unrounded``.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from quantcli.fold import add_constant
+from quantcli.rules import Arithmetic
 
 if TYPE_CHECKING:
     from quantcli.plan import LayerPlan, TensorPlan
@@ -21,7 +25,9 @@ if TYPE_CHECKING:
 
 # What ends the name of a Max that keeps a float operator float, and of what it gives.
 FENCE = "_float"
-SUFFIXES = ("_quantized", "_dequantized", "_unrounded", "_scale", "_zero_point", FENCE)
+# What ends the name of the integers that a lookup gives.
+LOOKED_UP = "_looked_up"
+SUFFIXES = ("_quantized", "_dequantized", "_unrounded", "_scale", "_zero_point", FENCE, LOOKED_UP)
 
 
 def write(quantized: QuantizedModel) -> ir.Model:
@@ -34,7 +40,7 @@ def write(quantized: QuantizedModel) -> ir.Model:
 
 def tensor_names(quantized: QuantizedModel) -> dict[str, dict[str, str]]:
     """Return for every planned tensor the names of its integers and of its dequantized reals in the written model."""
-    outputs = {value.name for value in quantized.model.graph.outputs}
+    outputs = {value.name for value in quantized.model.graph.outputs} & quantized.plan.made
     mark = free_mark(quantized)
     return {
         name: {
@@ -51,7 +57,8 @@ def free_mark(quantized: QuantizedModel) -> str:
     taken = {value.name for node in graph.all_nodes() for value in node.outputs}
     taken |= {*graph.initializers, *(value.name for value in graph.inputs)}
     mark = ""
-    while any(f"{name}{suffix}{mark}" in taken for name in quantized.plan.tensors for suffix in SUFFIXES):
+    names = {*quantized.plan.tensors, *(name for layer in quantized.plan.layers for name in layer.outputs)}
+    while any(f"{name}{suffix}{mark}" in taken for name in names for suffix in SUFFIXES):
         mark += "_"
     return mark
 
@@ -67,7 +74,9 @@ class Writer:
         self.mark = free_mark(quantized)
         self.nodes = {str(node.name): node for node in graph}
         self.floats = {layer.name for layer in self.plan.floats}
+        self.layers = {layer.name: layer for layer in self.plan.layers}
         self.constants: dict[str, ir.Value] = {}
+        self.stored: dict[str, ir.Value] = {}
         self.parameters: dict[str, tuple[ir.Value, ir.Value | None]] = {}
 
     def write(self) -> None:
@@ -75,19 +84,39 @@ class Writer:
         for layer in self.plan.layers:
             self.drop_absorbed(layer)
         for layer in self.plan.layers:
-            self.quantize_constants(layer)
+            if layer.arithmetic is Arithmetic.LOOKUP:
+                self.look_up(layer)
+            else:
+                self.quantize_constants(layer)
         values = {str(value.name): value for value in self.graph.inputs}
         values.update({str(value.name): value for node in self.graph for value in node.outputs})
         for name, tensor in self.plan.tensors.items():
             if tensor.role == "activation":
                 self.quantize_activation(tensor, values[name])
+        self.keep_apart()
         used = {value for node in self.graph.all_nodes() for value in node.inputs if value is not None}
         for name, value in list(self.graph.initializers.items()):
             if value not in used and not value.is_graph_output():
                 del self.graph.initializers[name]
 
+    def keep_apart(self) -> None:
+        """Put something between float operators that the runtime would fuse into a slower one."""
+        pairs = {tuple(pair) for pair in self.plan.target.placement.apart}
+        for node in list(self.graph):
+            value = node.inputs[0] if node.inputs else None
+            producer = value.producer() if value is not None else None
+            if (
+                value is not None
+                and producer is not None
+                and (producer.op_type, node.op_type) in pairs
+                and {str(producer.name), str(node.name)} <= self.floats
+            ):
+                self.fence(producer, value, node)
+
     def drop_absorbed(self, layer: LayerPlan) -> None:
         """Remove activations that saturation does already: those behind a layer whose clamp is its whole grid."""
+        if layer.clamp is None:
+            return
         grid = self.plan.tensors[layer.outputs[0]].integer
         if layer.clamp != (grid.qmin, grid.qmax):
             return
@@ -110,6 +139,29 @@ class Writer:
                 continue
             node.replace_input_with(position, self.dequantized_constant(tensor, node))
 
+    def look_up(self, layer: LayerPlan) -> None:
+        """Let a lookup give integers of the stored table, and dequantize those."""
+        node, tensor = self.nodes[layer.name], self.plan.tensors[layer.inputs[0]]
+        if tensor.name not in self.stored:
+            self.stored[tensor.name] = add_constant(
+                self.graph, self.names[tensor.name]["integers"], self.quantized.constants[tensor.name]
+            )
+        node.replace_input_with(0, self.stored[tensor.name])
+        value = node.outputs[0]
+        scale, zero_point = self.parameter_values(tensor)
+        # The table's columns stand last, in the table and in what is looked up.
+        rank = len(value.shape) if value.shape is not None else 0
+        attributes = {"axis": rank - 1 if rank else -1} if tensor.axis is not None else {}
+        to_real = ir.node(
+            "DequantizeLinear", [value, scale, zero_point], attributes, name=f"{layer.name}_DequantizeLinear"
+        )
+        to_real.outputs[0].shape, to_real.outputs[0].type = value.shape, value.type
+        ir.convenience.replace_all_uses_with(value, to_real.outputs[0], replace_graph_outputs=True)
+        to_real.replace_input_with(0, value)
+        to_real.outputs[0].name, value.name = value.name, f"{value.name}{LOOKED_UP}{self.mark}"
+        value.type = ir.TensorType(ir.DataType.INT8)
+        self.graph.insert_after(node, to_real)
+
     def dequantized_constant(self, tensor: TensorPlan, reader: ir.Node) -> ir.Value:
         """Return the dequantized value of a constant, made at its first reader."""
         integers, reals = self.names[tensor.name]["integers"], self.names[tensor.name]["reals"]
@@ -125,17 +177,22 @@ class Writer:
     def quantize_activation(self, tensor: TensorPlan, value: ir.Value) -> None:
         """Put a QuantizeLinear/DequantizeLinear pair between an activation and all its readers."""
         names = self.names[tensor.name]
-        is_output = value.is_graph_output()
+        for_all = tensor.name in self.plan.made
         scale, zero_point = self.parameter_values(tensor)
         to_integer = ir.node("QuantizeLinear", [value, scale, zero_point], name=f"{tensor.name}_QuantizeLinear")
         stored = to_integer.outputs[0]
         stored.name = names["integers"]
         to_real = self.dequantize_node(tensor, stored, names["reals"])
-        if is_output:
-            to_real.outputs[0].shape, to_real.outputs[0].type = value.shape, value.type
-            value.name = f"{tensor.name}_unrounded{self.mark}"
-        ir.convenience.replace_all_uses_with(value, to_real.outputs[0], replace_graph_outputs=True)
-        to_integer.replace_input_with(0, value)
+        if for_all:
+            if value.is_graph_output():
+                to_real.outputs[0].shape, to_real.outputs[0].type = value.shape, value.type
+                value.name = f"{tensor.name}_unrounded{self.mark}"
+            ir.convenience.replace_all_uses_with(value, to_real.outputs[0], replace_graph_outputs=True)
+            to_integer.replace_input_with(0, value)
+        else:
+            for node, position in list(value.uses()):
+                if str(node.name) in self.layers and node is not to_integer:
+                    node.replace_input_with(position, to_real.outputs[0])
         producer = value.producer()
         if (
             producer is not None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from quantcli.integer_operators import INTEGER_OPERATORS, MICROSOFT
+from quantcli.integer_operators import INTEGER_OPERATORS, MICROSOFT, REAL_OPERATORS
 from quantcli.rules import RULES, Arithmetic
 from quantcli.write import onnx_qdq
 
@@ -29,7 +29,9 @@ def write(quantized: QuantizedModel) -> ir.Model:
     for layer in quantized.plan.layers:
         node = nodes[layer.name]
         targets = [quantizer_of(value) for value in node.outputs if value.uses() or value.is_graph_output()]
-        if all(target is not None for target in targets):
+        if layer.accumulator_scale is not None:
+            replace_real(model, node)
+        elif all(target is not None for target in targets):
             replace(model, node, [target for target in targets if target is not None])
     passes.RemoveUnusedNodesPass()(model)
     passes.TopologicalSortPass()(model)
@@ -78,6 +80,25 @@ def replace(model: ir.Model, node: ir.Node, targets: list[ir.Node]) -> None:
     if counterpart.opset:
         attributes.append(ir.AttrInt64("opset", model.opset_imports[""]))
     put(node, ir.Node(counterpart.domain, counterpart.name, arranged, attributes), targets)
+
+
+def replace_real(model: ir.Model, node: ir.Node) -> None:
+    """Put an integer operator that gives reals in place of one behind DequantizeLinear, where there is one."""
+    counterpart, graph = REAL_OPERATORS.get(node.op_type), model.graph
+    operands = [dequantizer_of(value) for value in node.inputs]
+    found = [operand for operand in operands if operand is not None]
+    if counterpart is None or len(found) != len(operands):
+        return
+    bias = found.pop().inputs[0] if counterpart.bias is not None and len(found) > 2 else None
+    arranged = counterpart.arranged([value for operand in found for value in operand.inputs], bias, [])
+    attributes = attributes_of(node, without={"beta"} if counterpart.bias == "inner" else set())
+    new = ir.Node(counterpart.domain, counterpart.name, arranged, attributes, name=node.name)
+    old, made = node.outputs[0], new.outputs[0]
+    name, made.shape, made.type = old.name, old.shape, old.type
+    graph.insert_before(node, new)
+    ir.convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    made.name = name
 
 
 def attributes_of(node: ir.Node, without: set[str] = frozenset()) -> list[ir.Attr]:  # type: ignore[assignment]

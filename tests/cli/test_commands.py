@@ -189,7 +189,7 @@ def test_how_much_is_said(capsys: pytest.CaptureFixture[str], command: list[str]
     assert run(command) == 0
     usual = capsys.readouterr()
     assert not command[0].startswith("calibrate") or usual.err.startswith(
-        "calibrating 5 tensors over 16 samples in batches of 32"
+        "calibrating 4 tensors over 16 samples in batches of 32"
     )
     assert len(usual.err.splitlines()) == (command[0] == "calibrate")
     assert usual.out.strip()

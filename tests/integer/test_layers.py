@@ -21,7 +21,7 @@ from quantcli import Conversion, convert
 from quantcli.integer.executor import Executor
 from quantcli.integer.layers import INTEGER_LAYERS, MOVES
 from quantcli.rules import RULES, Arithmetic
-from tests.graphs import Array, node, normal, save
+from tests.graphs import EVERYWHERE, Array, node, normal, save
 
 Case = tuple[list[onnx.NodeProto], dict[str, Array], int]
 
@@ -167,7 +167,7 @@ def converted(folder: Path, case: Case, offset: float) -> tuple[Conversion, Arra
     model = save(folder / "m.onnx", nodes, {"x": ["N", 3, 8, 8]}, {"o": None}, constants, opset=opset)
     x = normal(6, 3, 8, 8, seed=5) + np.float32(offset)
     np.savez(folder / "d.npz", x=x)
-    return convert(model, folder / "q.onnx", data=folder / "d.npz"), x
+    return convert(model, folder / "q.onnx", data=folder / "d.npz", recipe=EVERYWHERE), x
 
 
 def without_fusion(path: Path, x: Array) -> Array:

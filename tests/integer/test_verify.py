@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from quantcli import convert, verify
 from quantcli.cli import run
-from tests.graphs import data_for, node, normal, residual_net, save
+from tests.graphs import EVERYWHERE, data_for, node, normal, residual_net, save
 
 Document = dict[str, Any]
 
@@ -39,7 +39,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         node("Softmax", ["l"], ["y"]),
     ]
     model = save(folder / "m.onnx", nodes, {"x": ["N", 3, 8, 8]}, {"y": None}, constants)
-    convert(model, folder / "q.onnx", data=data_for(folder / "d.npz"), verified=True)
+    convert(model, folder / "q.onnx", data=data_for(folder / "d.npz"), recipe=EVERYWHERE, verified=True)
     return folder
 
 

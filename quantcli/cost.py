@@ -1,0 +1,79 @@
+"""What an operator costs: multiply-accumulates and values moved, from the shapes that are known."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from quantcli.fold import constant
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one run of an operator does. Free dimensions, as that of the batch, count as 1; None where nothing is known.
+
+    Attributes:
+        macs: Multiply-accumulates; 0 for operators that do not accumulate.
+        read: Values read that are computed while the model runs.
+        made: Values made.
+        stored: Constant values read.
+    """
+
+    macs: int | None
+    read: int | None
+    made: int | None
+    stored: int
+
+    @property
+    def macs_per_value(self) -> float | None:
+        """Multiply-accumulates per value that comes or goes; None where that is not known."""
+        if self.macs is None or self.read is None or self.made is None:
+            return None
+        return self.macs / max(self.read + self.made, 1)
+
+
+def values_of(value: ir.Value | None) -> int | None:
+    """Return how many values a tensor has, free dimensions counted as 1; None where not even its rank is known."""
+    if value is None or value.shape is None:
+        return None
+    return math.prod(size if isinstance(size, int) else 1 for size in value.shape)
+
+
+def work_of(node: ir.Node) -> Work:
+    """Return what one run of an operator does."""
+    given = [value for value in node.inputs if value is not None]
+    read = total(values_of(value) for value in given if constant(value) is None)
+    made = total(values_of(value) for value in node.outputs)
+    stored = sum(values_of(value) or 0 for value in given if constant(value) is not None)
+    return Work(multiply_accumulates(node), read, made, stored)
+
+
+def total(counts: Iterable[int | None]) -> int | None:
+    """Return a sum; None where a term is not known."""
+    terms = list(counts)
+    known = [term for term in terms if term is not None]
+    return sum(known) if len(known) == len(terms) else None
+
+
+def multiply_accumulates(node: ir.Node) -> int | None:
+    """Return the multiply-accumulates of an operator; 0 for one that does not accumulate."""
+    if node.op_type not in {"Conv", "ConvTranspose", "Gemm", "MatMul"} or len(node.inputs) < 2:
+        return 0
+    x, w = node.inputs[:2]
+    made, read = values_of(node.outputs[0]), values_of(x)
+    if made is None or read is None or x is None or w is None or x.shape is None or w.shape is None:
+        return None
+    if node.op_type in {"Conv", "ConvTranspose"}:
+        size, rows = values_of(w), w.shape[0]
+        if size is None or not isinstance(rows, int) or rows == 0:
+            return None
+        return (made if node.op_type == "Conv" else read) * (size // rows)
+    axis = 0 if node.op_type == "Gemm" and node.attributes.get_int("transA", 0) == 1 else -1
+    depth = x.shape[axis] if len(x.shape) else 1
+    return made * depth if isinstance(depth, int) else None

@@ -1,0 +1,220 @@
+"""What becomes an integer layer where a runtime has float kernels as well, and what its output is then."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from calibration.hooks.onnxruntime import Runner
+from quantcli import Conversion, convert, verify
+from quantcli.cli import run
+from quantcli.recipe import Layers, Recipe
+from tests.graphs import Array, Shape, node, normal, save
+
+LENGTH, WIDTH = 6, 16
+
+
+def converted(
+    folder: Path,
+    nodes: Sequence[onnx.NodeProto],
+    constants: Mapping[str, Array],
+    x: Array,
+    shape: Shape,
+    recipe: Recipe | None = None,
+    form: str = "qdq",
+) -> Conversion:
+    kinds = {"x": onnx.TensorProto.INT64} if x.dtype == np.int64 else None
+    outputs: dict[str, Shape | None] = {"y": None}
+    model = save(folder / "m.onnx", nodes, {"x": shape}, outputs, constants, kinds=kinds)
+    np.savez(folder / "d.npz", x=x)
+    return convert(model, folder / "q.onnx", data=folder / "d.npz", recipe=recipe, form=form, verified=True)
+
+
+def stored(done: Conversion) -> dict[str, Array]:
+    return {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(done.model).graph.initializer}
+
+
+def reader(done: Conversion, name: str) -> onnx.NodeProto:
+    nodes: list[onnx.NodeProto] = list(onnx.load(done.model).graph.node)
+    return next(n for n in nodes if n.name == name)
+
+
+def block(folder: Path, recipe: Recipe | None = None, form: str = "qdq") -> Conversion:
+    """The second half of a transformer block: x + W·LayerNorm(x) + b, normalised again."""
+    constants = {
+        "g": 1 + normal(WIDTH, seed=1, scale=0.1),
+        "b": normal(WIDTH, seed=2, scale=0.1),
+        "w": normal(WIDTH, WIDTH, seed=3, scale=0.3),
+        "c": normal(WIDTH, seed=4),
+    }
+    nodes = [
+        node("LayerNormalization", ["x", "g", "b"], ["n"]),
+        node("MatMul", ["n", "w"], ["m"]),
+        node("Add", ["m", "c"], ["a"]),
+        node("Add", ["a", "n"], ["s"]),
+        node("LayerNormalization", ["s", "g", "b"], ["y"]),
+    ]
+    return converted(folder, nodes, constants, normal(8, LENGTH, WIDTH, seed=5), ["N", LENGTH, WIDTH], recipe, form)
+
+
+@pytest.mark.parametrize("form", ["qdq", "qoperator"])
+def test_a_product_that_float_operators_read_is_its_dequantized_accumulator(tmp_path: Path, form: str) -> None:
+    done = block(tmp_path, form=form)
+    assert [layer.operator for layer in done.plan.layers] == ["MatMul"]
+    layer, n, w = done.plan.layers[0], done.sidecar.tensors["n"], done.sidecar.tensors["w"]
+    assert (layer.outputs, layer.clamp, layer.multipliers) == (("m",), None, ())
+    assert "m" not in done.plan.tensors
+    written = onnx.load(done.model)
+    written.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in (n.integers, "m"))
+    q, m = Runner(written.SerializeToString()).run({"x": normal(8, LENGTH, WIDTH, seed=5)}, [n.integers, "m"]).values()
+    acc = (q.astype(np.int64) - n.zero_point[0]) @ stored(done)[w.integers].astype(np.int64)
+    scale = np.float32(n.scale[0]) * np.array(w.scale, np.float32)
+    assert layer.accumulator_scale == tuple(scale.tolist())
+    assert (m == acc.astype(np.float32) * scale).all()  # |acc| < 2^24: the product is the only rounding
+    kinds = {found.op_type for found in written.graph.node}
+    assert ("MatMulIntegerToFloat" in kinds) == (form == "qoperator")
+    assert verify(done.sidecar_path, tmp_path / "d.npz").findings == []
+
+
+def test_float_operators_read_what_was_not_rounded(tmp_path: Path) -> None:
+    done = block(tmp_path)
+    assert next(iter(reader(done, "m_node").input)) == "n_dequantized"
+    assert list(reader(done, "s_node").input) == ["a", "n"]
+
+
+def test_float_operators_that_fuse_into_a_slower_one_are_kept_apart(tmp_path: Path) -> None:
+    done = block(tmp_path)
+    name = reader(done, "y_node").input[0]
+    between = next(n for n in onnx.load(done.model).graph.node if name in n.output)
+    assert (between.op_type, list(between.input)) == ("Max", ["s"])
+
+
+def test_a_chain_of_products_stays_in_integers(tmp_path: Path) -> None:
+    constants = {"w": normal(WIDTH, WIDTH, seed=1), "v": normal(WIDTH, WIDTH, seed=2), "u": normal(WIDTH, 4, seed=3)}
+    nodes = [
+        node("Gemm", ["x", "w"], ["a"]),
+        node("Relu", ["a"], ["b"]),
+        node("Gemm", ["b", "v"], ["c"]),
+        node("Flatten", ["c"], ["d"]),
+        node("Gemm", ["d", "u"], ["y"]),
+    ]
+    done = converted(tmp_path, nodes, constants, normal(16, WIDTH, seed=4), ["N", WIDTH])
+    assert [layer.accumulator_scale is None for layer in done.plan.layers] == [True, True, True, False]
+    assert done.plan.layers[0].absorbed == ("b_node",)
+    assert done.plan.floats == ()
+
+
+def attention(folder: Path, length: int, depth: int, recipe: Recipe | None = None) -> Conversion:
+    nodes = [
+        node("Exp", ["x"], ["q"]),
+        node("Transpose", ["q"], ["k"], perm=[0, 2, 1]),
+        node("MatMul", ["q", "k"], ["s"]),
+        node("Softmax", ["s"], ["p"]),
+        node("MatMul", ["p", "q"], ["o"]),
+        node("MatMul", ["o", "w"], ["y"]),
+    ]
+    x = normal(3, length, depth, seed=1)
+    return converted(folder, nodes, {"w": normal(depth, 4, seed=2)}, x, ["N", length, depth], recipe)
+
+
+def test_products_of_activations_are_integer_where_there_is_enough_to_multiply(tmp_path: Path) -> None:
+    small = {found.name: found.reason for found in attention(tmp_path, 16, 16).plan.floats}
+    assert "multiply-accumulates per value" in small["s_node"]
+    assert "multiply-accumulates per value" in small["o_node"]
+    large = attention(tmp_path, 256, 128)
+    assert [layer.name for layer in large.plan.layers] == ["s_node", "o_node", "y_node"]
+    # 256·256·128 products per 2·256·128 + 256² values
+    assert all(layer.accumulator_scale is not None for layer in large.plan.layers if layer.name != "o_node")
+    named = attention(tmp_path, 16, 16, Recipe(layers=Layers(include=("op:MatMul",))))
+    assert [layer.name for layer in named.plan.layers] == ["s_node", "o_node", "y_node"]
+
+
+def test_a_large_table_is_stored_in_integers_by_column(tmp_path: Path) -> None:
+    table = normal(5000, WIDTH, seed=1) * np.linspace(0.1, 3, WIDTH, dtype=np.float32)
+    nodes = [node("Gather", ["t", "x"], ["e"]), node("MatMul", ["e", "w"], ["y"])]
+    x = np.arange(40).reshape(8, 5) * 31 % 5000
+    done = converted(tmp_path, nodes, {"t": table, "w": normal(WIDTH, 4, seed=2)}, x, ["N", 5])
+    entry = done.sidecar.tensors["t"]
+    scale = np.array(entry.scale, np.float32)
+    assert (entry.role, entry.axis, done.plan.layers[0].accumulator_scale) == ("weight", 1, tuple(scale.tolist()))
+    written = onnx.load(done.model)
+    written.graph.output.append(onnx.helper.make_empty_tensor_value_info("e"))
+    found = Runner(written.SerializeToString()).run({"x": x}, ["e"])["e"]
+    q = np.clip(np.rint(table / scale), -127, 127)
+    assert (found == q[x].astype(np.float32) * scale).all()
+    assert done.model.stat().st_size < 1.2 * table.size
+    small = converted(tmp_path, nodes, {"t": table[:500], "w": normal(WIDTH, 4, seed=2)}, x % 500, ["N", 5])
+    assert [found.reason for found in small.plan.floats] == ["its table is small, and looking up costs nothing"]
+
+
+def gated(folder: Path, last: str) -> Conversion:
+    """A squeeze-and-excitation gate, and what reads the gated map."""
+    constants = {
+        "w": normal(8, 3, 3, 3, seed=1),
+        "d": normal(8, 8, seed=2),
+        "v": normal(4, 8, 1, 1, seed=3),
+        "shape": np.array([0, 8, 1, 1]),
+    }
+    nodes = [
+        node("Conv", ["x", "w"], ["c"]),
+        node("GlobalAveragePool", ["c"], ["g"]),
+        node("Flatten", ["g"], ["f"]),
+        node("Gemm", ["f", "d"], ["h"]),
+        node("Sigmoid", ["h"], ["s"]),
+        node("Reshape", ["s", "shape"], ["r"]),
+        node("Mul", ["c", "r"], ["m"]),
+        node("Conv", ["m", "v"], ["y"]) if last == "Conv" else node("Exp", ["m"], ["y"]),
+    ]
+    return converted(folder, nodes, constants, normal(4, 3, 8, 8, seed=4), ["N", 3, 8, 8])
+
+
+@pytest.mark.parametrize("last", ["Conv", "Exp"])
+def test_few_float_values_join_many_integers(tmp_path: Path, last: str) -> None:
+    done = gated(tmp_path, last)
+    names = {layer.name for layer in done.plan.layers}
+    assert {"c_node", "g_node", "h_node", "m_node"} <= names
+    assert {found.name for found in done.plan.floats} == {"s_node", "r_node"} | ({"y_node"} if last == "Exp" else set())
+
+
+@pytest.mark.parametrize(("last", "integer"), [("Conv", True), ("Exp", False)])
+def test_as_many_float_values_join_integers_only_for_a_layer_that_accumulates(
+    tmp_path: Path, last: str, integer: bool
+) -> None:
+    nodes = [
+        node("Conv", ["x", "w"], ["c"]),
+        node("Erf", ["c"], ["e"]),
+        node("Add", ["c", "e"], ["a"]),
+        node("Conv", ["a", "w"], ["y"]) if last == "Conv" else node("Exp", ["a"], ["y"]),
+    ]
+    done = converted(tmp_path, nodes, {"w": normal(4, 4, 1, 1, seed=1)}, normal(4, 4, 5, 5, seed=2), ["N", 4, 5, 5])
+    assert ("a_node" in {layer.name for layer in done.plan.layers}) == integer
+
+
+CHANGES = {"accumulator_scale": [1.0], "clamp": [0, 255]}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_a_change_of_a_real_layer_is_caught(tmp_path: Path, capsys: pytest.CaptureFixture[str], field: str) -> None:
+    done = block(tmp_path)
+    document = json.loads(done.sidecar_path.read_text())
+    document["layers"][0][field] = CHANGES[field]
+    done.sidecar_path.write_text(json.dumps(document))
+    assert run(["verify", str(done.sidecar_path), "--data", str(tmp_path / "d.npz")]) == 3
+    assert "layer 'm_node'" in capsys.readouterr().err
+
+
+def test_a_weight_that_is_not_the_sidecars_is_caught_in_the_reals(tmp_path: Path) -> None:
+    done = block(tmp_path)
+    written = onnx.load(done.model)
+    weight = next(t for t in written.graph.initializer if t.name == done.sidecar.tensors["w"].integers)
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[0, 0] += 1 if values[0, 0] < 100 else -1
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(written, done.model)
+    found = [str(finding) for finding in verify(done.sidecar_path, tmp_path / "d.npz").findings]
+    assert any("integers of 'w'" in line for line in found), found
