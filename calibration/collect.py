@@ -74,6 +74,7 @@ class Work:
         pilot: The first batch of the whole calibration, which fixes how histograms look at their tensors.
         counting: What is counted.
         whole: Whether a batch is kept whole for self-checks, since the model fixes its batch size.
+        columns: The tensors of which the extremes of every column are counted.
         apart: Whether a batch is counted in a thread of its own while the next one is computed. It pays where a core is free.
     """
 
@@ -84,6 +85,7 @@ class Work:
     counting: Counting
     whole: bool = False
     apart: bool = False
+    columns: frozenset[str] = frozenset()
 
     def feeds(self, span: Span) -> dict[str, NDArray[Any]]:
         """Return a batch."""
@@ -166,7 +168,7 @@ def collect(
     """
     counting = work.counting
     if seen is None or not seen.done:
-        seen = Seen({name: TensorStatistics.for_counting(counting) for name in tensors})
+        seen = Seen({name: TensorStatistics.for_counting(counting, name in work.columns) for name in tensors})
         prepare(hook, seen, work)
     for name, floor in (floors or {}).items():
         if name in seen.tensors:

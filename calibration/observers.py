@@ -268,7 +268,7 @@ class Histogram:
 
 @dataclass
 class ChannelRanges:
-    """The lowest and the highest value of every channel: the second axis, or the only one behind the sample's.
+    """The lowest and the highest value of every channel (the second axis) or column (the last one).
 
     Attributes:
         minimum: float32, one per channel.
@@ -297,6 +297,9 @@ class TensorStatistics:
         samples: The ranges of single samples, where they are counted.
         histogram: The histogram, where it is counted.
         channels: The extremes of every channel, where they are counted.
+        columns: The extremes of every column, where they are counted.
+        by_column: Whether they are.
+        derived: Whether this follows from what was seen of another tensor, of which only the extremes are known.
         floor: The lowest value that the tensor can have, where it is known: once it was seen, the minimum is not looked for.
     """
 
@@ -308,13 +311,17 @@ class TensorStatistics:
     samples: SampleRanges | None = None
     histogram: Histogram | None = None
     channels: ChannelRanges | None = None
+    columns: ChannelRanges | None = None
+    by_column: bool = False
+    derived: bool = False
     floor: float | None = field(default=None, compare=False)
 
     @classmethod
-    def for_counting(cls, counting: Counting, floor: float | None = None) -> TensorStatistics:
+    def for_counting(cls, counting: Counting, by_column: bool = False, floor: float | None = None) -> TensorStatistics:
         """Return empty statistics that will count what is asked for."""
         parts = counting.parts
         return cls(
+            by_column=by_column,
             floor=floor,
             samples=SampleRanges(momentum=counting.momentum) if "samples" in parts else None,
             histogram=Histogram() if "histogram" in parts else None,
@@ -364,8 +371,7 @@ class TensorStatistics:
             self.samples.update(*by_sample)
         if self.histogram is not None:
             self.histogram.update(values.reshape(-1), self.start(values, first, rows), tails)
-        if counting.channels and values.ndim >= 2:
-            self.count_channels(values, values)
+        self.count_parts(values, values, counting)
 
     @property
     def settled(self) -> bool:
@@ -395,14 +401,14 @@ class TensorStatistics:
         self.minimum, self.maximum = min(self.minimum, lowest), max(self.maximum, highest)
         self.elements += elements
 
-    def count_channels(self, lows: NDArray[np.floating], highs: NDArray[np.floating]) -> None:
-        """Count the extremes of every channel; a tensor whose number of channels varies has none."""
-        axes = tuple(axis for axis in range(lows.ndim) if axis != 1)
-        found = ChannelRanges(as_float32(lows.min(axis=axes)), as_float32(highs.max(axis=axes)))
-        if self.channels is None:
-            self.channels = found
-        elif len(self.channels.minimum) == len(found.minimum):
-            self.channels.merge(found)
+    def count_parts(self, lows: NDArray[np.floating], highs: NDArray[np.floating], counting: Counting) -> None:
+        """Count the extremes of every channel and column, where that is asked for."""
+        if lows.ndim < 2:
+            return
+        if counting.channels:
+            self.channels = grown(self.channels, lows, highs, 1)
+        if self.by_column:
+            self.columns = grown(self.columns, lows, highs, lows.ndim - 1)
 
     def update_finite(self, values: NDArray[np.floating], first: int, rows: int, counting: Counting) -> None:
         """Count a batch that holds values that are not finite: they have no extremes, and are zero to a histogram.
@@ -426,8 +432,7 @@ class TensorStatistics:
             below, above = (np.float32(bound) for bound in self.histogram.tails)
             tails = [numbers[numbers > above], numbers[numbers < below]]
             self.histogram.update(numbers, self.start(values, first, rows), tails)
-        if counting.channels and values.ndim >= 2:
-            self.count_channels(lows, highs)
+        self.count_parts(lows, highs, counting)
 
     def non_finite(self, values: NDArray[np.floating], counting: Counting) -> NDArray[np.bool_]:
         """Count what is not finite and return where it is.
@@ -452,15 +457,28 @@ class TensorStatistics:
         self.nan, self.infinite = self.nan + later.nan, self.infinite + later.infinite
         for mine, theirs in self.pairs(later):
             mine.merge(theirs)
-        if self.channels is None:
-            self.channels = later.channels
+        self.channels = self.channels or later.channels
+        self.columns = self.columns or later.columns
 
     def pairs(self, other: TensorStatistics) -> Iterator[tuple[Any, Any]]:
         """Yield the parts that both have counted."""
-        for part in ("samples", "histogram", "channels"):
+        for part in ("samples", "histogram", "channels", "columns"):
             mine, theirs = getattr(self, part), getattr(other, part)
             if mine is not None and theirs is not None:
                 yield mine, theirs
+
+
+def grown(
+    seen: ChannelRanges | None, lows: NDArray[np.floating], highs: NDArray[np.floating], axis: int
+) -> ChannelRanges:
+    """Return the extremes along an axis with those of a batch counted; one whose number of channels differs is not."""
+    axes = tuple(other for other in range(lows.ndim) if other != axis)
+    found = ChannelRanges(as_float32(lows.min(axis=axes)), as_float32(highs.max(axis=axes)))
+    if seen is None:
+        return found
+    if len(seen.minimum) == len(found.minimum):
+        seen.merge(found)
+    return seen
 
 
 def as_float32(values: NDArray[np.floating]) -> NDArray[np.float32]:

@@ -92,7 +92,7 @@ def range_of(spec: RangeSpec, name: str, seen: TensorStatistics, grid: Grid) -> 
     Raises:
         StatisticsError: If the statistics do not hold what the range needs.
     """
-    lo, hi = RANGES[spec.name](spec, name, seen, grid)
+    lo, hi = (minmax if seen.derived else RANGES[spec.name])(spec, name, seen, grid)
     return max(lo, seen.minimum), min(hi, seen.maximum)
 
 

@@ -97,6 +97,8 @@ def serialized(statistics: Statistics) -> bytes:
             arrays[f"histogram/{name}"] = filled
         if seen.channels is not None:
             arrays[f"channels/{name}"] = np.stack([seen.channels.minimum, seen.channels.maximum])
+        if seen.columns is not None:
+            arrays[f"columns/{name}"] = np.stack([seen.columns.minimum, seen.columns.maximum])
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -200,7 +202,13 @@ def from_document(document: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> 
         raise ValueError("observer")
     momentum = document["momentum"]
     tensors = {
-        name: tensor_from(entry, arrays.get(f"histogram/{name}"), arrays.get(f"channels/{name}"), momentum)
+        name: tensor_from(
+            entry,
+            arrays.get(f"histogram/{name}"),
+            arrays.get(f"channels/{name}"),
+            arrays.get(f"columns/{name}"),
+            momentum,
+        )
         for name, entry in document["tensors"].items()
     }
     samples = {key.removeprefix("sample/"): array for key, array in arrays.items() if key.startswith("sample/")}
@@ -224,7 +232,11 @@ def from_document(document: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> 
 
 
 def tensor_from(
-    entry: dict[str, Any], counts: NDArray[Any] | None, channels: NDArray[Any] | None, momentum: float
+    entry: dict[str, Any],
+    counts: NDArray[Any] | None,
+    channels: NDArray[Any] | None,
+    columns: NDArray[Any] | None,
+    momentum: float,
 ) -> TensorStatistics:
     """Return a tensor's statistics, after checking that its range is finite and the right way round.
 
@@ -256,6 +268,9 @@ def tensor_from(
     if channels is not None:
         minimum, maximum = channels
         seen.channels = ChannelRanges(minimum, maximum)
+    if columns is not None:
+        minimum, maximum = columns
+        seen.columns, seen.by_column = ChannelRanges(minimum, maximum), True
     return seen
 
 

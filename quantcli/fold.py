@@ -76,6 +76,7 @@ def folded_copy(model: ir.Model, opset: int) -> ir.Model:
             split_batch_norm(node)
         elif node.op_type == "Gemm" and node.domain == "":
             absorb_gemm_factors(node)
+            split_addend(node)
         elif node.op_type == "AveragePool" and node.domain == "":
             plain_average_pool(node)
     own_biases(folded)
@@ -218,6 +219,21 @@ def absorb_gemm_factors(node: ir.Node) -> None:
         row = np.broadcast_to(bias.reshape(-1), (columns,)) * np.float32(beta)
         node.replace_input_with(2, add_constant(graph, f"{node.inputs[2].name}_row", row))  # type: ignore[union-attr]
         node.attributes["beta"] = ir.AttrFloat32("beta", 1.0)
+
+
+def split_addend(node: ir.Node) -> None:
+    """Take an addend that is no constant vector out of a Gemm: x·w + c is a product and an addition, of which each has integers."""
+    addend, graph, output = node.inputs[2] if len(node.inputs) > 2 else None, node.graph, node.outputs[0]
+    held = constant(addend)
+    if addend is None or not isinstance(graph, ir.Graph) or node.attributes.get_float("beta", 1.0) != 1.0:
+        return
+    if addend.dtype != ir.DataType.FLOAT or (held is not None and (held.ndim == 1 or held.size == 1)):
+        return
+    product = ir.Node("", "Gemm", node.inputs[:2], list(node.attributes.values()), num_outputs=1)
+    product.name, product.outputs[0].name = f"{node.name or output.name}_product", f"{output.name}_product"
+    product.outputs[0].shape, product.outputs[0].type = output.shape, output.type
+    addition = ir.node("Add", [product.outputs[0], addend], name=node.name or output.name)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [product, addition], [output], [addition.outputs[0]])
 
 
 def own_biases(model: ir.Model) -> None:

@@ -26,6 +26,7 @@ from quantcli.placement import place
 from quantcli.plan import unresolvable
 from quantcli.probe import with_highest, with_outputs
 from quantcli.rules import Arithmetic, Operand
+from quantcli.tune.smooth import columns_needed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -287,7 +288,8 @@ class Observation:
             usable,
         )
         part = Part(dataset.digest, usable, mine[0][0], mine[-1][1])
-        return Work(dataset, indices, mine, spans[0], counting, fixed, self.threads[1]), part
+        columns = columns_needed(self.folded, self.recipe)
+        return Work(dataset, indices, mine, spans[0], counting, fixed, self.threads[1], columns), part
 
     def blank(self, dataset: Dataset, chosen: int, batch: int, part: Part) -> Statistics:
         """Return the statistics with everything but what is counted."""

@@ -33,6 +33,7 @@ from quantcli.progress import Progress, silent
 from quantcli.quantize import quantize
 from quantcli.recipe import Recipe, resolve_target
 from quantcli.sidecar import FileEntry, Sidecar
+from quantcli.tune.smooth import Smoothed, smooth
 from quantcli.write import WRITERS
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Conversion:
         sidecar: The sidecar.
         plan: The plan that both follow.
         check: The self-check.
+        smoothed: The tensors whose columns were evened.
     """
 
     model: Path
@@ -63,6 +65,7 @@ class Conversion:
     sidecar: Sidecar
     plan: Plan
     check: SelfCheck
+    smoothed: tuple[Smoothed, ...] = ()
 
 
 def calibrate(
@@ -205,12 +208,13 @@ def convert(
     else:
         found = statistics_file.load(Path(str(statistics)))
     check_belongs(found, source)
-    plan = make_plan(folded, found, recipe)
+    smoothed, seen, evened = smooth(folded, found, recipe)
+    plan = make_plan(smoothed, seen, recipe)
     if strict:
         check_strict(plan, found)
     if found.synthetic:
         logger.warning("the ranges come from random data: the model is for trying out, not for use")
-    quantized = quantize(folded, plan)
+    quantized = quantize(smoothed, plan)
     written = model_bytes(writer(quantized))
     entry = FileEntry(shown_name(output), hashlib.sha256(written).hexdigest(), len(written))
     sidecar = sidecar_file.describe(quantized, source, entry, found, recipe)
@@ -221,7 +225,7 @@ def convert(
     with staged() as files:
         files.write(output, written)
         files.write(sidecar_path, sidecar_file.encode(sidecar))
-    return Conversion(output, sidecar_path, sidecar, plan, check)
+    return Conversion(output, sidecar_path, sidecar, plan, check, evened)
 
 
 def check_outputs(outputs: Iterable[Path], sources: Iterable[Path | None]) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from quantcli.recipe import Layers, Recipe
     from quantcli.targets import Target
 
+# Where a node keeps the reason for which it stands in the graph as a float operator, if we put it there.
+WHY = "quantcli.why"
 ACTIVATIONS = frozenset({"Relu", "Clip"})
 # A table of fewer values is not worth the operator that dequantizes what is looked up.
 WORTH_STORING = 1 << 16
@@ -184,6 +186,8 @@ def why_float(node: ir.Node, excluded: dict[ir.Node, str]) -> str | None:
         )
     if node in excluded:
         return excluded[node]
+    if WHY in node.meta:
+        return str(node.meta[WHY])
     if node.inputs[0] is None or len(node.outputs) == 0:
         return "an operand is missing"
     for position, value in enumerate(node.inputs):

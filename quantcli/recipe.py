@@ -85,6 +85,17 @@ class Layers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     everywhere: bool = False
 
 
+class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is done to lose less (section ``[tune]``); None leaves it to the target.
+
+    ``smooth`` evens the columns of what normalisations make (`quantcli.tune.smooth`), with ``smooth_alpha`` as the part of the
+    difficulty that moves into the weights.
+    """
+
+    smooth: bool | None = None
+    smooth_alpha: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.6
+
+
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the user wants, whole."""
 
@@ -95,6 +106,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight: Weight = Weight()
     multiplier: Multiplier = Multiplier()
     layers: Layers = Layers()
+    tune: Tune = Tune()
 
     @property
     def target_file(self) -> Path | None:

@@ -26,6 +26,7 @@ ORDER = [
     {"quantcli.rules", "quantcli.integer_operators", "quantcli.cost"},
     {"quantcli.placement"},
     {"quantcli.plan"},
+    {"quantcli.tune"},
     {"quantcli.quantize"},
     {"quantcli.write"},
     {"quantcli.sidecar"},

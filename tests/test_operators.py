@@ -283,6 +283,9 @@ CASES: dict[str, Case] = {
     "Gemm, alpha": gemm(alpha=0.5),
     "Gemm, alpha, beta": gemm(reals(5), alpha=0.5, beta=2.0),
     "Gemm, transB, alpha, beta, scalar C": gemm(real(0.5), transposed=True, alpha=2.0, beta=-0.5),
+    "Gemm, a computed C": case(
+        node("Gemm", ["x", "w", "y"], ["o"]), layers="Gemm Add", inputs=((8,), (5,)), w=weight(8, 5)
+    ),
     "Gemm, beta 0": gemm(reals(5), beta=0.0),
     "MatMul": case(node("MatMul", ["x", "w"], ["o"]), inputs=((12,),), w=weight(12, 5)),
     "MatMul and Add": case(
@@ -689,20 +692,20 @@ REFUSED: dict[str, tuple[Case, str, str]] = {
         "Gemm",
         "its weight is not constant",
     ),
-    "Gemm, a matrix C": (
+    "Gemm, a computed C, beta": (
         refused(
             SHAPED,
-            node("Slice", ["t", "zero", "two"], ["s"]),
-            node("Gemm", ["s", "w", "b"], ["o"]),
+            node("Slice", ["t", "zero", "five", "one"], ["s"]),
+            node("Gemm", ["t", "w", "s"], ["o"], beta=2.0),
             layers="Conv Reshape Slice",
             n=ints(-1, 8),
             zero=ints(0),
-            two=ints(2),
+            five=ints(5),
+            one=ints(1),
             w=weight(8, 5),
-            b=reals(2, 5),
         ),
         "Gemm",
-        "its bias is not one value per channel",
+        "its bias is not constant",
     ),
     "Conv, a computed weight": (
         refused(

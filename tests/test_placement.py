@@ -13,10 +13,11 @@ import pytest
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Conversion, convert, verify
 from quantcli.cli import run
-from quantcli.recipe import Layers, Recipe
+from quantcli.recipe import Layers, Recipe, Tune
 from tests.graphs import Array, Shape, node, normal, save
 
 LENGTH, WIDTH = 6, 16
+PLAIN = Recipe(tune=Tune(smooth=False))
 
 
 def converted(
@@ -44,7 +45,7 @@ def reader(done: Conversion, name: str) -> onnx.NodeProto:
     return next(n for n in nodes if n.name == name)
 
 
-def block(folder: Path, recipe: Recipe | None = None, form: str = "qdq") -> Conversion:
+def block(folder: Path, form: str = "qdq") -> Conversion:
     """The second half of a transformer block: x + W·LayerNorm(x) + b, normalised again."""
     constants = {
         "g": 1 + normal(WIDTH, seed=1, scale=0.1),
@@ -59,7 +60,7 @@ def block(folder: Path, recipe: Recipe | None = None, form: str = "qdq") -> Conv
         node("Add", ["a", "n"], ["s"]),
         node("LayerNormalization", ["s", "g", "b"], ["y"]),
     ]
-    return converted(folder, nodes, constants, normal(8, LENGTH, WIDTH, seed=5), ["N", LENGTH, WIDTH], recipe, form)
+    return converted(folder, nodes, constants, normal(8, LENGTH, WIDTH, seed=5), ["N", LENGTH, WIDTH], PLAIN, form)
 
 
 @pytest.mark.parametrize("form", ["qdq", "qoperator"])

@@ -228,6 +228,11 @@ quantization_options = together(
         default=None,
         help="Quantize whatever can be, or what pays on the target.  [default: what pays]",
     ),
+    click.option(
+        "--smooth/--no-smooth",
+        default=None,
+        help="Even the columns of what normalisations make (SmoothQuant).  [default: where the target has float kernels]",
+    ),
 )
 
 
@@ -284,6 +289,7 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
             **{key: list(options.get(key) or ()) or None for key in ("include", "exclude")},
             "everywhere": options.get("everywhere"),
         },
+        "tune": {"smooth": options.get("smooth")},
     }
     return read_recipe(options.get("recipe"), overrides)
 

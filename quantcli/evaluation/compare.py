@@ -55,18 +55,20 @@ def layer_sqnrs(
     activations = {name: tensor for name, tensor in sidecar.tensors.items() if tensor.role == "activation"}
     reals = [n for layer in sidecar.layers if layer.accumulator_scale is not None for n in layer.outputs]
     integers = [tensor.integers for tensor in activations.values()]  # which stand in every form of the model
-    names = list(dict.fromkeys([*activations, *reals]))
-    float_runner = Runner(with_outputs(fold(model), names))
+    folded = fold(model)
+    held = {value.name for node in folded.graph for value in node.outputs} | {v.name for v in folded.graph.inputs}
+    names = [name for name in dict.fromkeys([*activations, *reals]) if name in held]  # not what tuning has put there
+    float_runner = Runner(with_outputs(folded, names))
     quantized_runner = Runner(with_outputs(ir.from_proto(parsed(quantized)), [*integers, *reals]))
     inputs = {spec.name for spec in float_runner.inputs}
     differences = {name: Difference() for name in names}
     for feeds in batches:
         expected = {**feeds, **float_runner.run(feeds, [name for name in names if name not in inputs])}
         found = quantized_runner.run(feeds, [*integers, *reals])
-        for name in reals:
+        for name in set(reals) & held:
             differences[name].update(expected[name], found[name])
         for name, tensor in activations.items():
-            if name in reals:
+            if name in reals or name not in held:
                 continue
             scale, zero_point = np.array(tensor.scale, dtype=np.float32), np.array(tensor.zero_point)
             differences[name].update(expected[name], dequantize(found[tensor.integers], scale, zero_point, None))

@@ -1,0 +1,205 @@
+"""SmoothQuant: move what is hard to quantize from activations into weights (Xiao et al. 2022, arXiv 2211.10438, equation 4).
+
+A product X·W keeps its value when column j of X is divided by s_j and row j of W multiplied by it. With
+s_j = max|X_j|^α / max|W_j|^(1−α) the columns of X come to resemble each other, so that one scale serves all of them. What a
+normalisation makes is the usual case: a few of its columns are ten and more times larger than the others.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from calibration.observers import TensorStatistics
+from quantcli.fold import add_constant, constant
+from quantcli.placement import WHY, place
+from quantcli.plan import unresolvable
+from quantcli.recipe import resolve_target
+from quantcli.rules import Arithmetic
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from calibration.statistics import Statistics
+    from quantcli.placement import Placement
+    from quantcli.recipe import Recipe
+
+# Operators whose output's columns are independent of each other but for a factor and an addend of their own.
+NORMALISATIONS = frozenset({"LayerNormalization", "RMSNormalization"})
+SUFFIX = "_smoothed"
+# Rows of weights smaller than this part of the largest one count as this large: what they multiply hardly matters.
+SMALLEST = 1e-5
+
+
+@dataclass(frozen=True)
+class Smoothed:
+    """A tensor that was smoothed.
+
+    Attributes:
+        name: The tensor.
+        layers: The layers that read it.
+        folded: Whether its normalisation took the factors over; otherwise a Mul applies them.
+        spread: The largest column's extreme over the median one's, before.
+        left: The same, after.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    folded: bool
+    spread: float
+    left: float
+
+
+def wanted(recipe: Recipe) -> bool:
+    """Tell whether a recipe asks for smoothing: by default where integer layers read what float operators make."""
+    asked = recipe.tune.smooth
+    return resolve_target(recipe).placement.pays if asked is None else asked
+
+
+def candidates(placement: Placement) -> dict[ir.Value, list[ir.Node]]:
+    """Return the outputs of normalisations that integer layers multiply by constant matrices, with those layers."""
+    found: dict[ir.Value, list[ir.Node]] = {}
+    other: set[ir.Value] = set()
+    for layer in placement.layers:
+        node = layer.node
+        for position, value, _ in layer.operands():
+            producer = value.producer()
+            if producer is None or producer.op_type not in NORMALISATIONS or not normalises_columns(producer):
+                continue
+            plain = layer.rule.arithmetic is Arithmetic.ACCUMULATE and node.op_type in {"MatMul", "Gemm"}
+            weight = constant(node.inputs[1]) if plain and position == 0 else None
+            if weight is not None and weight.ndim == 2 and not node.attributes.get_int("transA", 0):
+                found.setdefault(value, []).append(node)
+            else:
+                other.add(value)
+    return {value: nodes for value, nodes in found.items() if value not in other}
+
+
+def normalises_columns(node: ir.Node) -> bool:
+    """Tell whether a normalisation works along the last axis, with constant factors."""
+    value = node.inputs[0]
+    rank = len(value.shape) if value is not None and value.shape is not None else 0
+    last = node.attributes.get_int("axis", -1) in {-1, rank - 1}
+    return last and all(constant(value) is not None for value in node.inputs[1:] if value is not None)
+
+
+def columns_needed(model: ir.Model, recipe: Recipe) -> frozenset[str]:
+    """Return the tensors of which smoothing wants to know the extremes of every column."""
+    if not wanted(recipe):
+        return frozenset()
+    return frozenset(str(value.name) for value in candidates(place(model, recipe)))
+
+
+def smooth(
+    model: ir.Model, statistics: Statistics, recipe: Recipe
+) -> tuple[ir.Model, Statistics, tuple[Smoothed, ...]]:
+    """Return a smoothed copy of a folded model, and the statistics of its tensors.
+
+    Args:
+        model: The folded model; it is not changed.
+        statistics: What calibration saw of it; tensors without extremes by column are left as they are.
+        recipe: What the user wants.
+    """
+    if not wanted(recipe):
+        return model, statistics, ()
+    changed = model.clone()
+    tensors = dict(statistics.tensors)
+    done = []
+    for value, readers in candidates(place(changed, recipe, unresolvable(statistics.tensors))).items():
+        seen = tensors.get(str(value.name))
+        if seen is None or seen.columns is None:
+            continue
+        largest = np.maximum(-seen.columns.minimum, seen.columns.maximum).astype(np.float64)
+        scales = factors(largest, [rows_of(node) for node in readers], recipe.tune.smooth_alpha)
+        if scales is None:
+            continue
+        names, before = tuple(str(node.name) for node in readers), str(value.name)
+        name, folded = apply(changed.graph, value, readers, scales)
+        tensors[name] = divided(seen, scales)
+        done.append(Smoothed(before, names, folded, spread(largest), spread(largest / scales)))
+    return changed, replace(statistics, tensors=tensors), tuple(done)
+
+
+def rows_of(node: ir.Node) -> NDArray[np.float64]:
+    """Return a weight with the rows that meet the columns of the activation first."""
+    weight = np.asarray(constant(node.inputs[1]), dtype=np.float64)
+    return weight.T if is_transposed(node) else weight
+
+
+def is_transposed(node: ir.Node) -> bool:
+    """Tell whether a weight holds a row per output: Gemm with transB."""
+    return node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
+
+
+def factors(
+    largest: NDArray[np.float64], weights: list[NDArray[np.float64]], alpha: float
+) -> NDArray[np.float32] | None:
+    """Return s_j of equation 4, of geometric mean 1; None where the weights do not fit the columns, or are zero."""
+    if any(len(weight) != len(largest) for weight in weights):
+        return None
+    rows = np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0)
+    if not rows.any() or not largest.any():
+        return None
+    rows = np.maximum(rows, rows.max() * SMALLEST)
+    columns = np.maximum(largest, largest.max() * SMALLEST)
+    logarithms = alpha * np.log(columns) - (1 - alpha) * np.log(rows)
+    found: NDArray[np.float32] = np.exp(logarithms - logarithms.mean()).astype(np.float32)
+    return found
+
+
+def spread(largest: NDArray[np.floating]) -> float:
+    """Return by how much the largest column exceeds the median one."""
+    return float(largest.max() / max(float(np.median(largest)), float(np.finfo(np.float32).tiny)))
+
+
+def divided(seen: TensorStatistics, scales: NDArray[np.float32]) -> TensorStatistics:
+    """Return the statistics of a tensor whose columns were multiplied by float32(1/s): products keep the order of values."""
+    assert seen.columns is not None  # noqa: S101 - the caller has looked
+    inverse = np.float32(1) / scales
+    lowest, highest = (seen.columns.minimum * inverse).min(), (seen.columns.maximum * inverse).max()
+    return TensorStatistics(float(lowest), float(highest), seen.elements, seen.nan, seen.infinite, derived=True)
+
+
+def apply(graph: ir.Graph, value: ir.Value, readers: list[ir.Node], scales: NDArray[np.float32]) -> tuple[str, bool]:
+    """Divide the columns of a value by factors for its integer readers, and multiply their weights' rows by them.
+
+    Returns:
+        The new tensor's name, and whether the normalisation itself took the factors over.
+    """
+    inverse = np.float32(1) / scales
+    for node in readers:
+        weight = node.inputs[1]
+        assert weight is not None  # noqa: S101 - it is a constant
+        values = np.asarray(constant(weight), dtype=np.float32)
+        scaled = values * (scales if is_transposed(node) else scales[:, None])
+        node.replace_input_with(1, add_constant(graph, f"{weight.name}{SUFFIX}", scaled))
+    producer, name = value.producer(), free_name(graph, f"{value.name}{SUFFIX}")
+    assert producer is not None  # noqa: S101 - a normalisation made it
+    if set(value.consumers()) == set(readers) and not value.is_graph_output() and len(producer.outputs) == 1:
+        for position, old in enumerate(producer.inputs[1:], start=1):
+            if old is not None:
+                array = np.asarray(constant(old), dtype=np.float32) * inverse
+                producer.replace_input_with(position, add_constant(graph, f"{old.name}{SUFFIX}", array))
+        value.name = name
+        return name, True
+    node = ir.node("Mul", [value, add_constant(graph, f"{value.name}_smoothing", inverse)], name=name)
+    node.meta[WHY] = "it evens the columns before they are quantized"
+    made = node.outputs[0]
+    made.name, made.shape, made.type = name, copy.copy(value.shape), value.type
+    graph.insert_after(producer, node)
+    for reader in readers:
+        reader.replace_input_with(0, made)
+    return name, False
+
+
+def free_name(graph: ir.Graph, name: str) -> str:
+    """Return a name that no tensor has, with underscores behind it where it is taken."""
+    taken = {value.name for node in graph.all_nodes() for value in node.outputs}
+    taken |= {*graph.initializers, *(value.name for value in graph.inputs)}
+    while name in taken:
+        name += "_"
+    return name
