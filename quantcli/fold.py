@@ -65,6 +65,8 @@ def quiet(*loggers: str) -> Iterator[None]:
 
 def folded_copy(model: ir.Model, opset: int) -> ir.Model:
     """Return a copy of a float model after every rewrite."""
+    from quantcli.canonical import canonical
+
     folded = model.clone()
     passes.RemoveInitializersFromInputsPass()(folded)
     passes.InlinePass()(folded)
@@ -79,6 +81,7 @@ def folded_copy(model: ir.Model, opset: int) -> ir.Model:
             split_addend(node)
         elif node.op_type == "AveragePool" and node.domain == "":
             plain_average_pool(node)
+    canonical(folded)
     own_biases(folded)
     passes.RemoveUnusedNodesPass()(folded)
     passes.RemoveUnusedOpsetsPass()(folded)

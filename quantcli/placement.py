@@ -281,6 +281,10 @@ class Placing:
         floats = [value for value in data if value not in self.integers]
         if layer.rule.arithmetic is Arithmetic.ACCUMULATE:
             return "it multiplies and accumulates", self.too_little(layer, floats)
+        if layer.node.op_type in self.target.placement.float_kernels and not any(
+            map(self.computed_with, layer.outputs)
+        ):
+            return "", "its kernel is a float one here, and no integer kernel reads what it makes"
         if layer.rule.arithmetic is Arithmetic.MOVE:
             moves = layer.operands()[0][1] in self.integers or self.starts(layer)
             return "it moves integers", None if moves else "its data is float, and it only moves it"
@@ -326,6 +330,15 @@ class Placing:
         if self.pays:
             return any(self.accumulates(value) for value in layer.outputs)
         return reaches_layer(layer, self.reasons)
+
+    def computed_with(self, value: ir.Value) -> bool:
+        """Tell whether some integer kernel may read a value, perhaps behind operators of float kernels."""
+        for user in value.consumers():
+            if user in self.reasons or user.op_type not in RULES:
+                continue
+            if user.op_type not in self.target.placement.float_kernels or any(map(self.computed_with, user.outputs)):
+                return True
+        return False
 
     def accumulates(self, value: ir.Value) -> bool:
         """Tell whether some layer accumulates integers of a value, perhaps behind operators that move them."""

@@ -95,5 +95,7 @@ def table_parameters(node: ir.Node) -> dict[str, float]:
     if node.op_type == "Clip":
         low, high = activation_bounds(node)
         return {"min": low, "max": high}
-    defaults = {"LeakyRelu": {"alpha": 0.01}, "HardSigmoid": {"alpha": 0.2, "beta": 0.5}}.get(node.op_type, {})
+    if node.op_type == "Gelu":
+        return {"tanh": float(node.attributes.get_string("approximate", "none") == "tanh")}
+    defaults = tables.ATTRIBUTES.get(node.op_type, {})
     return {key: node.attributes.get_float(key, default) for key, default in defaults.items()}

@@ -174,6 +174,19 @@ def needs_zero_padding(node: ir.Node) -> str | None:
     return None if value is not None and not np.any(value) else "it pads with a value other than zero"
 
 
+# A constant of this size beside data stands for minus infinity.
+FILLING = 1e3
+
+
+def needs_comparable_values(node: ir.Node) -> str | None:
+    """Refuse to fill with a constant that lies far from any data, as masks do."""
+    for value in node.inputs[1:]:
+        held = constant(value)
+        if held is not None and held.size and float(np.abs(held).max()) >= FILLING:
+            return "it fills with a value far from its data"
+    return None
+
+
 OWN, WEIGHT, BIAS, SAME, PLAIN = Operand.OWN, Operand.WEIGHT, Operand.BIAS, Operand.SAME, Operand.PLAIN
 
 TABLE_RULE = Rule(Arithmetic.TABLE, (OWN,))
@@ -208,7 +221,11 @@ RULES: dict[str, Rule] = {
     "Mul": Rule(Arithmetic.PRODUCT, (OWN, OWN)),
     "Relu": TABLE_RULE,
     "Clip": Rule(Arithmetic.TABLE, (OWN,), refuses=(needs_constant_bounds,)),
-    "LeakyRelu": TABLE_RULE,
+    **dict.fromkeys(
+        ("LeakyRelu", "Gelu", "Softplus", "Softsign", "Mish", "Elu", "Selu", "Celu", "ThresholdedRelu", "Abs"),
+        TABLE_RULE,
+    ),
+    "Erf": Rule(Arithmetic.TABLE, (OWN,), Operand.FIXED, fixed=(-1.0, 1.0)),
     "HardSwish": TABLE_RULE,
     "HardSigmoid": TABLE_RULE,
     "Sigmoid": Rule(Arithmetic.TABLE, (OWN,), Operand.FIXED, fixed=(0.0, 1.0)),
@@ -217,17 +234,30 @@ RULES: dict[str, Rule] = {
     "AveragePool": Rule(Arithmetic.RESCALE, (OWN,), refuses=(needs_agreed_counts, needs_no_dilation)),
     "GlobalAveragePool": MEAN_RULE,
     "ReduceMean": MEAN_RULE,
+    "Where": Rule(Arithmetic.RESCALE, (PLAIN, OWN, OWN), refuses=(needs_comparable_values,)),
     "Concat": Rule(Arithmetic.RESCALE, (OWN,), variadic=True),
     "MaxPool": Rule(Arithmetic.MOVE, (OWN,), SAME, refuses=(needs_single_output,)),
-    "Split": MOVE_RULE,
-    "Reshape": MOVE_RULE,
-    "Flatten": MOVE_RULE,
-    "Transpose": MOVE_RULE,
-    "Squeeze": MOVE_RULE,
-    "Unsqueeze": MOVE_RULE,
-    "Slice": MOVE_RULE,
-    "Gather": MOVE_RULE,
-    "DepthToSpace": MOVE_RULE,
+    **dict.fromkeys(
+        (
+            "Split",
+            "Reshape",
+            "Flatten",
+            "Transpose",
+            "Squeeze",
+            "Unsqueeze",
+            "Slice",
+            "Gather",
+            "GatherElements",
+            "DepthToSpace",
+            "SpaceToDepth",
+            "Expand",
+            "Tile",
+            "ReduceMax",
+            "ReduceMin",
+            "GlobalMaxPool",
+        ),
+        MOVE_RULE,
+    ),
     "Pad": Rule(Arithmetic.MOVE, (OWN,), SAME, refuses=(needs_zero_padding,)),
     "Resize": Rule(Arithmetic.MOVE, (OWN,), SAME, refuses=(needs_interpolation_within,)),
 }

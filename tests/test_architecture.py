@@ -21,7 +21,7 @@ ORDER = [
     {"calibration"},
     {"quantcli.errors"},
     {"quantcli.targets", "quantcli.recipe", "quantcli.files", "quantcli.progress"},
-    {"quantcli.load", "quantcli.fold", "quantcli.probe"},
+    {"quantcli.load", "quantcli.fold", "quantcli.canonical", "quantcli.probe"},
     {"quantcli.arithmetic"},
     {"quantcli.rules", "quantcli.integer_operators", "quantcli.cost"},
     {"quantcli.placement"},
@@ -104,8 +104,8 @@ def test_calibration_never_imports_quantcli() -> None:
         assert not [name for name in imports(file, at_top=False) if name.startswith("quantcli")]
 
 
-def test_arithmetic_knows_numpy_alone() -> None:
-    allowed = {"__future__", "typing", "dataclasses", "collections.abc", "numpy", "numpy.typing"}
+def test_arithmetic_knows_numpy_and_the_standard_library_alone() -> None:
+    allowed = {"__future__", "typing", "dataclasses", "collections.abc", "math", "numpy", "numpy.typing"}
     for file in (ROOT / "quantcli" / "arithmetic").glob("*.py"):
         foreign = {name for name in imports(file, at_top=False) if not name.startswith("quantcli.arithmetic")}
         assert foreign <= allowed

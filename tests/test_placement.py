@@ -188,7 +188,7 @@ def test_as_many_float_values_join_integers_only_for_a_layer_that_accumulates(
 ) -> None:
     nodes = [
         node("Conv", ["x", "w"], ["c"]),
-        node("Erf", ["c"], ["e"]),
+        node("Exp", ["c"], ["e"]),
         node("Add", ["c", "e"], ["a"]),
         node("Conv", ["a", "w"], ["y"]) if last == "Conv" else node("Exp", ["a"], ["y"]),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,6 +50,59 @@ def hard_swish(x: NDArray[np.float64], _: Mapping[str, float]) -> NDArray[np.flo
     return x * np.clip(x / 6.0 + 0.5, 0.0, 1.0)
 
 
+def erf(x: NDArray[np.float64], _: Mapping[str, float]) -> NDArray[np.float64]:
+    """Return the error function."""
+    return np.array([math.erf(value) for value in x.reshape(-1).tolist()], dtype=np.float64).reshape(x.shape)
+
+
+def gelu(x: NDArray[np.float64], parameters: Mapping[str, float]) -> NDArray[np.float64]:
+    """Return x·Φ(x), or with ``tanh`` the approximation 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))) (ONNX Gelu)."""
+    if parameters["tanh"]:
+        return 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+    return 0.5 * x * (1.0 + erf(x / math.sqrt(2.0), parameters))
+
+
+def softplus(x: NDArray[np.float64], _: Mapping[str, float]) -> NDArray[np.float64]:
+    """Return ln(e^x + 1), in the form that does not overflow."""
+    return np.logaddexp(x, 0.0)
+
+
+def softsign(x: NDArray[np.float64], _: Mapping[str, float]) -> NDArray[np.float64]:
+    """Return x / (1 + |x|)."""
+    return x / (1.0 + np.abs(x))
+
+
+def mish(x: NDArray[np.float64], parameters: Mapping[str, float]) -> NDArray[np.float64]:
+    """Return x · tanh(softplus(x))."""
+    return x * np.tanh(softplus(x, parameters))
+
+
+def elu(x: NDArray[np.float64], parameters: Mapping[str, float]) -> NDArray[np.float64]:
+    """Return x where it is positive, ``alpha``·(e^x − 1) elsewhere."""
+    return np.where(x > 0, x, parameters["alpha"] * np.expm1(np.minimum(x, 0.0)))
+
+
+def selu(x: NDArray[np.float64], parameters: Mapping[str, float]) -> NDArray[np.float64]:
+    """Return ``gamma`` times elu(x)."""
+    return parameters["gamma"] * elu(x, parameters)
+
+
+def celu(x: NDArray[np.float64], parameters: Mapping[str, float]) -> NDArray[np.float64]:
+    """Return max(0, x) + min(0, ``alpha``·(e^(x/``alpha``) − 1))."""
+    alpha = parameters["alpha"]
+    return np.maximum(x, 0.0) + np.minimum(alpha * np.expm1(np.minimum(x, 0.0) / alpha), 0.0)
+
+
+def thresholded_relu(x: NDArray[np.float64], parameters: Mapping[str, float]) -> NDArray[np.float64]:
+    """Return x where it exceeds ``alpha``, 0 elsewhere."""
+    return np.where(x > parameters["alpha"], x, 0.0)
+
+
+def absolute(x: NDArray[np.float64], _: Mapping[str, float]) -> NDArray[np.float64]:
+    """Return |x|."""
+    return np.abs(x)
+
+
 FUNCTIONS: dict[str, Callable[[NDArray[np.float64], Mapping[str, float]], NDArray[np.float64]]] = {
     "Relu": relu,
     "Clip": clip,
@@ -57,6 +111,25 @@ FUNCTIONS: dict[str, Callable[[NDArray[np.float64], Mapping[str, float]], NDArra
     "Tanh": tanh,
     "HardSigmoid": hard_sigmoid,
     "HardSwish": hard_swish,
+    "Erf": erf,
+    "Gelu": gelu,
+    "Softplus": softplus,
+    "Softsign": softsign,
+    "Mish": mish,
+    "Elu": elu,
+    "Selu": selu,
+    "Celu": celu,
+    "ThresholdedRelu": thresholded_relu,
+    "Abs": absolute,
+}
+# The attributes that a function reads, with ONNX's defaults.
+ATTRIBUTES: dict[str, dict[str, float]] = {
+    "LeakyRelu": {"alpha": 0.01},
+    "HardSigmoid": {"alpha": 0.2, "beta": 0.5},
+    "Elu": {"alpha": 1.0},
+    "Selu": {"alpha": 1.67326319217681884765625, "gamma": 1.05070102214813232421875},
+    "Celu": {"alpha": 1.0},
+    "ThresholdedRelu": {"alpha": 1.0},
 }
 
 # The unit of softmax's exponentials: they reach from 2^30 down, so that 2^22 of them still sum to less than 2^53.

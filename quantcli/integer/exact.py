@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quantcli.arithmetic.tables import FUNCTIONS
-from quantcli.integer.layers import Layer, accumulator, centred, sums_and_counts
+from quantcli.arithmetic.tables import ATTRIBUTES, FUNCTIONS
+from quantcli.integer.layers import JOINS, accumulator, centred, sums_and_counts
 from quantcli.integer.resize import resize
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from quantcli.integer.layer import Layer
 
 # A float32 kernel forms S_x·S_w/S_y and its product with the accumulator in at most eight roundings of 2^-24 relative each.
 FLOAT32_ERROR = 2.0**-21
@@ -52,13 +54,13 @@ def exact(layer: Layer, operands: list[NDArray[np.int64]]) -> Exact | None:
     if kind == "product":
         a, b = centred(layer, operands)
         return of_terms(layer, a * b * along(layer, 0, 0, None))
-    if kind == "sum" or operator == "Concat":
+    if kind == "sum" or operator in JOINS:
         output = layer.output.scale[0]
         scales = [layer.tensors[name].scale[0] / output for name in layer.entry.inputs]
         centres = [q.astype(np.float64) for q in centred(layer, operands)]
         terms = [q * scale for q, scale in zip(centres, scales, strict=True)]
-        if operator == "Concat":
-            return of_terms(layer, np.concatenate(terms, axis=int(layer.attributes["axis"])))
+        if operator in JOINS:
+            return of_terms(layer, JOINS[operator](layer, terms))
         return of_terms(layer, terms[0], -terms[1] if operator == "Sub" else terms[1])
     if kind == "rescale":
         sums, counts = sums_and_counts(layer, centred(layer, operands)[0])
@@ -129,5 +131,7 @@ def function_parameters(layer: Layer) -> dict[str, float]:
         bounds = [layer.plain.get(position) for position in (1, 2)]
         low, high = (None if bound is None else float(bound.reshape(-1)[0]) for bound in bounds)
         return {"min": -np.inf if low is None else low, "max": np.inf if high is None else high}
-    defaults = {"LeakyRelu": {"alpha": 0.01}, "HardSigmoid": {"alpha": 0.2, "beta": 0.5}}.get(layer.entry.operator, {})
+    if layer.entry.operator == "Gelu":
+        return {"tanh": float(layer.attributes.get("approximate", "none") == "tanh")}
+    defaults = ATTRIBUTES.get(layer.entry.operator, {})
     return {key: float(layer.attributes.get(key, default)) for key, default in defaults.items()}

@@ -11,7 +11,8 @@ import onnx_ir as ir
 
 from quantcli.arithmetic.affine import IntegerType, dequantize, quantize
 from quantcli.integer.expand import EDGES, expanded
-from quantcli.integer.layers import IntegerError, Layer, run_layer
+from quantcli.integer.layer import IntegerError, Layer
+from quantcli.integer.layers import run_layer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -2,56 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calibration.errors import ReportedError
 from quantcli.arithmetic import gemmlowp
 from quantcli.arithmetic.fixed_point import HEADROOM, multiply
 from quantcli.arithmetic.rounding import divide, divide_half_away
 from quantcli.integer import kernels
-from quantcli.integer.resize import resize
+from quantcli.integer.layer import IntegerError, Layer
+from quantcli.integer.moves import move
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
-    from quantcli.sidecar import LayerEntry, MultiplierEntry, TensorEntry
-
-
-class IntegerError(ReportedError):
-    """The integers of a layer cannot be computed as the sidecar states them."""
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """One layer, ready to run.
-
-    Attributes:
-        entry: Its entry in the sidecar.
-        attributes: Its node's attributes.
-        tensors: The entries of its operands and outputs, by name.
-        bits: The width of the multipliers.
-        plain: Its operands without parameters (shapes, axes, indices), by position; what is absent is None.
-    """
-
-    entry: LayerEntry
-    attributes: Mapping[str, Any]
-    tensors: Mapping[str, TensorEntry]
-    bits: int
-    plain: Mapping[int, NDArray[Any] | None]
-
-    def zero_point(self, name: str) -> int:
-        """Return the zero point of a tensor with a single one."""
-        return self.tensors[name].zero_point[0]
-
-    @property
-    def output(self) -> TensorEntry:
-        """The entry of the first output."""
-        return self.tensors[self.entry.outputs[0]]
+    from quantcli.sidecar import MultiplierEntry
 
 
 def run_layer(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[Any]]:
@@ -73,7 +40,7 @@ def run_layer(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[A
 
 
 def real_output(layer: Layer, operands: list[NDArray[np.int64]]) -> NDArray[np.float32]:
-    """Return an output that stays real (equation 18): float32(S_x·S_w) times the accumulator, or the scale of what is looked up."""
+    """Return an output that stays real (equation 19): float32(S_x·S_w) times the accumulator, or the scale of what is looked up."""
     scale = np.array(layer.entry.accumulator_scale, dtype=np.float32)
     if layer.entry.arithmetic == "lookup":
         acc, axis = lookup(layer, centred(layer, operands))[0], -1
@@ -193,12 +160,12 @@ def headroom_sum(layer: Layer, operands: list[NDArray[np.int64]]) -> NDArray[np.
 
 
 def rescale(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
-    """Equation 14 for one operand at a time: Concat, and means, which divide by their count in the same rounding."""
+    """Equation 14 for one operand at a time: what joins operands, and means, which divide by their count in the same rounding."""
     zero_point = layer.zero_point(layer.entry.outputs[0])
     shifted = centred(layer, operands)
-    if layer.entry.operator == "Concat":
+    if layer.entry.operator in JOINS:
         parts = [rescaled(layer, q, m, None) for q, m in zip(shifted, layer.entry.multipliers, strict=True)]
-        return [np.concatenate(parts, axis=int(layer.attributes["axis"])) + zero_point]
+        return [JOINS[layer.entry.operator](layer, parts) + zero_point]
     sums, counts = sums_and_counts(layer, shifted[0])
     entry = layer.entry.multipliers[0]
     denominator = counts << max(entry.shift[0], 0)
@@ -258,133 +225,20 @@ def softmax(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.
     return [quotient + layer.zero_point(layer.entry.outputs[0])]
 
 
-def move(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[Any]]:
-    """Equation 16: the same integers elsewhere."""
-    return MOVES[layer.entry.operator](layer, operands[0])
+def concatenated(layer: Layer, parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Return arrays one behind the other."""
+    return np.concatenate(parts, axis=int(layer.attributes["axis"]))
 
 
-def plain_list(layer: Layer, position: int, attribute: str) -> list[int] | None:
-    """Return integers that an operator takes as an operand or, in older operator sets, as an attribute."""
-    operand = layer.plain.get(position)
-    if operand is not None:
-        return [int(value) for value in operand.reshape(-1)]
-    found = layer.attributes.get(attribute)
-    return None if found is None else [int(value) for value in found]
+def selected(layer: Layer, parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Return of two arrays what a condition chooses."""
+    return np.where(np.asarray(layer.plain[0]), parts[0], parts[1])
 
 
-def reshape(layer: Layer, q: NDArray[np.int64]) -> list[NDArray[Any]]:
-    """Return q in its new shape; 0 keeps a size unless ``allowzero``."""
-    shape = plain_list(layer, 1, "shape") or []
-    if not layer.attributes.get("allowzero", 0):
-        shape = [q.shape[i] if size == 0 else size for i, size in enumerate(shape)]
-    return [q.reshape(shape)]
-
-
-def flatten(layer: Layer, q: NDArray[np.int64]) -> list[NDArray[Any]]:
-    """Return q as a matrix."""
-    axis = int(layer.attributes.get("axis", 1)) % (q.ndim + 1)
-    return [q.reshape(int(np.prod(q.shape[:axis])), -1)]
-
-
-def squeeze(layer: Layer, q: NDArray[np.int64]) -> list[NDArray[Any]]:
-    """Return q without axes of size 1."""
-    axes = plain_list(layer, 1, "axes")
-    return [np.squeeze(q, None if axes is None else tuple(axes))]
-
-
-def unsqueeze(layer: Layer, q: NDArray[np.int64]) -> list[NDArray[Any]]:
-    """Return q with new axes of size 1."""
-    return [np.expand_dims(q, tuple(plain_list(layer, 1, "axes") or ()))]
-
-
-def transpose(layer: Layer, q: NDArray[np.int64]) -> list[NDArray[Any]]:
-    """Return q with its axes permuted."""
-    return [np.transpose(q, layer.attributes.get("perm"))]
-
-
-def cut(layer: Layer, q: NDArray[np.int64]) -> list[NDArray[Any]]:
-    """Return a slice of q."""
-    starts, ends = plain_list(layer, 1, "starts") or [], plain_list(layer, 2, "ends") or []
-    axes = plain_list(layer, 3, "axes") or list(range(len(starts)))
-    steps = plain_list(layer, 4, "steps") or [1] * len(starts)
-    chosen = [slice(None)] * q.ndim
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        size = q.shape[axis]
-        if step > 0:
-            chosen[axis] = slice(*slice(max(start, -size), max(end, -size), step).indices(size))
-        else:
-            first = min(start + size if start < 0 else start, size - 1)
-            last = max(end + size if end < 0 else end, -1)
-            chosen[axis] = slice(first, None if last < 0 else last, step)
-    return [q[tuple(chosen)]]
-
-
-def gather(layer: Layer, q: NDArray[np.int64]) -> list[NDArray[Any]]:
-    """Return the slices of q at the given indices."""
-    indices = layer.plain[1]
-    if indices is None:
-        raise IntegerError("Gather without indices")
-    return [np.take(q, indices.astype(np.int64), axis=int(layer.attributes.get("axis", 0)))]
-
-
-def split(layer: Layer, q: NDArray[np.int64]) -> list[NDArray[Any]]:
-    """Return q in parts, those that are used."""
-    axis, sizes = int(layer.attributes.get("axis", 0)), plain_list(layer, 1, "split")
-    if sizes is None:
-        parts = int(layer.attributes.get("num_outputs") or len(layer.entry.outputs))
-        step = -(-q.shape[axis] // parts)
-        sizes = [min(step, q.shape[axis] - step * i) for i in range(parts)]
-    return np.split(q, np.cumsum(sizes)[:-1].tolist(), axis=axis)
-
-
-def pad(layer: Layer, q: NDArray[np.int64]) -> list[NDArray[Any]]:
-    """Return q padded: with its zero point, or with its own values."""
-    pads = plain_list(layer, 1, "pads") or []
-    axes = [axis % q.ndim for axis in (plain_list(layer, 3, "axes") or range(q.ndim))]
-    widths = [(0, 0)] * q.ndim
-    for i, axis in enumerate(axes):
-        widths[axis] = (pads[i], pads[i + len(axes)])
-    mode = layer.attributes.get("mode", "constant")
-    negative = tuple(
-        slice(max(-before, 0), size - max(-after, 0)) for (before, after), size in zip(widths, q.shape, strict=True)
-    )
-    q, widths = q[negative], [(max(before, 0), max(after, 0)) for before, after in widths]
-    if mode == "constant":
-        return [np.pad(q, widths, constant_values=layer.zero_point(layer.entry.inputs[0]))]
-    return [np.pad(q, widths, mode=mode)]
-
-
-def depth_to_space(layer: Layer, q: NDArray[np.int64]) -> list[NDArray[Any]]:
-    """Return q with blocks of channels spread over space."""
-    n, c, h, w = q.shape
-    block = int(layer.attributes["blocksize"])
-    if layer.attributes.get("mode", "DCR") == "CRD":
-        spread = q.reshape(n, c // block**2, block, block, h, w).transpose(0, 1, 4, 2, 5, 3)
-    else:
-        spread = q.reshape(n, block, block, c // block**2, h, w).transpose(0, 3, 4, 1, 5, 2)
-    return [spread.reshape(n, c // block**2, h * block, w * block)]
-
-
-def resized(layer: Layer, q: NDArray[np.int64]) -> list[NDArray[Any]]:
-    """Return q resized; linear interpolation is the one move that rounds."""
-    zero_point = layer.zero_point(layer.entry.inputs[0])
-    reals = resize(q - zero_point, layer.attributes, layer.plain.get(2), layer.plain.get(3))
-    return [np.rint(reals).astype(np.int64) + zero_point]
-
-
-MOVES: dict[str, Callable[[Layer, NDArray[np.int64]], list[NDArray[Any]]]] = {
-    "MaxPool": lambda layer, q: [kernels.max_pool(q, layer.attributes)],
-    "Split": split,
-    "Reshape": reshape,
-    "Flatten": flatten,
-    "Transpose": transpose,
-    "Squeeze": squeeze,
-    "Unsqueeze": unsqueeze,
-    "Slice": cut,
-    "Gather": gather,
-    "Pad": pad,
-    "DepthToSpace": depth_to_space,
-    "Resize": resized,
+# Operators that put rescaled operands together without computing with them.
+JOINS: dict[str, Callable[[Layer, Sequence[NDArray[Any]]], NDArray[Any]]] = {
+    "Concat": concatenated,
+    "Where": selected,
 }
 
 INTEGER_LAYERS: dict[str, Callable[[Layer, list[NDArray[np.int64]]], list[NDArray[Any]]]] = {

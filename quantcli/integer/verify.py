@@ -21,7 +21,8 @@ from quantcli.arithmetic.fixed_point import fixed_point, headroom_multipliers
 from quantcli.arithmetic.tables import exponentials, table
 from quantcli.integer.exact import FLOAT32_ERROR, exact, function_parameters
 from quantcli.integer.executor import Executor, quantized
-from quantcli.integer.layers import IntegerError, Layer, centred_magnitudes, real_output, run_layer, terms_of
+from quantcli.integer.layer import IntegerError, Layer
+from quantcli.integer.layers import centred_magnitudes, real_output, run_layer, terms_of
 from quantcli.probe import with_outputs
 
 if TYPE_CHECKING:

@@ -70,6 +70,10 @@ class PlacementFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         pays: Whether operators that float runs as well, or better, stay float; otherwise whatever can be an integer layer is one.
         apart: Pairs of float operators that the runtime fuses into one that is slower than both; they are kept apart then.
+        direct: Operators that only move values, written on integers, since the runtime does not find them between
+            QuantizeLinear and DequantizeLinear.
+        float_kernels: Operators that the runtime computes in float although they could be integer layers; they are layers only
+            where an integer kernel reads what they make.
         real_outputs: The operators whose kernel gives reals straight from the accumulator; without an integer layer to read
             them, their outputs are not rounded to a grid.
         macs_per_value: How many multiply-accumulates a product of two activations must do per value that is quantized or
@@ -78,6 +82,8 @@ class PlacementFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     pays: bool = False
     apart: tuple[tuple[str, str], ...] = ()
+    direct: tuple[Literal["Pad"], ...] = ()
+    float_kernels: tuple[str, ...] = ()
     real_outputs: tuple[Literal["Gemm", "MatMul"], ...] = ()
     macs_per_value: Annotated[int, msgspec.Meta(ge=0)] = 0
 

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from quantcli.fold import add_constant
 from quantcli.rules import Arithmetic
+from quantcli.write.integers import move_integers, quantizer_of
 
 if TYPE_CHECKING:
     from quantcli.plan import LayerPlan, TensorPlan
@@ -94,6 +95,7 @@ class Writer:
             if tensor.role == "activation":
                 self.quantize_activation(tensor, values[name])
         self.keep_apart()
+        self.move_integers()
         used = {value for node in self.graph.all_nodes() for value in node.inputs if value is not None}
         for name, value in list(self.graph.initializers.items()):
             if value not in used and not value.is_graph_output():
@@ -112,6 +114,16 @@ class Writer:
                 and {str(producer.name), str(node.name)} <= self.floats
             ):
                 self.fence(producer, value, node)
+
+    def move_integers(self) -> None:
+        """Let operators work on integers directly that the runtime would not find between Q/DQ."""
+        for layer in self.plan.layers:
+            narrow = self.plan.tensors[layer.inputs[0]].integer.dtype.itemsize == 1
+            if layer.operator in self.plan.target.placement.direct and layer.arithmetic is Arithmetic.MOVE and narrow:
+                node = self.nodes[layer.name]
+                target = quantizer_of(node.outputs[0])
+                if target is not None:
+                    move_integers(node, [target])
 
     def drop_absorbed(self, layer: LayerPlan) -> None:
         """Remove activations that saturation does already: those behind a layer whose clamp is its whole grid."""

@@ -14,12 +14,18 @@ from onnx_ir.passes import common as passes
 from quantcli.integer_operators import INTEGER_OPERATORS, MICROSOFT, REAL_OPERATORS
 from quantcli.rules import RULES, Arithmetic
 from quantcli.write import onnx_qdq
+from quantcli.write.integers import attributes_of, dequantizer_of, move_integers, put, quantizer_of
 
 if TYPE_CHECKING:
     from quantcli.quantize import QuantizedModel
 
-# What only moves values does so with integers as well as with reals; padding and interpolation make values of their own.
-MOVES = frozenset(name for name, rule in RULES.items() if rule.arithmetic is Arithmetic.MOVE) - {"Pad", "Resize"}
+# What only moves values does so with integers as well as with reals, but for interpolation, which makes values of its own, and for
+# operators without an integer kernel.
+MOVES = frozenset(name for name, rule in RULES.items() if rule.arithmetic is Arithmetic.MOVE) - {
+    "Resize",
+    "GlobalMaxPool",
+    "SpaceToDepth",
+}
 
 
 def write(quantized: QuantizedModel) -> ir.Model:
@@ -40,32 +46,10 @@ def write(quantized: QuantizedModel) -> ir.Model:
     return model
 
 
-def quantizer_of(value: ir.Value) -> ir.Node | None:
-    """Return the QuantizeLinear that alone reads a value; None where something else stands behind it."""
-    users = list(value.consumers())
-    alone = len(users) == 1 and users[0].op_type == "QuantizeLinear" and not value.is_graph_output()
-    return users[0] if alone else None
-
-
-def dequantizer_of(value: ir.Value | None) -> ir.Node | None:
-    """Return the DequantizeLinear that makes a value."""
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == "DequantizeLinear" else None
-
-
 def replace(model: ir.Model, node: ir.Node, targets: list[ir.Node]) -> None:
     """Put an integer operator in place of one node between DequantizeLinear and QuantizeLinear, where there is one."""
     if node.op_type in MOVES:
-        source = dequantizer_of(node.inputs[0])
-        if source is not None:
-            new = ir.Node(
-                "",
-                node.op_type,
-                [source.inputs[0], *node.inputs[1:]],
-                attributes_of(node),
-                num_outputs=len(node.outputs),
-            )
-            put(node, new, targets)
+        move_integers(node, targets)
         return
     counterpart = INTEGER_OPERATORS.get(node.op_type)
     sources = [dequantizer_of(value) for value in node.inputs]
@@ -99,24 +83,3 @@ def replace_real(model: ir.Model, node: ir.Node) -> None:
     ir.convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
     graph.remove(node, safe=True)
     made.name = name
-
-
-def attributes_of(node: ir.Node, without: set[str] = frozenset()) -> list[ir.Attr]:  # type: ignore[assignment]
-    """Return a node's attributes but for the named ones."""
-    return [attribute for name, attribute in node.attributes.items() if name not in without]
-
-
-def put(node: ir.Node, new: ir.Node, targets: list[ir.Node]) -> None:
-    """Let a new node make what the quantizers behind an old one made, under the same names."""
-    graph = node.graph
-    if not isinstance(graph, ir.Graph):
-        return
-    new.name = node.name
-    used = [i for i, value in enumerate(node.outputs) if value.uses() or value.is_graph_output()]
-    graph.insert_before(node, new)
-    for i, target in zip(used, targets, strict=True):
-        name = target.outputs[0].name
-        ir.convenience.replace_all_uses_with(target.outputs[0], new.outputs[i], replace_graph_outputs=True)
-        graph.remove(target, safe=True)
-        new.outputs[i].name = name
-    graph.remove(node, safe=True)

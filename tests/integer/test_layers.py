@@ -19,7 +19,8 @@ import pytest
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Conversion, convert
 from quantcli.integer.executor import Executor
-from quantcli.integer.layers import INTEGER_LAYERS, MOVES
+from quantcli.integer.layers import INTEGER_LAYERS
+from quantcli.integer.moves import MOVES
 from quantcli.rules import RULES, Arithmetic
 from tests.graphs import EVERYWHERE, Array, node, normal, save
 
@@ -156,6 +157,54 @@ CASES: dict[str, Case] = {
     "Flatten": behind("Flatten", axis=2),
     "DepthToSpace": behind("DepthToSpace", blocksize=2),
     "DepthToSpace, CRD": behind("DepthToSpace", blocksize=2, mode="CRD"),
+    "SpaceToDepth": behind("SpaceToDepth", blocksize=2),
+    "GatherElements": behind(
+        "GatherElements", ["c", "i"], {"i": np.arange(3 * 8 * 8).reshape(1, 3, 8, 8) % 5 - 1}, axis=1
+    ),
+    "Expand": chain(node("GlobalMaxPool", ["c"], ["g"]), node("Expand", ["g", "s"], ["o"]), s=ints(1, 1, 3, 2)),
+    "Tile": behind("Tile", ["c", "r"], {"r": ints(1, 2, 1, 3)}),
+    "ReduceMax": behind("ReduceMax", axes=[1, -1], keepdims=0),
+    "ReduceMax, axes as operand": behind("ReduceMax", ["c", "a"], {"a": ints(2)}, 20),
+    "ReduceMin": behind("ReduceMin"),
+    "Where": chain(
+        node("Less", ["x", "lim"], ["k"]),
+        node("Slice", ["k", "a", "z", "one"], ["l"]),
+        node("Sigmoid", ["c"], ["t"]),
+        node("Where", ["l", "c", "t"], ["o"]),
+        lim=real(0.1),
+        a=ints(0),
+        z=ints(1),
+        one=ints(1),
+    ),
+    "Where, a constant": chain(
+        node("Less", ["x", "lim"], ["k"]),
+        node("Slice", ["k", "a", "z", "one"], ["l"]),
+        node("Where", ["l", "c", "t"], ["o"]),
+        lim=real(0.1),
+        a=ints(0),
+        z=ints(1),
+        one=ints(1),
+        t=real(0.7),
+    ),
+    "Gelu": behind("Gelu", opset=20),
+    "Gelu, tanh": behind("Gelu", opset=20, approximate="tanh"),
+    "Erf": behind("Erf"),
+    "Softplus": behind("Softplus"),
+    "Softsign": behind("Softsign", opset=22),
+    "Mish": behind("Mish", opset=18),
+    "Elu": behind("Elu", alpha=0.7),
+    "Selu": behind("Selu"),
+    "Celu": behind("Celu", alpha=0.8),
+    "ThresholdedRelu": behind("ThresholdedRelu", alpha=0.4),
+    "Abs": behind("Abs"),
+    "Max of a constant": chain(node("Max", ["c", "m"], ["r"]), node("Add", ["c", "r"], ["o"]), m=real(0.2)),
+    "PRelu, one slope": behind("PRelu", ["c", "m"], {"m": real(0.2)}),
+    "Einsum": chain(
+        node("Reshape", ["c", "s"], ["r"]),
+        node("Einsum", ["r", "k"], ["o"], equation="bij,kj->bki"),
+        s=ints(0, 4, 64),
+        k=weight(5, 64),
+    ),
     "Squeeze, Unsqueeze": chain(
         node("Unsqueeze", ["c", "a"], ["u"]), node("Squeeze", ["u", "a"], ["o"]), a=ints(1, -1)
     ),
@@ -202,7 +251,7 @@ def test_the_executor_equals_onnx_runtime(tmp_path: Path, name: str, offset: flo
 
 def test_every_operator_of_the_table_is_here() -> None:
     covered = {n.op_type for nodes, _, _ in CASES.values() for n in nodes}
-    assert covered == set(RULES)
+    assert covered - {"Less", "Max", "PRelu", "Einsum"} == set(RULES)  # those are rewritten, or on conditions
 
 
 def test_the_tables_have_the_same_keys() -> None:

@@ -1,0 +1,129 @@
+"""Operators in the form that integer kernels know: which are rewritten, and that they compute what they did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from calibration.hooks.onnxruntime import Runner
+from quantcli import Recipe, convert
+from quantcli.fold import fold
+from quantcli.load import load
+from quantcli.probe import model_bytes
+from quantcli.recipe import Layers
+from tests.graphs import Array, node, normal, save
+
+X = normal(3, 4, 5, 6, seed=1)
+
+
+def real(value: float) -> Array:
+    return np.array(value, np.float32)
+
+
+SAME: dict[str, tuple[onnx.NodeProto, dict[str, Array], list[str]]] = {
+    "Sub, a constant": (node("Sub", ["x", "k"], ["o"]), {"k": normal(4, 1, 1)}, ["Add"]),
+    "Sub, a constant first": (node("Sub", ["k", "x"], ["o"]), {"k": normal(4, 1, 1)}, ["Sub"]),
+    "Max": (node("Max", ["x", "k"], ["o"]), {"k": real(0.3)}, ["Clip"]),
+    "Min, constant first": (node("Min", ["k", "x"], ["o"]), {"k": normal(1, 1)}, ["Clip"]),
+    "Max, one per channel": (node("Max", ["x", "k"], ["o"]), {"k": normal(4, 1, 1)}, ["Max"]),
+    "Max, a constant of higher rank": (node("Max", ["x", "k"], ["o"]), {"k": normal(1, 1, 1, 1, 1)}, ["Max"]),
+    "Max of three": (node("Max", ["x", "k", "k"], ["o"]), {"k": real(0.1)}, ["Max"]),
+    "PRelu": (node("PRelu", ["x", "k"], ["o"]), {"k": normal(1)}, ["LeakyRelu"]),
+    "PRelu, one per channel": (node("PRelu", ["x", "k"], ["o"]), {"k": normal(4, 1, 1)}, ["PRelu"]),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_the_same_to_the_bit(tmp_path: Path, name: str) -> None:
+    operator, constants, kinds = SAME[name]
+    path = save(tmp_path / "m.onnx", [operator], {"x": ["N", 4, 5, 6]}, {"o": None}, constants)
+    folded = fold(load(path).graph)
+    assert [n.op_type for n in folded.graph] == kinds
+    found, expected = Runner(model_bytes(folded)).run({"x": X})["o"], Runner(path).run({"x": X})["o"]
+    assert found.shape == expected.shape
+    assert (found == expected).all()
+
+
+MEANS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "kept": ({"axes": [2, 3]}, ["GlobalAveragePool"]),
+    "from behind, dropped": ({"axes": [-1, -2], "keepdims": 0}, ["GlobalAveragePool", "Squeeze"]),
+    "one axis": ({"axes": [3]}, ["ReduceMean"]),
+    "all": ({}, ["ReduceMean"]),
+}
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_means_over_space_are_global_pools(tmp_path: Path, name: str) -> None:
+    attributes, kinds = MEANS[name]
+    path = save(
+        tmp_path / "m.onnx", [node("ReduceMean", ["x"], ["o"], **attributes)], {"x": ["N", 4, 5, 6]}, {"o": None}, {}
+    )
+    folded = fold(load(path).graph)
+    assert [n.op_type for n in folded.graph] == kinds
+    found, expected = Runner(model_bytes(folded)).run({"x": X})["o"], Runner(path).run({"x": X})["o"]
+    # Sums of 30 values in any order: 30·2^-24 of the mean of the magnitudes, each way.
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 2 * 30 * 2.0**-24 * np.abs(X).max()
+
+
+EINSUMS = {
+    # equation, shapes, and whether it is a product of matrices
+    "bij,bjk->bik": ((3, 4, 5), (3, 5, 6), True),
+    "bij,bkj->bik": ((3, 4, 5), (3, 6, 5), True),
+    "bqhd,bkhd->bhqk": ((3, 4, 2, 5), (3, 6, 2, 5), True),
+    "bhqk,bkhd->bqhd": ((3, 2, 4, 6), (3, 6, 2, 5), True),
+    "bid, de -> bie": ((3, 4, 5), (5, 6), True),
+    "abid,ed->aibe": ((3, 2, 4, 5), (6, 5), True),
+    "ij,jk->ki": ((4, 5), (5, 6), True),
+    "bij,bjk->bi": ((3, 4, 5), (3, 5, 6), False),  # sums over k alone
+    "bijk,bjk->bi": ((3, 4, 5, 2), (3, 5, 2), False),  # two letters summed
+    "bi,bj->bij": ((3, 4), (3, 5), False),  # nothing summed
+    "bii,bij->bj": ((3, 4, 4), (3, 4, 5), False),  # a diagonal
+}
+
+
+@pytest.mark.parametrize("equation", EINSUMS)
+def test_einsums_of_one_shared_letter_are_products(tmp_path: Path, equation: str) -> None:
+    first, second, product = EINSUMS[equation]
+    a, b = normal(*first, seed=1), normal(*second, seed=2)
+    path = save(
+        tmp_path / "m.onnx",
+        [node("Einsum", ["x", "y"], ["o"], equation=equation)],
+        {"x": first, "y": second},
+        {"o": None},
+        {},
+    )
+    folded = fold(load(path).graph)
+    kinds = [n.op_type for n in folded.graph]
+    assert ("MatMul" in kinds, "Einsum" in kinds) == (product, not product)
+    found = Runner(model_bytes(folded)).run({"x": a, "y": b})["o"]
+    exact = np.einsum(equation.replace(" ", ""), a.astype(np.float64), b.astype(np.float64))
+    magnitudes = np.einsum(equation.replace(" ", ""), np.abs(a).astype(np.float64), np.abs(b).astype(np.float64))
+    assert found.shape == exact.shape
+    assert (np.abs(found - exact) <= magnitudes * 24 * 2.0**-24).all()  # at most 20 terms, and their products
+
+
+def test_padding_is_written_on_integers(tmp_path: Path) -> None:
+    nodes = [
+        node("Conv", ["x", "w"], ["c"]),
+        node("Pad", ["c", "n"], ["p"]),
+        node("Add", ["p", "p"], ["a"]),
+        node("Conv", ["a", "w"], ["o"]),
+    ]
+    constants = {"w": normal(4, 4, 1, 1, seed=2), "n": np.array([0, 0, 1, 0, 0, 0, 2, 1])}
+    path = save(tmp_path / "m.onnx", nodes, {"x": ["N", 4, 5, 6]}, {"o": None}, constants)
+    np.savez(tmp_path / "d.npz", x=X)
+    done = convert(path, tmp_path / "q.onnx", data=tmp_path / "d.npz", verified=True)
+    pad = next(n for n in onnx.load(done.model).graph.node if n.op_type == "Pad")
+    tensor = done.sidecar.tensors["c"]
+    assert list(pad.input)[:3:2] == [tensor.integers, "c_zero_point"]
+    assert list(pad.output) == [done.sidecar.tensors["p"].integers]
+    wide = convert(
+        path, tmp_path / "w.onnx", data=tmp_path / "d.npz", recipe=Recipe(layers=Layers(everywhere=True)), verified=True
+    )
+    x = {"x": X}
+    assert (Runner(done.model).run(x)["o"] == Runner(wide.model).run(x)["o"]).all()
