@@ -21,6 +21,7 @@ from quantcli import sidecar as sidecar_file
 from quantcli.errors import ModelError, StrictError, UsageError, VerifyError
 from quantcli.evaluation.check import SelfCheck, self_check
 from quantcli.evaluation.evaluate import Evaluation, evaluate
+from quantcli.explain import Explanation, explain
 from quantcli.files import check_output, staged
 from quantcli.fold import fold
 from quantcli.integer.verify import Verification, random_inputs
@@ -37,7 +38,7 @@ from quantcli.tune.smooth import Smoothed, smooth
 from quantcli.write import WRITERS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -58,6 +59,7 @@ class Conversion:
         plan: The plan that both follow.
         check: The self-check.
         smoothed: The tensors whose columns were evened.
+        explained: What was asked about.
     """
 
     model: Path
@@ -66,6 +68,7 @@ class Conversion:
     plan: Plan
     check: SelfCheck
     smoothed: tuple[Smoothed, ...] = ()
+    explained: tuple[Explanation, ...] = ()
 
 
 def calibrate(
@@ -154,6 +157,7 @@ def convert(
     function: str | None = None,
     synthetic: int | None = None,
     run: Run | None = None,
+    explained: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Conversion:
     """Quantize a float model and write the quantized model and its sidecar (same name, ``.json``).
@@ -172,6 +176,7 @@ def convert(
         function: A callable ``module:function`` that yields calibration batches, where there are neither statistics nor data.
         synthetic: So many random samples instead; refused by ``strict``.
         run: How the calibration is run.
+        explained: Names of operators (patterns, or ``op:NAME``) to explain.
         progress: Called with the stage, the samples done and their total.
 
     Raises:
@@ -210,6 +215,7 @@ def convert(
     check_belongs(found, source)
     smoothed, seen, evened = smooth(folded, found, recipe)
     plan = make_plan(smoothed, seen, recipe)
+    explanations = explain(smoothed, plan, explained)
     if strict:
         check_strict(plan, found)
     if found.synthetic:
@@ -225,7 +231,7 @@ def convert(
     with staged() as files:
         files.write(output, written)
         files.write(sidecar_path, sidecar_file.encode(sidecar))
-    return Conversion(output, sidecar_path, sidecar, plan, check, evened)
+    return Conversion(output, sidecar_path, sidecar, plan, check, evened, explanations)
 
 
 def check_outputs(outputs: Iterable[Path], sources: Iterable[Path | None]) -> None:

@@ -32,11 +32,11 @@ ORDER = [
     {"quantcli.sidecar"},
     {"quantcli.integer"},
     {"quantcli.observation"},
-    {"quantcli.review"},
+    {"quantcli.review", "quantcli.explain"},
     {"quantcli.evaluation"},
     {"quantcli.pipeline"},
     {"quantcli", "quantcli.demo"},
-    {"quantcli.cli"},
+    {"quantcli.cli", "quantcli.__main__"},
     {"quantcli.reference"},
 ]
 HEAVY = {"torch", "onnxruntime", "ray"}

@@ -219,3 +219,19 @@ def test_a_weight_that_is_not_the_sidecars_is_caught_in_the_reals(tmp_path: Path
     onnx.save(written, done.model)
     found = [str(finding) for finding in verify(done.sidecar_path, tmp_path / "d.npz").findings]
     assert any("integers of 'w'" in line for line in found), found
+
+
+def test_every_decision_can_be_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    block(tmp_path)
+    command = ["convert", str(tmp_path / "m.onnx"), "--data", str(tmp_path / "d.npz"), "-o", str(tmp_path / "e.onnx")]
+    assert run([*command, "--explain", "m_node", "--explain", "op:Add"]) == 0
+    told = capsys.readouterr().out
+    assert "MatMul 'm_node': integer layer: it multiplies and accumulates" in told
+    # one sample: 6 rows of 16 values in and out, 16·16 weights, 6·16·16 products
+    assert "1,536 multiply-accumulates, 96 values read, 96 values made, 256 stored values read" in told
+    assert "Add 's_node': stays float: an island" in told
+    assert run([*command, "--explain", "m_node", "--json"]) == 0
+    explained = json.loads(capsys.readouterr().out)["explained"]
+    assert [(found["name"], found["integer"], found["macs"]) for found in explained] == [("m_node", True, 1536)]
+    assert run([*command, "--explain", "nothing_like_it"]) == 2
+    assert "nothing is named 'nothing_like_it'" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from quantcli.cli.options import (
 from quantcli.cli.terminal import Terminal, output_options, terminal_of
 
 if TYPE_CHECKING:
+    from quantcli.explain import Explanation
     from quantcli.pipeline import Conversion
     from quantcli.plan import LayerPlan, Plan
 
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 @click.option(
     "--verify", is_flag=True, help="Run the integer executor against ONNX Runtime before the files get their names."
 )
+@click.option("--explain", multiple=True, metavar="PATTERN", help="Say why these operators are integer layers, or not.")
 @counting_options
 @recipe_option
 @quantization_options
@@ -85,6 +88,7 @@ def convert(context: click.Context, /, model: Path, output: Path, strict: bool, 
             options["function"],
             options["synthetic"],
             run_of(options),
+            options["explain"],
             progress,
         )
     show(terminal, done)
@@ -105,10 +109,21 @@ def show(terminal: Terminal, done: Conversion) -> None:
             for layer in plan.layers
         ]
         terminal.table("Integer layers", ("layer", "operator", "output", ">scale", ">zero point", "clamp"), rows)
-    if plan.floats:
+    for found in done.explained:
+        explain(terminal, found)
+    if plan.floats and terminal.verbose:
         terminal.table(
             "Stays float", ("layer", "operator", "reason"), [(f.name, f.operator, f.reason) for f in plan.floats]
         )
+    elif plan.floats:
+        terminal.table("Stays float", ("operator", ">layers", "such as", "reason"), grouped(plan))
+    if done.smoothed and not terminal.verbose:
+        readers = sum(len(even.layers) for even in done.smoothed)
+        terminal.say(f"smoothed: the columns of {len(done.smoothed)} tensors that {readers} layers read")
+    for even in done.smoothed if terminal.verbose else ():
+        how = "the normalisation itself does it" if even.folded else "one Mul does it"
+        left = f"{even.left:.1f} times the median one, {even.spread:.1f} before"
+        terminal.say(f"smoothed '{even.name}': its largest column is {left}; {how}")
     for name, channels in plan.dead_channels.items():
         shown = ", ".join(map(str, channels[:8])) + (", …" if len(channels) > 8 else "")
         terminal.warn(f"weight '{name}' has {len(channels)} dead (all-zero) channels, given scale 1: {shown}")
@@ -124,6 +139,33 @@ def show(terminal: Terminal, done: Conversion) -> None:
     for name, value in done.check.sqnr.items():
         terminal.say(f"self-check: output '{name}' SQNR {value:.1f} dB over {done.check.samples} samples")
     terminal.say(f"{done.sidecar_path}: the sidecar")
+
+
+def grouped(plan: Plan) -> list[tuple[str, str, str, str]]:
+    """Return what stays float by operator and reason: how many layers, and the first one's name."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for layer in plan.floats:
+        groups.setdefault((layer.operator, layer.reason), []).append(layer.name)
+    return [(operator, str(len(names)), names[0], reason) for (operator, reason), names in groups.items()]
+
+
+def explain(terminal: Terminal, found: Explanation) -> None:
+    """Print why one operator is what it is."""
+    kind = "integer layer" if found.integer else "stays float"
+    counts = [
+        f"{count:,} {what}"
+        for count, what in (
+            (found.macs, "multiply-accumulates"),
+            (found.read, "values read"),
+            (found.made, "values made"),
+            (found.stored or None, "stored values read"),
+        )
+        if count is not None
+    ]
+    terminal.say(f"{found.operator} '{found.name}': {kind}: {found.why}")
+    terminal.say(f"  per run (free dimensions as 1): {', '.join(counts)}")
+    for name, how in found.tensors:
+        terminal.say(f"  '{name}': {how}")
 
 
 def output_cells(layer: LayerPlan, plan: Plan) -> tuple[str, str, str]:
@@ -146,6 +188,11 @@ def as_document(done: Conversion) -> dict[str, Any]:
         "opset": sidecar.opset,
         "integer_layers": len(sidecar.layers),
         "float_layers": [{"name": f.name, "operator": f.operator, "reason": f.reason} for f in sidecar.float_layers],
+        "smoothed": [
+            {"tensor": s.name, "layers": list(s.layers), "folded": s.folded, "spread": s.spread, "left": s.left}
+            for s in done.smoothed
+        ],
+        "explained": [dataclasses.asdict(found) for found in done.explained],
         "dead_channels": {name: list(channels) for name, channels in done.plan.dead_channels.items()},
         "self_check": {
             "samples": done.check.samples,
