@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+logger = logging.getLogger(__name__)
+
 # QuantizeLinear and DequantizeLinear know an axis from operator set 13 on; older models are lifted to 17, which every runtime
 # of the last years reads.
 OLDEST_OPSET, LIFTED_OPSET = 13, 17
@@ -72,7 +74,7 @@ def folded_copy(model: ir.Model, opset: int) -> ir.Model:
     passes.InlinePass()(folded)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(folded)
     lift_opset(folded, opset)
-    simplify(folded)
+    folded = simplify(folded)
     for node in list(folded.graph):
         if node.op_type == "BatchNormalization" and node.domain == "":
             split_batch_norm(node)
@@ -112,9 +114,28 @@ def lift_opset(model: ir.Model, needed: int) -> None:
         raise ModelError(f"the model's operator set {version} cannot be lifted to {wanted}", "export it again, newer")
 
 
-def simplify(model: ir.Model) -> None:
-    """Evaluate constant expressions, drop what does nothing, and fold BatchNorm and padding into convolutions."""
-    from onnxscript import optimizer, rewriter
+def evaluated(model: ir.Model) -> ir.Model:
+    """Return a model with its constant expressions evaluated; the model itself where one of them cannot be."""
+    from onnxscript import optimizer
+
+    trial = model.clone()
+    try:
+        optimizer.fold_constants(
+            trial,
+            onnx_shape_inference=True,
+            input_size_limit=FOLD_LIMIT,
+            output_size_limit=FOLD_LIMIT,
+            should_fold=lambda node: True if node.op_type == "ConstantOfShape" else None,
+        )
+    except Exception as error:  # noqa: BLE001 - an expression that the reference implementation cannot evaluate is no failure
+        logger.info("constant expressions are left as they are: %s", error)
+        return model
+    return trial
+
+
+def simplify(model: ir.Model) -> ir.Model:
+    """Return a model with constant expressions evaluated, without what does nothing, BatchNorm and padding in convolutions."""
+    from onnxscript import rewriter
     from onnxscript.rewriter.rules import common as rules
 
     chosen = [
@@ -147,13 +168,7 @@ def simplify(model: ir.Model) -> None:
     ]
     for _ in range(3):
         before = [node.op_identifier() for node in model.graph.all_nodes()]
-        optimizer.fold_constants(
-            model,
-            onnx_shape_inference=True,
-            input_size_limit=FOLD_LIMIT,
-            output_size_limit=FOLD_LIMIT,
-            should_fold=lambda node: True if node.op_type == "ConstantOfShape" else None,
-        )
+        model = evaluated(model)
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         passes.IdentityEliminationPass()(model)
         passes.RemoveUnusedNodesPass()(model)
@@ -161,6 +176,7 @@ def simplify(model: ir.Model) -> None:
         passes.RemoveUnusedNodesPass()(model)
         if before == [node.op_identifier() for node in model.graph.all_nodes()]:
             break
+    return model
 
 
 def split_batch_norm(node: ir.Node) -> None:
