@@ -85,6 +85,16 @@ def mean(node: ir.Node, graph: ir.Graph) -> None:
     put(graph, node, pool, ir.node("Squeeze", [pool.outputs[0], spatial]))
 
 
+def total(node: ir.Node, graph: ir.Graph) -> None:
+    """Sum is a chain of additions."""
+    if len(node.inputs) < 2:
+        return
+    nodes = [ir.node("Add", node.inputs[:2])]
+    for value in node.inputs[2:]:
+        nodes.append(ir.node("Add", [nodes[-1].outputs[0], value]))
+    put(graph, node, *nodes)
+
+
 def einsum(node: ir.Node, graph: ir.Graph) -> None:
     """Einsum over one shared letter is a matrix product between transpositions.
 
@@ -126,5 +136,6 @@ FORMS: dict[str, Callable[[ir.Node, ir.Graph], None]] = {
     "Min": extreme,
     "PRelu": parametric_relu,
     "ReduceMean": mean,
+    "Sum": total,
     "Einsum": einsum,
 }

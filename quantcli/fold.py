@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 # of the last years reads.
 OLDEST_OPSET, LIFTED_OPSET = 13, 17
 # What a constant expression may cost to evaluate ahead, in elements: weights may be sliced and joined, nothing may explode.
-FOLD_LIMIT = 1 << 26
+FOLD_LIMIT = 1 << 27
 # Operators of models that have been quantized before.
 QUANTIZED = frozenset({
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger",
@@ -68,6 +68,7 @@ def quiet(*loggers: str) -> Iterator[None]:
 def folded_copy(model: ir.Model, opset: int) -> ir.Model:
     """Return a copy of a float model after every rewrite."""
     from quantcli.canonical import canonical
+    from quantcli.factors import fold_factors
 
     folded = model.clone()
     passes.RemoveInitializersFromInputsPass()(folded)
@@ -84,6 +85,7 @@ def folded_copy(model: ir.Model, opset: int) -> ir.Model:
         elif node.op_type == "AveragePool" and node.domain == "":
             plain_average_pool(node)
     canonical(folded)
+    fold_factors(folded)
     own_biases(folded)
     passes.RemoveUnusedNodesPass()(folded)
     passes.RemoveUnusedOpsetsPass()(folded)

@@ -287,6 +287,8 @@ class Placing:
             return "", "its kernel is a float one here, and no integer kernel reads what it makes"
         if layer.rule.arithmetic is Arithmetic.MOVE:
             moves = layer.operands()[0][1] in self.integers or self.starts(layer)
+            if not moves and self.pays and layer.node.op_type == "MaxPool" and self.accumulates(layer.output):
+                return "the convolution behind it is integer, and bytes are pooled faster than reals", None
             return "it moves integers", None if moves else "its data is float, and it only moves it"
         if not floats and data:
             return "its operands are integers already", None
@@ -336,8 +338,12 @@ class Placing:
         for user in value.consumers():
             if user in self.reasons or user.op_type not in RULES:
                 continue
-            if user.op_type not in self.target.placement.float_kernels or any(map(self.computed_with, user.outputs)):
-                return True
+            passes = RULES[user.op_type].arithmetic is Arithmetic.MOVE
+            if passes or user.op_type in self.target.placement.float_kernels:
+                if any(map(self.computed_with, user.outputs)):
+                    return True
+                continue
+            return True
         return False
 
     def accumulates(self, value: ir.Value) -> bool:

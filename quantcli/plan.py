@@ -37,8 +37,10 @@ if TYPE_CHECKING:
     from quantcli.targets import Target
 
 INT32 = IntegerType("int32")
-# Beyond this a step of any grid swallows whatever data shares the tensor: float32 data of networks lies tens of orders below.
-LARGEST_RANGE = 1e20
+# Below this a step of any grid swallows whatever data shares the tensor: float32 data of networks lies tens of orders above.
+LOWEST_DATA = -1e20
+# Above this the products of scales and integers leave float32.
+HIGHEST_DATA = 1e35
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,9 @@ def make_plan(model: ir.Model, statistics: Statistics, recipe: Recipe) -> Plan:
 
 def unresolvable(statistics: Mapping[str, TensorStatistics]) -> frozenset[str]:
     """Return the tensors whose range is that of a mask (an attention mask adds the lowest float32), not of data."""
-    return frozenset(name for name, seen in statistics.items() if max(-seen.minimum, seen.maximum) > LARGEST_RANGE)
+    return frozenset(
+        name for name, seen in statistics.items() if seen.minimum < LOWEST_DATA or seen.maximum > HIGHEST_DATA
+    )
 
 
 def plan_activations(

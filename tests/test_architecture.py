@@ -21,7 +21,7 @@ ORDER = [
     {"calibration"},
     {"quantcli.errors"},
     {"quantcli.targets", "quantcli.recipe", "quantcli.files", "quantcli.progress"},
-    {"quantcli.load", "quantcli.fold", "quantcli.canonical", "quantcli.probe"},
+    {"quantcli.load", "quantcli.fold", "quantcli.canonical", "quantcli.factors", "quantcli.probe"},
     {"quantcli.arithmetic"},
     {"quantcli.rules", "quantcli.integer_operators", "quantcli.cost"},
     {"quantcli.placement"},

@@ -309,12 +309,17 @@ CASES: dict[str, Case] = {
     "MatMul, a constant first": case(node("MatMul", ["w", "x"], ["o"]), w=weight(5, 8)),
     "MatMul, two activations": two("MatMul", (7, 12), (12, 5)),
     **{
-        f"{op}, a constant per channel": behind(
-            op, ["c", "k"], layers=f"Conv {op.replace('Sub', 'Add')}", constants={"k": reals(4, 1, 1)}
+        f"{op}, a constant": behind(
+            op, ["c", "k"], layers=f"Conv {op.replace('Sub', 'Add')}", constants={"k": reals(4, 8, 1)}
         )
         for op in ("Add", "Sub", "Mul")
     },
-    **{f"{op}, a scalar first": behind(op, ["k", "c"], constants={"k": real(1.7)}) for op in ("Add", "Sub", "Mul")},
+    **{
+        f"{op}, a constant per channel": behind(op, ["c", "k"], layers="Conv", constants={"k": reals(4, 1, 1)})
+        for op in ("Add", "Sub", "Mul")
+    },
+    **{f"{op}, a scalar": behind(op, ["k", "c"], layers="Conv", constants={"k": real(1.7)}) for op in ("Add", "Mul")},
+    "Sub, from a scalar": behind("Sub", ["k", "c"], constants={"k": real(1.7)}),
     **{f"{op}, two inputs": two(op, (4, 8, 8), (4, 8, 8)) for op in ("Add", "Sub", "Mul")},
     **{f"{op}, broadcast": two(op, (4, 1, 8), (1, 8, 1)) for op in ("Add", "Sub", "Mul")},
     **{f"{op}, with itself": behind(op, ["c", "c"]) for op in ("Add", "Sub", "Mul")},

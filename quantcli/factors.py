@@ -1,0 +1,148 @@
+"""Factors and addends per channel: gathered into one of each, and folded into the convolution before them.
+
+Networks of some exporters write a normalisation as BatchNormalization, Mul and Add. (x·a + b)·c + d = x·(a·c) + (b·c + d), and
+behind a convolution of weights W and bias v it is a convolution of weights W·a·c and bias (v·a + b)·c + d.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from quantcli.fold import add_constant, constant
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# The axis of a weight's output channels.
+CHANNELS = {"Conv": 0, "ConvTranspose": 1}
+
+
+def fold_factors(model: ir.Model) -> None:
+    """Fold what multiplies and adds constants per channel, as far as the tensors between have no other reader."""
+    for node in list(model.graph):
+        if node.graph is model.graph and node.domain == "" and node.op_type in {"Mul", "Add"}:
+            fold(node, model.graph)
+
+
+def fold(node: ir.Node, graph: ir.Graph) -> None:
+    """Fold one Mul or Add of a constant into what is before it."""
+    x, held = operands(node)
+    before = x.producer() if x is not None else None
+    if x is None or held is None or before is None or before.domain or len(x.uses()) != 1 or x.is_graph_output():
+        return
+    if not np.isfinite(held).all():
+        return
+    rank = len(x.shape) if x.shape is not None else None
+    channels = per_channel(held, rank, x.shape[1] if x.shape is not None and rank and rank > 1 else None)
+    if before.op_type in CHANNELS and channels is not None:
+        into_convolution(node, before, channels, graph)
+    elif before.op_type in {"Mul", "Add"}:
+        together(node, before, held, graph)
+
+
+def operands(node: ir.Node) -> tuple[ir.Value | None, NDArray[np.float32] | None]:
+    """Return the computed operand and the constant one; None for what it does not have."""
+    for x, other in (tuple(node.inputs[:2]), tuple(node.inputs[:2])[::-1]):
+        held = constant(other)
+        if held is not None and held.dtype == np.float32 and constant(x) is None:
+            return x, held
+    return None, None
+
+
+def per_channel(held: NDArray[np.float32], rank: int | None, channels: object) -> NDArray[np.float64] | None:
+    """Return a constant as one value per channel (axis 1) or a single one; None where it is neither."""
+    if held.size == 1 and (rank is None or held.ndim <= rank):
+        return held.reshape(1).astype(np.float64)
+    if rank is None or held.ndim > rank:
+        return None
+    shape = (1,) * (rank - held.ndim) + held.shape
+    only = all(size == 1 for axis, size in enumerate(shape) if axis != 1)
+    return held.reshape(-1).astype(np.float64) if only and shape[1] == channels else None
+
+
+def into_convolution(node: ir.Node, layer: ir.Node, values: NDArray[np.float64], graph: ir.Graph) -> None:
+    """Fold values per output channel into a convolution's weight and bias."""
+    weight, bias = constant(layer.inputs[1]), constant(layer.inputs[2]) if len(layer.inputs) > 2 else None
+    grouped = layer.op_type == "ConvTranspose" and layer.attributes.get_int("group", 1) != 1
+    if (
+        weight is None
+        or weight.dtype != np.float32
+        or grouped
+        or (len(layer.inputs) > 2 and layer.inputs[2] is not None and bias is None)
+    ):
+        return
+    axis = CHANNELS[layer.op_type]
+    held = np.zeros(weight.shape[axis]) if bias is None else bias.reshape(-1).astype(np.float64)
+    output = node.outputs[0]
+    if node.op_type == "Mul":
+        shape = [1] * weight.ndim
+        shape[axis] = -1
+        scaled = weight.astype(np.float64) * values.reshape(shape)
+        layer.replace_input_with(1, add_constant(graph, f"{layer.inputs[1].name}_scaled", scaled.astype(np.float32)))  # type: ignore[union-attr]
+        held = held * values
+    else:
+        held = held + values
+    if node.op_type == "Add" or bias is not None:
+        value = add_constant(graph, f"{output.name}_bias", held.astype(np.float32))
+        if len(layer.inputs) > 2:
+            layer.replace_input_with(2, value)
+        else:
+            layer.resize_inputs(3)
+            layer.replace_input_with(2, value)
+    take_over(node, layer.outputs[0], graph)
+
+
+def together(node: ir.Node, before: ir.Node, held: NDArray[np.float32], graph: ir.Graph) -> None:
+    """Put two constants together: of two factors or addends one, and an addend behind the factor that follows it."""
+    x, earlier = operands(before)
+    if x is None or earlier is None:
+        return
+    try:
+        shape = np.broadcast_shapes(earlier.shape, held.shape)
+    except ValueError:
+        return
+    if len(shape) > (len(x.shape) if x.shape is not None else -1):
+        return
+    if node.op_type == before.op_type:
+        joined = earlier.astype(np.float64) * held if node.op_type == "Mul" else earlier.astype(np.float64) + held
+        value = add_constant(graph, f"{node.outputs[0].name}_joined", joined.astype(np.float32))
+        before.replace_input_with(list(before.inputs).index(x) ^ 1, value)
+        take_over(node, before.outputs[0], graph)
+    elif node.op_type == "Mul":
+        addend = earlier.astype(np.float64) * held
+        before.replace_input_with(list(before.inputs).index(x), node.outputs[0])  # the factor comes first now
+        behind, output = before.outputs[0], node.outputs[0]
+        before.replace_input_with(
+            list(before.inputs).index(output) ^ 1,
+            add_constant(graph, f"{output.name}_addend", addend.astype(np.float32)),
+        )
+        node.replace_input_with(list(node.inputs).index(behind), x)
+        graph.remove(before)
+        graph.insert_after(node, before)
+        swap_names(output, behind)
+        others = [(user, position) for user, position in output.uses() if user is not before]
+        for user, position in others:
+            user.replace_input_with(position, behind)
+        if output.is_graph_output():
+            ir.convenience.replace_all_uses_with(output, behind, replace_graph_outputs=True)
+            before.replace_input_with(next(i for i, v in enumerate(before.inputs) if v is behind), output)
+        fold(node, graph)
+
+
+def swap_names(first: ir.Value, second: ir.Value) -> None:
+    """Let two values take each other's names."""
+    one, other = first.name, second.name
+    first.name, second.name = f"{one}_swapped", one
+    first.name = other
+
+
+def take_over(node: ir.Node, value: ir.Value, graph: ir.Graph) -> None:
+    """Remove a node whose work the maker of a value does now, and give the value its output's name."""
+    output = node.outputs[0]
+    name, shape, kind = output.name, output.shape, output.type
+    ir.convenience.replace_all_uses_with(output, value, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    value.name, value.shape, value.type = name, shape, kind

@@ -1,0 +1,89 @@
+"""Factors and addends per channel are gathered, and folded into convolutions: the values stay what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from calibration.hooks.onnxruntime import Runner
+from quantcli.fold import fold
+from quantcli.load import load
+from quantcli.probe import model_bytes
+from tests.graphs import Array, node, normal, save
+
+X = normal(3, 4, 6, 6, seed=1)
+PARTS: dict[str, Array] = {
+    "w": normal(5, 4, 3, 3, seed=2, scale=0.3),
+    "t": normal(4, 5, 3, 3, seed=3, scale=0.3),
+    "b": normal(5, seed=4),
+    "gamma": normal(5, seed=5),
+    "beta": normal(5, seed=6),
+    "mean": normal(5, seed=7),
+    "variance": np.abs(normal(5, seed=8)) + 0.5,
+    "f": normal(5, 1, 1, seed=9),
+    "a": normal(1, 5, 1, 1, seed=10),
+    "s": np.array(0.7, np.float32),
+    "rows": normal(5, 4, 1, seed=11),
+    **{f"{k}4": v for k, v in (("f", normal(4, 1, 1, seed=12)), ("a", normal(4, 1, 1, seed=13)))},
+    "inf": np.array([1, 1, np.inf, 1, 1], np.float32).reshape(5, 1, 1),
+}
+NORM = node("BatchNormalization", ["c", "gamma", "beta", "mean", "variance"], ["n"])
+CONV = node("Conv", ["x", "w", "b"], ["c"])
+
+CASES: dict[str, tuple[list[onnx.NodeProto], list[str]]] = {
+    "normalisation of three operators": (
+        [CONV, NORM, node("Mul", ["n", "f"], ["m"]), node("Add", ["a", "m"], ["o"])],
+        ["Conv"],
+    ),
+    "a convolution without bias": (
+        [node("Conv", ["x", "w"], ["c"]), node("Mul", ["c", "f"], ["m"]), node("Add", ["m", "s"], ["o"])],
+        ["Conv"],
+    ),
+    "an addend before a factor": ([CONV, node("Add", ["c", "a"], ["m"]), node("Mul", ["s", "m"], ["o"])], ["Conv"]),
+    "a transposed convolution": (
+        [node("ConvTranspose", ["x", "t"], ["c"]), node("Mul", ["c", "f"], ["m"]), node("Add", ["m", "a"], ["o"])],
+        ["ConvTranspose"],
+    ),
+    "before an activation, with nothing to fold into": (
+        [
+            node("Mul", ["x", "f4"], ["p"]),
+            node("Add", ["p", "a4"], ["q"]),
+            node("Mul", ["q", "s"], ["r"]),
+            node("Add", ["r", "f4"], ["t1"]),
+            node("Add", ["t1", "s"], ["t2"]),
+            node("Relu", ["t2"], ["o"]),
+        ],
+        ["Mul", "Add", "Relu"],
+    ),
+    "another reader": (
+        [CONV, node("Mul", ["c", "f"], ["m"]), node("Relu", ["c"], ["r"]), node("Add", ["m", "r"], ["o"])],
+        ["Conv", "Mul", "Relu", "Add"],
+    ),
+    "not per channel": ([CONV, node("Mul", ["c", "rows"], ["o"])], ["Conv", "Mul"]),
+    "not finite": ([CONV, node("Mul", ["c", "inf"], ["o"])], ["Conv", "Mul"]),
+}
+
+
+def run(model: bytes | Path, names: Sequence[str] | None = None) -> dict[str, Array]:
+    return Runner(model).run({"x": X}, names)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_values_stay_what_they_are(tmp_path: Path, name: str) -> None:
+    nodes, kinds = CASES[name]
+    used = {value for n in nodes for value in n.input}
+    constants = {key: value for key, value in PARTS.items() if key in used}
+    path = save(tmp_path / "m.onnx", nodes, {"x": ["N", 4, 6, 6]}, {"o": None}, constants)
+    folded = fold(load(path).graph)
+    assert sorted(n.op_type for n in folded.graph) == sorted(kinds)
+    found, expected = run(model_bytes(folded))["o"], run(path)["o"]
+    assert found.shape == expected.shape
+    # 36 products, factors and addends below 4 in magnitude: each of 50 roundings is off by 2^-24 of at most 36·4·4·4·4.
+    finite = np.isfinite(expected)
+    assert (np.isfinite(found) == finite).all()
+    assert np.abs(found[finite] - expected[finite]).max() <= 50 * 2.0**-24 * 36 * 4**4
+    assert np.abs(found[finite] - expected[finite]).max() <= 2.0**-16 * np.abs(expected[finite]).max()
