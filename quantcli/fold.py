@@ -15,6 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from quantcli.errors import ModelError
+from quantcli.precision import in_float32
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,19 +36,26 @@ QUANTIZED = frozenset({
 })  # fmt: skip
 
 
-def fold(model: ir.Model, opset: int = OLDEST_OPSET) -> ir.Model:
+def fold(model: ir.Model, opset: int = OLDEST_OPSET, requantize: bool = False) -> ir.Model:
     """Return a folded copy of a float model; the model itself is left as it is.
 
     Args:
         model: The float model.
         opset: The oldest operator set that will do.
+        requantize: Whether a model that is quantized already is made a float one first.
 
     Raises:
         ModelError: If the model is quantized already, or its operator set cannot be lifted.
     """
     quantized = next((node for node in model.graph.all_nodes() if node.op_type in QUANTIZED), None)
+    if quantized is not None and requantize:
+        from quantcli.requantize import float_again
+
+        model = float_again(model)
+        quantized = next((node for node in model.graph.all_nodes() if node.op_type in QUANTIZED), None)
     if quantized is not None:
-        raise ModelError(f"the model is quantized already (it holds {quantized.op_type})", "convert the float model")
+        remedy = "convert the float model" if requantize else "convert the float model, or --requantize this one"
+        raise ModelError(f"the model is quantized already (it holds {quantized.op_type})", remedy)
     with quiet("onnxscript", "onnx_ir"):
         return folded_copy(model, opset)
 
@@ -74,6 +82,7 @@ def folded_copy(model: ir.Model, opset: int) -> ir.Model:
     passes.RemoveInitializersFromInputsPass()(folded)
     passes.InlinePass()(folded)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(folded)
+    in_float32(folded)
     lift_opset(folded, opset)
     folded = simplify(folded)
     for node in list(folded.graph):
@@ -92,8 +101,34 @@ def folded_copy(model: ir.Model, opset: int) -> ir.Model:
     passes.TopologicalSortPass()(folded)
     passes.NameFixPass()(folded)
     passes.ShapeInferencePass()(folded)
+    learn_types(folded)
+    passes.RemoveInitializersFromInputsPass()(folded)  # where shape inference fails it leaves them there
     passes.ClearMetadataAndDocStringPass()(folded)
     return folded
+
+
+def learn_types(model: ir.Model) -> None:
+    """Ask ONNX Runtime for the types of tensors that shape inference knows nothing of: behind operators of other domains."""
+    unknown = [value for node in model.graph for value in node.outputs if value.dtype is None and value.name]
+    if not unknown or all(node.domain in {"", "ai.onnx"} for node in model.graph):
+        return
+    import onnxruntime
+
+    from quantcli.probe import with_outputs
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    try:
+        data = with_outputs(model, [str(value.name) for value in unknown])
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001 - what the runtime does not know either stays unknown, and float
+        logger.info("the types behind operators of other domains are not known: %s", error)
+        return
+    floats = {output.name for output in session.get_outputs() if output.type == "tensor(float)"}
+    for value in unknown:
+        if value.name in floats:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
 
 
 def lift_opset(model: ir.Model, needed: int) -> None:
@@ -171,6 +206,7 @@ def simplify(model: ir.Model) -> ir.Model:
     for _ in range(3):
         before = [node.op_identifier() for node in model.graph.all_nodes()]
         model = evaluated(model)
+        passes.RemoveInitializersFromInputsPass()(model)
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         passes.IdentityEliminationPass()(model)
         passes.RemoveUnusedNodesPass()(model)

@@ -110,7 +110,9 @@ def calibrate(
     target = resolve_target(recipe)
     source = load(model)
     check_outputs(outputs, source.files)
-    statistics = observe(source, fold(source.graph, target.activation.opset), given, recipe, run, progress)
+    statistics = observe(
+        source, fold(source.graph, target.activation.opset, recipe.requantize), given, recipe, run, progress
+    )
     if path is not None:
         with staged() as files:
             files.write(path, statistics_file.serialized(statistics))
@@ -202,7 +204,7 @@ def convert(
     target = resolve_target(recipe)
     source = load(model)
     check_outputs([output, sidecar_path], source.files)
-    folded = fold(source.graph, target.activation.opset)
+    folded = fold(source.graph, target.activation.opset, recipe.requantize)
     if statistics is None:
         check_counted(recipe)
         found = observe(

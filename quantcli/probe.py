@@ -22,7 +22,9 @@ def model_bytes(model: ir.Model) -> bytes:
         ModelError: If it is too large for one file.
     """
     weights = sum(
-        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and value.const_value.dtype is not ir.DataType.STRING
     )
     if weights > LARGEST_MODEL:
         raise ModelError(

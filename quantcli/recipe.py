@@ -100,6 +100,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the user wants, whole."""
 
     target: str = DEFAULT_TARGET
+    requantize: bool = False
     calibration: Calibration = Calibration()
     preprocess: Preprocess | None = None
     activation: Activation = Activation()

@@ -199,6 +199,9 @@ label_options = together(
 )
 
 quantization_options = together(
+    click.option(
+        "--requantize", is_flag=True, default=False, help="Take a quantized model: make it float, and quantize it anew."
+    ),
     click.option("--target", help="A target's name or TOML file.  [default: ort-x86]"),
     click.option(
         "--activation-dtype",
@@ -276,6 +279,7 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
     bits = options.get("multiplier_bits")
     overrides: dict[str, Any] = {
         "target": options.get("target"),
+        "requantize": options.get("requantize") or None,
         "calibration": {key: options.get(key) for key in CALIBRATION},
         "preprocess": {key: options.get(key) for key in ("size", "crop", "scale", "mean", "std", "layout", "color")},
         "activation": {

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from quantcli.arithmetic.affine import IntegerType, dequantize, quantize
 from quantcli.integer.expand import EDGES, expanded
-from quantcli.integer.layer import IntegerError, Layer
+from quantcli.integer.layer import Layer
 from quantcli.integer.layers import run_layer
 
 if TYPE_CHECKING:
@@ -116,11 +116,13 @@ class Executor:
 
     def run_island(self, node: ir.Node, integers: dict[str, NDArray[Any]], reals: dict[str, NDArray[Any]]) -> None:
         """Run an operator that stays float (or works on shapes) as it is, in ONNX Runtime."""
-        given = [None if v is None else self.real(str(v.name), integers, reals) for v in node.inputs]
+        values = [*node.inputs, *captured(node)]
+        given = [None if v is None else self.real(str(v.name), integers, reals) for v in values]
         results = self.session(node, given)(given)
         if any(result.dtype.kind == "f" for result in results):
             self.islands[node.op_type] += 1
-        reals.update({str(value.name): result for value, result in zip(node.outputs, results, strict=True)})
+        made = [value for value in node.outputs if value.name]
+        reals.update({str(value.name): result for value, result in zip(made, results, strict=True)})
 
     def session(
         self, node: ir.Node, given: list[NDArray[Any] | None]
@@ -151,43 +153,55 @@ def attribute_value(attribute: ir.Attr) -> Any:
     return list(attribute.value) if isinstance(attribute.value, tuple) else attribute.value
 
 
+def captured(node: ir.Node) -> list[ir.Value]:
+    """Return the values of the outer graph that a node's bodies (of If, Loop, Scan) read, each once."""
+    found: dict[ir.Value, None] = {}
+    for attribute in node.attributes.values():
+        if attribute.type is not ir.AttributeType.GRAPH:
+            continue
+        body = attribute.value
+        inner = {*body.inputs, *body.initializers.values(), *(value for n in body.all_nodes() for value in n.outputs)}
+        read = [*(value for n in body.all_nodes() for value in n.inputs), *body.outputs]
+        for n in body.all_nodes():  # bodies within the body bring inputs of their own
+            inner.update(v for a in n.attributes.values() if a.type is ir.AttributeType.GRAPH for v in a.value.inputs)
+            inner.update(
+                v
+                for a in n.attributes.values()
+                if a.type is ir.AttributeType.GRAPH
+                for v in a.value.initializers.values()
+            )
+        found.update(dict.fromkeys(value for value in read if value is not None and value not in inner))
+    return list(found)
+
+
 def single_node(
     node: ir.Node, given: list[NDArray[Any] | None], model: ir.Model
 ) -> Callable[[list[NDArray[Any] | None]], list[NDArray[Any]]]:
-    """Return a function that runs a copy of one node in ONNX Runtime.
-
-    Raises:
-        IntegerError: If the node has a body of its own (If, Loop, Scan).
-    """
+    """Return a function that runs one node in ONNX Runtime, given its inputs and what its bodies read of the graph around it."""
+    import onnx
     import onnxruntime
 
-    if any(
-        attribute.type in {ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS} for attribute in node.attributes.values()
-    ):
-        raise IntegerError(f"{node.op_type} '{node.name}' has a graph of its own, which cannot be run apart")
-    inputs = [
-        None
-        if array is None
-        else ir.Value(
-            name=f"i{k}", shape=ir.Shape([None] * array.ndim), type=ir.TensorType(ir.DataType.from_numpy(array.dtype))
+    values = [*node.inputs, *captured(node)]
+    types = {
+        str(value.name): onnx.helper.make_tensor_value_info(
+            str(value.name), int(ir.DataType.from_numpy(array.dtype)), [None] * array.ndim
         )
-        for k, array in enumerate(given)
-    ]
-    copy = ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()), num_outputs=len(node.outputs))
-    for value, original in zip(copy.outputs, node.outputs, strict=True):
-        value.name, value.type = original.name, original.type
-    used = [value for value in inputs if value is not None]
-    graph = ir.Graph(used, copy.outputs, nodes=[copy], name="island", opset_imports=dict(model.opset_imports))
-    data = ir.to_proto(ir.Model(graph, ir_version=model.ir_version)).SerializeToString()
+        for value, array in zip(values, given, strict=True)
+        if value is not None and array is not None
+    }
+    made = [onnx.ValueInfoProto(name=str(value.name)) for value in node.outputs if value.name]
+    proto = onnx.GraphProto(name="island", node=[ir.to_proto(node)], input=list(types.values()), output=made)
+    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+    data = onnx.ModelProto(graph=proto, opset_import=opsets, ir_version=model.ir_version).SerializeToString()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
     def run(arrays: list[NDArray[Any] | None]) -> list[NDArray[Any]]:
         feeds = {
-            f"i{k}": np.ascontiguousarray(array).reshape(array.shape)
-            for k, array in enumerate(arrays)
-            if array is not None
+            str(value.name): np.ascontiguousarray(array).reshape(array.shape)
+            for value, array in zip(values, arrays, strict=True)
+            if value is not None and array is not None
         }
         results: list[NDArray[Any]] = session.run(None, feeds)
         return results

@@ -89,21 +89,31 @@ class Expansion:
         """Put a float operator in an integer one's place."""
         operands, bias, output = entry.taken_apart(list(node.inputs))
         triples = [operands[i : i + 3] for i in range(0, len(operands), 3)]
-        inputs = [self.dequantized(node, integers, parameters) for integers, *parameters in triples]
+        inputs = [
+            self.dequantized(node, integers, parameters, weight_axis(node, operator) if position == 1 else 0)
+            for position, (integers, *parameters) in enumerate(triples)
+        ]
         if bias is not None:
-            inputs.append(self.dequantized(node, bias, [self.bias_scale(node, triples[0][1], triples[1][1])]))
+            inputs.append(self.dequantized(node, bias, [self.bias_scale(node, triples[0][1], triples[1][1])], 0))
         attributes = [attribute for name, attribute in node.attributes.items() if name != "opset"]
         self.put(node, operator, inputs, attributes, output)
 
     def expand_move(self, node: ir.Node) -> None:
         """Put an operator on real numbers in the place of one on integers."""
         parameters = self.held(node.inputs[0]) or []
-        moved = self.dequantized(node, node.inputs[0], parameters)
-        self.put(node, node.op_type, [moved, *node.inputs[1:]], list(node.attributes.values()), parameters)
+        moved = self.dequantized(node, node.inputs[0], parameters, 0)
+        plain = list(node.inputs[1:])
+        if node.op_type == "Pad" and len(plain) > 1:
+            plain[1] = None  # the zero point, which stands for zero
+        self.put(node, node.op_type, [moved, *plain], list(node.attributes.values()), parameters)
 
-    def dequantized(self, node: ir.Node, integers: ir.Value | None, parameters: list[ir.Value | None]) -> ir.Value:
+    def dequantized(
+        self, node: ir.Node, integers: ir.Value | None, parameters: list[ir.Value | None], axis: int
+    ) -> ir.Value:
         """Return what a new DequantizeLinear before a node makes of integers."""
-        new = ir.Node("", "DequantizeLinear", [integers, *parameters], num_outputs=1)
+        scale = parameters[0].const_value if parameters and parameters[0] is not None else None
+        attributes = {"axis": axis} if scale is not None and scale.size > 1 else {}
+        new = ir.node("DequantizeLinear", [integers, *parameters], attributes)
         name = str(integers.name) if integers is not None else ""
         new.outputs[0].name = self.reals.get(name, f"{name}_real")
         self.graph.insert_before(node, new)
@@ -140,3 +150,10 @@ class Expansion:
             self.parameters[str(old.name)] = parameters
             ir.convenience.replace_all_uses_with(old, quantizer.outputs[0], replace_graph_outputs=True)
         self.graph.remove(node, safe=True)
+
+
+def weight_axis(node: ir.Node, operator: str) -> int:
+    """Return the axis of a weight's output channels."""
+    if operator == "Gemm":
+        return 0 if node.attributes.get_int("transB", 0) else 1
+    return 0 if operator == "Conv" else 1

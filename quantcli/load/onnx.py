@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
@@ -10,6 +10,9 @@ from quantcli.errors import ModelError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+# Protocol buffers hold less than 2 GiB.
+LARGEST_PROTO = 2**31 - 1
 
 
 def load_onnx(path: Path) -> tuple[ir.Model, list[Path]]:
@@ -19,12 +22,60 @@ def load_onnx(path: Path) -> tuple[ir.Model, list[Path]]:
         ModelError: If the file is not an ONNX model, is cut short, or names external data outside its folder.
     """
     try:
-        model = ir.load(path)
+        model = densified(path) if holds_sparse(path) else ir.load(path)
     except Exception as error:
         raise ModelError(f"{path} is not an ONNX model, or is cut short", "export or copy it again") from error
     if not model.opset_imports or model.graph.num_nodes() == 0:
         raise ModelError(f"{path} holds no model: it has no operators", "export it again")
     return model, [path, *external_files(model, path)]
+
+
+def holds_sparse(path: Path) -> bool:
+    """Tell whether a model holds sparse tensors in its main graph; files of more than 2 GB hold none that could be read."""
+    import onnx
+
+    if path.stat().st_size > LARGEST_PROTO:
+        return False
+    graph = onnx.load(path, load_external_data=False).graph
+    return bool(graph.sparse_initializer) or any(sparse_attribute(node) is not None for node in graph.node)
+
+
+def sparse_attribute(node: Any) -> Any:
+    """Return the sparse tensor of a Constant; None where it has none."""
+    if node.op_type != "Constant":
+        return None
+    return next((a.sparse_tensor for a in node.attribute if a.HasField("sparse_tensor")), None)
+
+
+def densified(path: Path) -> ir.Model:
+    """Return a model whose sparse tensors are dense ones."""
+    import onnx
+
+    proto = onnx.load(path)
+    graph = proto.graph
+    graph.initializer.extend(dense(tensor, tensor.values.name) for tensor in graph.sparse_initializer)
+    del graph.sparse_initializer[:]
+    for node in graph.node:
+        tensor = sparse_attribute(node)
+        if tensor is not None:
+            value = dense(tensor, node.output[0])
+            del node.attribute[:]
+            node.attribute.append(onnx.helper.make_attribute("value", value))
+    return ir.from_proto(proto)
+
+
+def dense(tensor: Any, name: str) -> Any:
+    """Return a sparse tensor as a dense one; its indices are flat, or one row per value (ONNX SparseTensorProto)."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    values, indices = numpy_helper.to_array(tensor.values), numpy_helper.to_array(tensor.indices)
+    array = np.zeros(tuple(tensor.dims), dtype=values.dtype)
+    if indices.ndim == 1:
+        array.reshape(-1)[indices] = values
+    else:
+        array[tuple(indices.T)] = values
+    return numpy_helper.from_array(array, name)
 
 
 def external_files(model: ir.Model, path: Path) -> list[Path]:

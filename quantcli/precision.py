@@ -1,0 +1,87 @@
+"""Half precision at the edges, float32 inside: float16 and bfloat16 models keep the types of their inputs and outputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HALF = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+SINGLE = ir.DataType.FLOAT
+# Attributes that name the type of an output.
+TYPES = ("to", "dtype", "stash_type")
+
+
+def in_float32(model: ir.Model) -> None:
+    """Rewrite a model so that nothing but its inputs and outputs is of half precision, with a Cast at each such edge.
+
+    Casts to half precision become casts to float32, so what they rounded away is kept: the model computes more exactly than before.
+    """
+    if not any(value.dtype in HALF for value in every_value(model)):
+        return
+    edges = [value for value in (*model.graph.inputs, *model.graph.outputs) if value.dtype in HALF]
+    types = {value: value.dtype for value in edges}
+    for value in every_value(model):
+        if value.dtype in HALF:
+            value.type = ir.TensorType(SINGLE)
+        held = value.const_value
+        if held is not None and held.dtype in HALF:
+            value.const_value = ir.tensor(np.asarray(held.numpy(), dtype=np.float32), name=held.name)
+    for node in model.graph.all_nodes():
+        for name in TYPES:
+            found = node.attributes.get(name)
+            if (
+                found is not None
+                and found.type == ir.AttributeType.INT
+                and found.value in {kind.value for kind in HALF}
+            ):
+                node.attributes[name] = ir.AttrInt64(name, SINGLE.value)
+        found = node.attributes.get("value")
+        if found is not None and found.type == ir.AttributeType.TENSOR and found.value.dtype in HALF:
+            tensor = ir.tensor(np.asarray(found.value.numpy(), dtype=np.float32), name=found.value.name)
+            node.attributes["value"] = ir.AttrTensor("value", tensor)
+    for value in list(model.graph.inputs):
+        if value in types:
+            cast_input(model.graph, value, types[value])
+    for position, value in enumerate(list(model.graph.outputs)):
+        if value in types and not value.is_graph_input():
+            cast_output(model.graph, position, value, types[value])
+
+
+def every_value(model: ir.Model) -> Iterator[ir.Value]:
+    """Yield every value of a model, those of the bodies within it too."""
+    for graph in model.graphs():
+        yield from graph.inputs
+        yield from graph.initializers.values()
+        for node in graph:
+            yield from node.outputs
+
+
+def cast_input(graph: ir.Graph, value: ir.Value, kind: ir.DataType | None) -> None:
+    """Give an input its type back, and its readers a float32 copy."""
+    node = ir.node("Cast", [value], {"to": SINGLE.value}, name=f"{value.name}_to_float32")
+    made = node.outputs[0]
+    made.name, made.shape, made.type = f"{value.name}_float32", value.shape, ir.TensorType(SINGLE)
+    ir.convenience.replace_all_uses_with(value, made)
+    node.replace_input_with(0, value)
+    value.type = ir.TensorType(kind) if kind is not None else None
+    if len(graph):
+        graph.insert_before(graph[0], node)
+    else:
+        graph.append(node)
+
+
+def cast_output(graph: ir.Graph, position: int, value: ir.Value, kind: ir.DataType | None) -> None:
+    """Give an output its type back, behind a Cast."""
+    node = ir.node(
+        "Cast", [value], {"to": kind.value if kind is not None else SINGLE.value}, name=f"{value.name}_from_float32"
+    )
+    made = node.outputs[0]
+    made.name, value.name = value.name, f"{value.name}_float32"
+    made.shape, made.type = value.shape, ir.TensorType(kind) if kind is not None else None
+    graph.append(node)
+    graph.outputs[position] = made
