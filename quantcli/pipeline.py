@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from calibration import statistics as statistics_file
-from calibration.datasets import Selection, batches, fitted_batch, fixes_batch, open_dataset, select
-from calibration.errors import DataError, StatisticsError
+from calibration.datasets import Selection, batches, boundaries, fitted_batch, fixes_batch, open_dataset, select
+from calibration.errors import DataError, RunError, StatisticsError
 from calibration.hooks.onnxruntime import Runner
 from calibration.statistics import Statistics
 from quantcli import sidecar as sidecar_file
@@ -26,7 +28,9 @@ from quantcli.files import check_output, staged
 from quantcli.fold import fold
 from quantcli.integer.verify import Verification, random_inputs
 from quantcli.integer.verify import verify as compare_integers
+from quantcli.integer.weights import verify_weights as compare_weights
 from quantcli.load import LoadedModel, load, shown_name
+from quantcli.modes import plan_without_data
 from quantcli.observation import Data, Run, check_counted, observe
 from quantcli.plan import Plan, make_plan
 from quantcli.probe import model_bytes
@@ -40,10 +44,13 @@ from quantcli.write import WRITERS
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    import onnx_ir as ir
     from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
+# How many samples the self-check runs where nothing was calibrated.
+CHECKED = 4
 # How many random samples are verified where there is no data.
 RANDOM_SAMPLES = 8
 
@@ -186,12 +193,7 @@ def convert(
     """
     recipe = recipe or Recipe()
     model, output = Path(model), Path(output)
-    places = (statistics, data, function, synthetic)
-    if sum(given is not None for given in places) != 1:
-        raise UsageError(
-            "convert needs either statistics or calibration data",
-            "give one of --stats, --data, --data-function, --synthetic",
-        )
+    check_places(recipe, statistics, data, function, synthetic)
     if output.suffix != ".onnx":
         raise UsageError(f"the output {output} is of no known kind", "name it .onnx")
     if form not in WRITERS:
@@ -204,36 +206,121 @@ def convert(
     target = resolve_target(recipe)
     source = load(model)
     check_outputs([output, sidecar_path], source.files)
-    folded = fold(source.graph, target.activation.opset, recipe.requantize)
-    if statistics is None:
-        check_counted(recipe)
-        found = observe(
-            source, folded, data_of(data, labels, split, function, synthetic), recipe, run or Run(), progress
-        )
-    elif isinstance(statistics, Statistics):
-        found = statistics
+    folded = fold(source.graph, max(target.activation.opset, opset_for(recipe)), recipe.requantize)
+    places = (
+        None if statistics is not None else Data(path_or_none(data), path_or_none(labels), split, function, synthetic)
+    )
+    if recipe.mode == "static":
+        found = statistics_of(source, folded, statistics, places, recipe, run or Run(), progress)
+        final, seen, evened = smooth(folded, found, recipe)
+        plan = make_plan(final, seen, recipe)
     else:
-        found = statistics_file.load(Path(str(statistics)))
-    check_belongs(found, source)
-    smoothed, seen, evened = smooth(folded, found, recipe)
-    plan = make_plan(smoothed, seen, recipe)
-    explanations = explain(smoothed, plan, explained)
+        found, final, evened = unobserved(source, places, recipe), folded, ()
+        plan = plan_without_data(final, recipe)
+    explanations = explain(final, plan, explained)
     if strict:
         check_strict(plan, found)
-    if found.synthetic:
+    if found.synthetic and recipe.mode == "static":
         logger.warning("the ranges come from random data: the model is for trying out, not for use")
-    quantized = quantize(smoothed, plan)
+    quantized = quantize(final, plan)
     written = model_bytes(writer(quantized))
     entry = FileEntry(shown_name(output), hashlib.sha256(written).hexdigest(), len(written))
     sidecar = sidecar_file.describe(quantized, source, entry, found, recipe)
     progress("check", 0, 1)
     check = self_check(source, written, sidecar, found)
     if verified:
-        require_verified(compare_integers(written, sidecar, [found.check_inputs]))
+        stored = recipe.mode != "static"
+        require_verified(
+            compare_weights(written, sidecar) if stored else compare_integers(written, sidecar, [found.check_inputs])
+        )
     with staged() as files:
         files.write(output, written)
         files.write(sidecar_path, sidecar_file.encode(sidecar))
     return Conversion(output, sidecar_path, sidecar, plan, check, evened, explanations)
+
+
+def path_or_none(path: Path | str | None) -> Path | None:
+    """Return a path of what may be text or nothing."""
+    return None if path is None else Path(path)
+
+
+def check_places(recipe: Recipe, statistics: object, *data: object) -> None:
+    """Check that ranges come from one place, and that there is none where there are no ranges.
+
+    Raises:
+        UsageError: If not.
+    """
+    given = sum(place is not None for place in (statistics, *data))
+    if recipe.mode == "static" and given != 1:
+        raise UsageError(
+            "convert needs either statistics or calibration data",
+            "give one of --stats, --data, --data-function, --synthetic; or --mode dynamic or weights, which need none",
+        )
+    if recipe.mode != "static" and (statistics is not None or given > 1):
+        raise UsageError(
+            f"--mode {recipe.mode} has no use for statistics, nor for data from two places",
+            "leave them out; --data is for the self-check alone",
+        )
+
+
+def opset_for(recipe: Recipe) -> int:
+    """Return the oldest operator set that holds what a mode writes: 21 for weights in blocks and of 4 bits."""
+    return 21 if recipe.mode == "weights" and (recipe.weight.block_size or recipe.weight.bits == 4) else 13
+
+
+def statistics_of(
+    source: LoadedModel,
+    folded: ir.Model,
+    statistics: Statistics | Path | str | None,
+    data: Data | None,
+    recipe: Recipe,
+    run: Run,
+    progress: Progress,
+) -> Statistics:
+    """Return the statistics that were given, or those of the data.
+
+    Raises:
+        ReportedError: If they cannot be used, or belong to another model.
+    """
+    if data is not None:
+        check_counted(recipe)
+        return observe(source, folded, data, recipe, run, progress)
+    found = statistics if isinstance(statistics, Statistics) else statistics_file.load(Path(str(statistics)))
+    check_belongs(found, source)
+    return found
+
+
+def unobserved(source: LoadedModel, data: Data | None, recipe: Recipe) -> Statistics:
+    """Return statistics of nothing, with some samples for the self-check: of the data, or random ones."""
+    runner = Runner(source.runnable, what=source.name)
+    given = data if data is not None and (data.path or data.function) else Data(synthetic=CHECKED)
+    dataset = open_dataset(
+        given.path,
+        runner.inputs,
+        recipe.preprocess,
+        given.labels,
+        given.split,
+        function=given.function,
+        synthetic=given.synthetic,
+    )
+    size = fitted_batch(runner.inputs, None) if fixes_batch(runner.inputs) else min(CHECKED, len(dataset))
+    spans = boundaries(dataset, np.arange(len(dataset), dtype=np.intp), size, fixes_batch(runner.inputs))
+    if not spans:
+        raise DataError(f"the model takes batches of {size} and there are {len(dataset)} samples", "give more samples")
+    inputs = dataset.read(np.arange(*spans[0], dtype=np.intp))
+    if given.synthetic is not None:
+        inputs = with_ones(runner, inputs)
+    return Statistics(source.sha256, "", {}, 0, "minmax", {}, inputs, synthetic=given.synthetic is not None)
+
+
+def with_ones(runner: Runner, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Return random inputs whose integers are ones (a mask of zeros would hide the model), where the model takes that."""
+    ones = {name: values if values.dtype.kind == "f" else np.ones_like(values) for name, values in inputs.items()}
+    try:
+        runner.run(ones)
+    except RunError:
+        return inputs
+    return ones
 
 
 def check_outputs(outputs: Iterable[Path], sources: Iterable[Path | None]) -> None:
@@ -264,7 +351,7 @@ def check_belongs(statistics: Statistics, source: LoadedModel) -> None:
 
 def check_strict(plan: Plan, statistics: Statistics) -> None:
     """Raise StrictError for ranges of random data, operators that stay float, and weight channels of nothing but zeros."""
-    if statistics.synthetic:
+    if statistics.synthetic and statistics.tensors:
         raise StrictError("the ranges come from random data (--synthetic)", "calibrate with real data")
     if plan.floats:
         first = plan.floats[0]
@@ -308,6 +395,8 @@ def verify(
     model = sidecar.with_name(document.model.name)
     if not model.is_file():
         raise ModelError(f"{sidecar} speaks of {document.model.name}, which is not beside it", "put it there")
+    if document.mode != "static":
+        return compare_weights(model.read_bytes(), document)
     runner = Runner(load(model).runnable, what=model.name)
     if data is None:
         size = fitted_batch(runner.inputs, batch or RANDOM_SAMPLES)

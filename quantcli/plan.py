@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from calibration.observers import TensorStatistics
     from calibration.statistics import Statistics
+    from quantcli.arithmetic.blocks import Blocks
     from quantcli.recipe import Recipe
     from quantcli.targets import Target
 
@@ -59,6 +60,7 @@ class TensorPlan:
         samples: From how many calibration samples the range was seen; 0 for constants and for ranges that an operator fixes.
         same_as: The tensor whose parameters this one shares.
         dead: The channels that hold nothing but zeros.
+        blocks: The parameters of a weight in blocks, which has no others.
     """
 
     name: str
@@ -72,6 +74,7 @@ class TensorPlan:
     samples: int = 0
     same_as: str | None = None
     dead: tuple[int, ...] = ()
+    blocks: Blocks | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantcli.arithmetic import affine, tables
+from quantcli.arithmetic.blocks import quantize_blocks
 from quantcli.errors import PlanError
 from quantcli.fold import constant
 from quantcli.plan import INT32, activation_bounds
@@ -64,6 +65,8 @@ def has_table(layer: LayerPlan, plan: Plan) -> bool:
 
 def quantized_constant(tensor: TensorPlan, values: NDArray[Any]) -> NDArray[Any]:
     """Return a constant as integers of its planned type."""
+    if tensor.blocks is not None:
+        return quantize_blocks(values, tensor.blocks, tensor.integer)
     if tensor.role == "bias":
         # A bias stands at S_x·S_w; dividing in float64 by the stored float32 product keeps model and sidecar one network.
         scale = affine.along_axis(np.array(tensor.scale, dtype=np.float64), 1, tensor.axis)

@@ -60,9 +60,14 @@ class Activation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Weight(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How weights are quantized (section ``[weight]``); None leaves it to the target."""
+    """How weights are quantized (section ``[weight]``); None leaves it to the target.
+
+    ``block_size`` is for ``mode = "weights"``: so many values along a product's inputs share a scale (32 where ``bits`` is 4).
+    """
 
     per_channel: bool | None = None
+    bits: Annotated[int, msgspec.Meta(ge=2, le=8)] | None = None
+    block_size: Annotated[int, msgspec.Meta(ge=16)] | None = None
 
 
 class Multiplier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -100,6 +105,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the user wants, whole."""
 
     target: str = DEFAULT_TARGET
+    mode: Literal["static", "dynamic", "weights"] = "static"
     requantize: bool = False
     calibration: Calibration = Calibration()
     preprocess: Preprocess | None = None
@@ -164,7 +170,7 @@ def resolve_target(recipe: Recipe) -> Target:
     return msgspec.structs.replace(
         target,
         activation=activation,
-        weight=overlaid(target.weight, per_channel=recipe.weight.per_channel),
+        weight=overlaid(target.weight, per_channel=recipe.weight.per_channel, bits=recipe.weight.bits),
         multiplier=overlaid(target.multiplier, bits=recipe.multiplier.bits, rounding=recipe.multiplier.rounding),
         placement=PlacementFormat() if recipe.layers.everywhere else target.placement,
     )

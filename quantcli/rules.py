@@ -44,6 +44,8 @@ class Arithmetic(Enum):
     SOFTMAX = "softmax"  # y = softmax over an axis, output fixed
     MOVE = "move"  # y = x, elsewhere
     LOOKUP = "lookup"  # rows of a stored table, given as reals
+    DYNAMIC = "dynamic"  # y = S_x·S_w·Σ(x−z_x)·w, S_x and z_x found while the model runs
+    STORED = "stored"  # a float operator on weights that are stored as integers
 
 
 @dataclass(frozen=True)

@@ -50,11 +50,21 @@ class CalibrationEntry(Entry, frozen=True):
     selection: dict[str, Any]
 
 
+class BlocksEntry(Entry, frozen=True):
+    """A weight in blocks of ``size`` values along ``axis``: the model holds a scale and a zero point for each, by these names."""
+
+    size: int
+    axis: int
+    scale: str
+    zero_point: str | None
+    sha256: str
+
+
 class TensorEntry(Entry, frozen=True):
     """One quantized tensor: real = scale · (q − zero_point), q in ``dtype`` from qmin to qmax."""
 
     role: Literal["activation", "constant", "weight", "bias"]
-    dtype: Literal["uint8", "int8", "int16", "int32"]
+    dtype: Literal["uint4", "uint8", "int8", "int16", "int32"]
     qmin: int
     qmax: int
     scale: list[float]
@@ -68,6 +78,7 @@ class TensorEntry(Entry, frozen=True):
     integers: str
     reals: str
     sha256: str | None
+    blocks: BlocksEntry | None
 
 
 class MultiplierEntry(Entry, frozen=True):
@@ -84,7 +95,9 @@ class LayerEntry(Entry, frozen=True):
 
     name: str
     operator: str
-    arithmetic: Literal["accumulate", "product", "sum", "mean", "rescale", "table", "softmax", "move", "lookup"]
+    arithmetic: Literal[
+        "accumulate", "product", "sum", "mean", "rescale", "table", "softmax", "move", "lookup", "dynamic", "stored"
+    ]
     inputs: list[str]
     outputs: list[str]
     absorbed: list[str]
@@ -109,10 +122,11 @@ class Sidecar(Entry, frozen=True):
     format: Literal["quantcli-sidecar"]
     version: Literal[2]
     producer: str
+    mode: Literal["static", "dynamic", "weights"]
     float_model: FileEntry
     model: FileEntry
     opset: int
-    calibration: CalibrationEntry
+    calibration: CalibrationEntry | None
     target: Target
     recipe: Recipe
     tensors: dict[str, TensorEntry]
@@ -132,17 +146,11 @@ def describe(
         "quantcli-sidecar",
         VERSION,
         f"quantcli {__version__}",
+        recipe.mode,
         FileEntry(source.name, source.sha256, source.size),
         output,
         quantized.model.opset_imports[""],
-        CalibrationEntry(
-            statistics.data_sha256,
-            statistics.samples,
-            statistics.observer,
-            statistics.synthetic,
-            dict(sorted(statistics.preprocess.items())),
-            dict(sorted(statistics.selection.items())),
-        ),
+        calibration_entry(statistics) if recipe.mode == "static" else None,
         plan.target,
         msgspec.structs.replace(recipe, target=plan.target.name),
         {
@@ -154,11 +162,33 @@ def describe(
     )
 
 
+def calibration_entry(statistics: Statistics) -> CalibrationEntry:
+    """Return where ranges come from."""
+    return CalibrationEntry(
+        statistics.data_sha256,
+        statistics.samples,
+        statistics.observer,
+        statistics.synthetic,
+        dict(sorted(statistics.preprocess.items())),
+        dict(sorted(statistics.selection.items())),
+    )
+
+
+def blocks_entry(tensor: TensorPlan, names: dict[str, str]) -> BlocksEntry | None:
+    """Return the entry of a weight in blocks; the digest is over its scales, then its zero points."""
+    if tensor.blocks is None:
+        return None
+    parts = [tensor.blocks.scale, *([] if tensor.integer.signed else [tensor.blocks.zero_point])]
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
+    zero_point = None if tensor.integer.signed else names["zero_point"]
+    return BlocksEntry(tensor.blocks.size, tensor.blocks.axis, names["scale"], zero_point, digest)
+
+
 def tensor_entry(tensor: TensorPlan, names: dict[str, str], constant: NDArray[Any] | None) -> TensorEntry:
     """Return a tensor's entry."""
     return TensorEntry(
         tensor.role,  # type: ignore[arg-type]
-        tensor.integer.dtype.name,  # type: ignore[arg-type]
+        "uint4" if tensor.blocks is not None and tensor.integer.bits == 4 else tensor.integer.dtype.name,  # type: ignore[arg-type]
         tensor.integer.qmin,
         tensor.integer.qmax,
         list(tensor.scale),
@@ -172,6 +202,7 @@ def tensor_entry(tensor: TensorPlan, names: dict[str, str], constant: NDArray[An
         names["integers"],
         names["reals"],
         None if constant is None else hashlib.sha256(np.ascontiguousarray(constant).tobytes()).hexdigest(),
+        blocks_entry(tensor, names),
     )
 
 

@@ -33,7 +33,7 @@ ORDER = [
     {"quantcli.rules", "quantcli.integer_operators", "quantcli.cost"},
     {"quantcli.placement"},
     {"quantcli.plan"},
-    {"quantcli.tune"},
+    {"quantcli.tune", "quantcli.modes"},
     {"quantcli.quantize"},
     {"quantcli.write"},
     {"quantcli.sidecar"},

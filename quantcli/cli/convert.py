@@ -32,6 +32,21 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", type=EXISTING_FILE)
+@click.option(
+    "--mode",
+    type=click.Choice(["static", "dynamic", "weights"]),
+    help="Ranges from data; or found while the model runs; or weights alone: the last two need no data.  [default: static]",
+)
+@click.option(
+    "--weight-bits",
+    type=click.IntRange(2, 8),
+    help="Width of weights; below 8 on int8, or 4 in blocks with --mode weights.",
+)
+@click.option(
+    "--block-size",
+    type=click.IntRange(min=16),
+    help="With --mode weights: so many weights share a scale.  [default: 32 for 4 bits, else whole channels]",
+)
 @click.option("--stats", type=EXISTING_FILE, help="Statistics that quantcli calibrate saved.")
 @data_options
 @click.option(
@@ -65,8 +80,8 @@ if TYPE_CHECKING:
 def convert(context: click.Context, /, model: Path, output: Path, strict: bool, **options: Any) -> None:
     """Quantize MODEL (.onnx or .pt2) and write the quantized model with its sidecar.
 
-    Give either statistics (--stats) or calibration data (--data). The last act is a self-check: what was written is loaded, run
-    on calibration samples, and compared with float.
+    Give either statistics (--stats) or calibration data (--data), or neither with --mode dynamic or weights. The last act is a
+    self-check: what was written is loaded, run on calibration samples, and compared with float.
     """
     from quantcli import pipeline
 

@@ -280,6 +280,7 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
     overrides: dict[str, Any] = {
         "target": options.get("target"),
         "requantize": options.get("requantize") or None,
+        "mode": options.get("mode"),
         "calibration": {key: options.get(key) for key in CALIBRATION},
         "preprocess": {key: options.get(key) for key in ("size", "crop", "scale", "mean", "std", "layout", "color")},
         "activation": {
@@ -287,7 +288,11 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
             "dtype": options.get("activation_dtype"),
             "symmetric": options.get("symmetric"),
         },
-        "weight": {"per_channel": options.get("per_channel")},
+        "weight": {
+            "per_channel": options.get("per_channel"),
+            "bits": options.get("weight_bits"),
+            "block_size": options.get("block_size"),
+        },
         "multiplier": {"bits": int(bits) if bits else None, "rounding": options.get("rounding")},
         "layers": {
             **{key: list(options.get(key) or ()) or None for key in ("include", "exclude")},

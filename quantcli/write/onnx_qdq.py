@@ -12,14 +12,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
 from quantcli.fold import add_constant
 from quantcli.rules import Arithmetic
 from quantcli.write.integers import move_integers, quantizer_of
+from quantcli.write.onnx_dynamic import DynamicProducts
 
 if TYPE_CHECKING:
+    from quantcli.arithmetic.blocks import Blocks
     from quantcli.plan import LayerPlan, TensorPlan
     from quantcli.quantize import QuantizedModel
 
@@ -47,6 +50,8 @@ def tensor_names(quantized: QuantizedModel) -> dict[str, dict[str, str]]:
         name: {
             "integers": f"{name}_quantized{mark}",
             "reals": name if name in outputs else f"{name}_dequantized{mark}",
+            "scale": f"{name}_scale{mark}",
+            "zero_point": f"{name}_zero_point{mark}",
         }
         for name in quantized.plan.tensors
     }
@@ -77,6 +82,7 @@ class Writer:
         self.floats = {layer.name for layer in self.plan.floats}
         self.layers = {layer.name: layer for layer in self.plan.layers}
         self.constants: dict[str, ir.Value] = {}
+        self.dynamic = DynamicProducts(graph, self.mark)
         self.stored: dict[str, ir.Value] = {}
         self.parameters: dict[str, tuple[ir.Value, ir.Value | None]] = {}
 
@@ -87,6 +93,9 @@ class Writer:
         for layer in self.plan.layers:
             if layer.arithmetic is Arithmetic.LOOKUP:
                 self.look_up(layer)
+            elif layer.arithmetic is Arithmetic.DYNAMIC:
+                tensor = self.plan.tensors[layer.inputs[0]]
+                self.dynamic.rewrite(self.nodes[layer.name], self.stored_constant(tensor), tensor)
             else:
                 self.quantize_constants(layer)
         values = {str(value.name): value for value in self.graph.inputs}
@@ -154,11 +163,7 @@ class Writer:
     def look_up(self, layer: LayerPlan) -> None:
         """Let a lookup give integers of the stored table, and dequantize those."""
         node, tensor = self.nodes[layer.name], self.plan.tensors[layer.inputs[0]]
-        if tensor.name not in self.stored:
-            self.stored[tensor.name] = add_constant(
-                self.graph, self.names[tensor.name]["integers"], self.quantized.constants[tensor.name]
-            )
-        node.replace_input_with(0, self.stored[tensor.name])
+        node.replace_input_with(0, self.stored_constant(tensor))
         value = node.outputs[0]
         scale, zero_point = self.parameter_values(tensor)
         # The table's columns stand last, in the table and in what is looked up.
@@ -174,14 +179,20 @@ class Writer:
         value.type = ir.TensorType(ir.DataType.INT8)
         self.graph.insert_after(node, to_real)
 
+    def stored_constant(self, tensor: TensorPlan) -> ir.Value:
+        """Return the integers of a constant, registered once; those of 4 bits are packed in pairs."""
+        if tensor.name not in self.stored:
+            array = self.quantized.constants[tensor.name]
+            if tensor.integer.bits == 4 and tensor.blocks is not None:
+                array = array.astype(ml_dtypes.int4 if tensor.integer.signed else ml_dtypes.uint4)
+            self.stored[tensor.name] = add_constant(self.graph, self.names[tensor.name]["integers"], array)
+        return self.stored[tensor.name]
+
     def dequantized_constant(self, tensor: TensorPlan, reader: ir.Node) -> ir.Value:
         """Return the dequantized value of a constant, made at its first reader."""
-        integers, reals = self.names[tensor.name]["integers"], self.names[tensor.name]["reals"]
         if tensor.name in self.constants:
             return self.constants[tensor.name]
-        array = self.quantized.constants[tensor.name]
-        stored = add_constant(self.graph, integers, array)
-        node = self.dequantize_node(tensor, stored, reals)
+        node = self.dequantize_node(tensor, self.stored_constant(tensor), self.names[tensor.name]["reals"])
         self.graph.insert_before(reader, node)
         self.constants[tensor.name] = node.outputs[0]
         return node.outputs[0]
@@ -242,6 +253,8 @@ class Writer:
         scale, zero_point = self.parameter_values(tensor)
         inputs = [stored, scale] if zero_point is None else [stored, scale, zero_point]
         attributes = {"axis": tensor.axis} if tensor.axis is not None else {}
+        if tensor.blocks is not None:
+            attributes = {"axis": tensor.blocks.axis, "block_size": tensor.blocks.size}
         node = ir.node("DequantizeLinear", inputs, attributes, name=f"{tensor.name}_DequantizeLinear")
         node.outputs[0].name = reals
         return node
@@ -249,6 +262,8 @@ class Writer:
     def parameter_values(self, tensor: TensorPlan) -> tuple[ir.Value, ir.Value | None]:
         """Return scale and zero point as constants of the graph, shared by all tensors that share parameters."""
         owner = tensor.same_as or tensor.name
+        if owner not in self.parameters and tensor.blocks is not None:
+            self.parameters[owner] = self.block_parameters(tensor, tensor.blocks)
         if owner not in self.parameters:
             scale = np.array(tensor.scale, dtype=np.float32)
             zero_point = np.array(tensor.zero_point, dtype=tensor.integer.dtype)
@@ -260,3 +275,13 @@ class Writer:
                 else add_constant(self.graph, f"{owner}_zero_point{self.mark}", zero_point.reshape(shape)),
             )
         return self.parameters[owner]
+
+    def block_parameters(self, tensor: TensorPlan, blocks: Blocks) -> tuple[ir.Value, ir.Value | None]:
+        """Return scales and zero points of a weight in blocks as constants; no zero points where all are zero."""
+        scale = add_constant(self.graph, f"{tensor.name}_scale{self.mark}", blocks.scale)
+        if tensor.integer.signed:
+            return scale, None
+        array = blocks.zero_point
+        if tensor.integer.bits == 4:
+            array = array.astype(ml_dtypes.uint4)
+        return scale, add_constant(self.graph, f"{tensor.name}_zero_point{self.mark}", array)

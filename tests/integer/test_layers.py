@@ -255,7 +255,7 @@ def test_every_operator_of_the_table_is_here() -> None:
 
 
 def test_the_tables_have_the_same_keys() -> None:
-    assert set(INTEGER_LAYERS) == {arithmetic.value for arithmetic in Arithmetic}
+    assert {*INTEGER_LAYERS, "dynamic", "stored"} == {arithmetic.value for arithmetic in Arithmetic}
     assert set(MOVES) == {name for name, rule in RULES.items() if rule.arithmetic is Arithmetic.MOVE}
 
 
