@@ -316,6 +316,13 @@ def constant(value: ir.Value | None) -> NDArray[Any] | None:
     return value.const_value.numpy()
 
 
+def unmapped(value: ir.Value) -> None:
+    """Let go of the memory map of a weight in an external file; it is mapped again when it is read."""
+    if isinstance(value.const_value, ir.ExternalTensor):
+        with contextlib.suppress(BufferError):  # somebody still looks at it
+            value.const_value.release()
+
+
 def add_constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
     """Register an array under ``name``, or with a number behind it where a constant has that name, and return its value."""
     unique, number = name, 1

@@ -30,6 +30,7 @@ from quantcli.integer.verify import Verification, random_inputs
 from quantcli.integer.verify import verify as compare_integers
 from quantcli.integer.weights import verify_weights as compare_weights
 from quantcli.load import LoadedModel, load, shown_name
+from quantcli.memory import give_back
 from quantcli.modes import plan_without_data
 from quantcli.observation import Data, Run, check_counted, observe
 from quantcli.plan import Plan, make_plan
@@ -226,6 +227,8 @@ def convert(
     written = model_bytes(writer(quantized))
     entry = FileEntry(shown_name(output), hashlib.sha256(written).hexdigest(), len(written))
     sidecar = sidecar_file.describe(quantized, source, entry, found, recipe)
+    del quantized  # of a large model, the integers stand in memory once from here on
+    give_back(len(written))
     progress("check", 0, 1)
     check = self_check(source, written, sidecar, found)
     if verified:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from quantcli.cost import values_of, work_of
 from quantcli.errors import PlanError, UsageError
-from quantcli.fold import constant
+from quantcli.fold import constant, unmapped
 from quantcli.recipe import resolve_target
 from quantcli.rules import LOOKUPS, RULES, Arithmetic, Operand, Rule, rule_for
 
@@ -196,7 +196,10 @@ def why_float(node: ir.Node, excluded: dict[ir.Node, str]) -> str | None:
         if value.dtype != ir.DataType.FLOAT:
             return f"operand '{value.name}' is {value.dtype or 'of unknown type'}, not float32"
         values = constant(value)
-        if values is not None and (values.size == 0 or not np.isfinite(values.astype(np.float64)).all()):
+        bad = values is not None and (values.size == 0 or not np.isfinite(values).all())
+        del values
+        unmapped(value)
+        if bad:
             return f"the constant '{value.name}' is empty or not finite"
     return next((reason for check in rule.refuses if (reason := check(node)) is not None), None)
 

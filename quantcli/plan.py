@@ -20,7 +20,7 @@ from quantcli.arithmetic.affine import (
 )
 from quantcli.arithmetic.fixed_point import fixed_point, headroom_multipliers
 from quantcli.errors import PlanError
-from quantcli.fold import constant
+from quantcli.fold import constant, unmapped
 from quantcli.placement import FloatLayer, PlacedLayer, Placement, place
 from quantcli.recipe import resolve_target
 from quantcli.rules import Arithmetic, Operand
@@ -242,14 +242,14 @@ def to_power_of_two(scale: np.float32, lo: float, integer: IntegerType, symmetri
 def plan_weights(placement: Placement, activations: dict[str, TensorPlan], target: Target) -> dict[str, TensorPlan]:
     """Return the parameters of every weight: symmetric, per channel where the target and every use of it agree."""
     integer = IntegerType(f"int{target.weight.bits}", narrow=True)
-    uses: dict[str, list[tuple[PlacedLayer, NDArray[np.float32]]]] = {}
+    uses: dict[str, list[tuple[PlacedLayer, ir.Value]]] = {}
     for layer in placement.layers:
         for _, value, kind in layer.operands():
             if kind is Operand.WEIGHT:
-                uses.setdefault(str(value.name), []).append((layer, np.asarray(constant(value), dtype=np.float32)))
+                uses.setdefault(str(value.name), []).append((layer, value))
     tensors = {}
     for name, users in uses.items():
-        values = users[0][1]
+        values = np.asarray(constant(users[0][1]), dtype=np.float32)
         axes = {layer.rule.weight_axis(layer.node) for layer, _ in users}
         axis = axes.pop() if len(axes) == 1 and target.weight.per_channel else None
         channels = (
@@ -257,6 +257,8 @@ def plan_weights(placement: Placement, activations: dict[str, TensorPlan], targe
         )
         lo, hi = channels.min(axis=1), channels.max(axis=1)
         largest = np.maximum(-lo, hi)
+        del values, channels
+        unmapped(users[0][1])
         scales = symmetric_scales(largest, integer)
         for layer, _ in users:
             if (bias := bias_of(layer)) is not None:

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
 
+from calibration.hooks.onnxruntime import Bundle
 from quantcli.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+
 # Protocol buffers hold less than 2 GiB.
 LARGEST_MODEL = 2**31 - 1
+# Of a model above that, weights of more bytes stay outside the message.
+LARGE_WEIGHT = 1 << 20
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Return how many bytes a model's constants take."""
+    return sum(
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and value.const_value.dtype is not ir.DataType.STRING
+    )
 
 
 def model_bytes(model: ir.Model) -> bytes:
@@ -21,28 +35,58 @@ def model_bytes(model: ir.Model) -> bytes:
     Raises:
         ModelError: If it is too large for one file.
     """
-    weights = sum(
-        value.const_value.nbytes
-        for value in model.graph.initializers.values()
-        if value.const_value is not None and value.const_value.dtype is not ir.DataType.STRING
-    )
+    weights = weight_bytes(model)
     if weights > LARGEST_MODEL:
         raise ModelError(
-            f"the model holds {weights >> 20} MB of weights, more than one file can", "2 GB is the limit for now"
+            f"the model holds {weights >> 20} MB of weights, more than one file can",
+            "--mode weights --weight-bits 4 makes them smallest",
         )
+    if any(isinstance(value.const_value, ir.ExternalTensor) for value in model.graph.initializers.values()):
+        model = model.clone()
+        for value in model.graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = ir.tensor(np.array(value.const_value.numpy()), name=value.const_value.name)
     return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 
 
-def with_outputs(model: ir.Model, names: Iterable[str]) -> bytes:
+def runnable(model: ir.Model) -> bytes | Bundle:
+    """Return a model as ONNX Runtime takes it: its bytes or, above 2 GB, its bytes and where its weights are."""
+    if weight_bytes(model) <= LARGEST_MODEL:
+        return model_bytes(model)
+    folder, inline = "", 0
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            folder = str(value.const_value.base_dir)
+        elif value.const_value is not None:
+            inline += value.const_value.nbytes
+    slim, weights = model.clone(), {}
+    for name, value in slim.graph.initializers.items():
+        tensor = value.const_value
+        if (
+            inline <= LARGEST_MODEL
+            or tensor is None
+            or isinstance(tensor, ir.ExternalTensor)
+            or tensor.nbytes < LARGE_WEIGHT
+        ):
+            continue
+        weights[name] = np.ascontiguousarray(tensor.numpy())
+        shape = ir.Shape(weights[name].shape)
+        value.const_value = ir.ExternalTensor("weights", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
+    return Bundle(bytes(ir.to_proto(slim).SerializeToString(deterministic=True)), weights, folder)
+
+
+def with_outputs(model: ir.Model, names: Iterable[str]) -> bytes | Bundle:
     """Return the bytes of a model that also gives the named tensors; inputs among them are left to the caller."""
     probed = model.clone()
     given = {value.name for value in (*probed.graph.inputs, *probed.graph.outputs)}
     wanted = {name for name in names if name not in given}
     probed.graph.outputs.extend(v for node in probed.graph for v in node.outputs if v.name in wanted)
-    return model_bytes(probed)
+    return runnable(probed)
 
 
-def with_highest(model: ir.Model, names: Iterable[str], settled: Iterable[str]) -> tuple[bytes, dict[str, str]]:
+def with_highest(
+    model: ir.Model, names: Iterable[str], settled: Iterable[str]
+) -> tuple[bytes | Bundle, dict[str, str]]:
     """Return the bytes of a model that gives the named tensors, but of the settled ones only their highest values.
 
     GlobalMaxPool finds them, one per sample and channel: ONNX Runtime runs it on the layout in which convolutions leave their
@@ -76,4 +120,4 @@ def with_highest(model: ir.Model, names: Iterable[str], settled: Iterable[str]) 
             graph.outputs.append(node.outputs[0])
         elif name not in held:
             graph.outputs.append(value)
-    return model_bytes(probed), pooled
+    return runnable(probed), pooled

@@ -10,7 +10,7 @@ import numpy as np
 from quantcli.arithmetic import affine, tables
 from quantcli.arithmetic.blocks import quantize_blocks
 from quantcli.errors import PlanError
-from quantcli.fold import constant
+from quantcli.fold import constant, unmapped
 from quantcli.plan import INT32, activation_bounds
 from quantcli.rules import Arithmetic
 
@@ -46,11 +46,12 @@ def quantize(model: ir.Model, plan: Plan) -> QuantizedModel:
         PlanError: If a bias does not fit int32 (the plan widens scales so that it does).
     """
     nodes = {str(node.name): node for node in model.graph}
-    constants = {
-        name: quantized_constant(tensor, np.asarray(constant(model.graph.initializers[name])))
-        for name, tensor in plan.tensors.items()
-        if tensor.role != "activation"
-    }
+    constants = {}
+    for name, tensor in plan.tensors.items():
+        if tensor.role != "activation":
+            value = model.graph.initializers[name]
+            constants[name] = quantized_constant(tensor, np.asarray(constant(value)))
+            unmapped(value)
     found = {layer.name: layer_table(layer, nodes[layer.name], plan) for layer in plan.layers if has_table(layer, plan)}
     return QuantizedModel(model, plan, constants, found)
 

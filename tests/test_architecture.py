@@ -20,7 +20,7 @@ ORDER = [
     {"calibration.statistics", "calibration.collect", "calibration.ranges"},
     {"calibration"},
     {"quantcli.errors"},
-    {"quantcli.targets", "quantcli.recipe", "quantcli.files", "quantcli.progress"},
+    {"quantcli.targets", "quantcli.recipe", "quantcli.files", "quantcli.progress", "quantcli.memory"},
     {
         "quantcli.load",
         "quantcli.fold",

@@ -460,7 +460,7 @@ class Deviation:
         self.opset = next(entry.version for entry in proto.opset_import if entry.domain == "")
         constants = {entry.name: np.array(numpy_helper.to_array(entry)) for entry in proto.graph.initializer}
         names = [name for n in proto.graph.node for name in n.output]
-        self.values = {**feeds, **constants, **ran(with_outputs(folded, names), feeds, names)}
+        self.values = {**feeds, **constants, **ran(only_bytes(with_outputs(folded, names)), feeds, names)}
         self.magnitudes = {n: np.asarray(np.abs(v) + (around or {}).get(n, 0), v.dtype) for n, v in self.values.items()}
         self.bounds = {
             name: self.rounding(name, np.zeros_like(values)) for name, values in (*feeds.items(), *constants.items())
@@ -544,6 +544,12 @@ def ran(model: bytes, feeds: Feeds, outputs: Sequence[str], *, fused: bool = Fal
     """Run a model and return the outputs by name."""
     given = session(model, fused=fused)
     return dict(zip(outputs, given.run(list(outputs), feeds), strict=True))
+
+
+def only_bytes(model: object) -> bytes:
+    """What is below 2 GB is bytes."""
+    assert isinstance(model, bytes)
+    return model
 
 
 def data(shapes: Sequence[tuple[int, ...]], offset: float) -> Feeds:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+# Models of more bytes are run without copies of their weights, if a little slower.
+WORTH_SPARING = 1 << 30
 DTYPES = {
     "tensor(float)": "float32",
     "tensor(double)": "float64",
@@ -31,11 +36,29 @@ DTYPES = {
 }
 
 
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """A model too large for one message: its bytes without its large weights, and those weights where they are.
+
+    Attributes:
+        data: The model's bytes.
+        weights: Weights in memory, by name.
+        folder: Where the files lie that hold the others.
+    """
+
+    data: bytes
+    weights: dict[str, NDArray[Any]]
+    folder: str = ""
+
+
+Source = bytes | Path | Bundle
+
+
 class Runner:
     """A model loaded into ONNX Runtime.
 
     Args:
-        model: A model's bytes, the path of its file, or a function that makes the bytes, again where they are needed again.
+        model: A model's bytes, the path of its file, a bundle, or a function that makes bytes or a bundle, again where needed.
         threads: Threads within an operator; 0 lets ONNX Runtime choose.
         what: What to call the model in errors.
 
@@ -43,12 +66,12 @@ class Runner:
         RunError: If ONNX Runtime refuses the model.
     """
 
-    def __init__(self, model: bytes | Path | Callable[[], bytes], threads: int = 0, what: str = "the model") -> None:
+    def __init__(self, model: Source | Callable[[], bytes | Bundle], threads: int = 0, what: str = "the model") -> None:
         self.what, self.threads = what, threads
         self.again = model if callable(model) else None
         self.loaded: Any = self.load(model() if callable(model) else model)
 
-    def load(self, model: bytes | Path) -> Any:
+    def load(self, model: Source) -> Any:
         """Return a session.
 
         Raises:
@@ -60,9 +83,16 @@ class Runner:
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 4
         try:
-            return onnxruntime.InferenceSession(
-                str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"]
-            )
+            if isinstance(model, Bundle):
+                values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in model.weights.values()]
+                options.add_external_initializers(list(model.weights), values)
+                if model.folder:
+                    options.add_session_config_entry(EXTERNAL_FOLDER, model.folder)
+            if isinstance(model, Bundle) or (isinstance(model, Path) and folder_size(model) > WORTH_SPARING):
+                # A kernel's own copy of its weights would double what a large model takes.
+                options.add_session_config_entry("session.disable_prepacking", "1")
+            given = model.data if isinstance(model, Bundle) else str(model) if isinstance(model, Path) else model
+            return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise RunError(f"ONNX Runtime refuses {self.what} ({first_line(error)})") from error
 
@@ -109,6 +139,11 @@ class Runner:
             return dict(zip(names, self.session.run(names, feeds), strict=True))
         except Exception as error:
             raise RunError(f"ONNX Runtime fails while running {self.what} ({first_line(error)})") from error
+
+
+def folder_size(path: Path) -> int:
+    """Return the bytes of a model's file and of the data beside it whose name begins with its own."""
+    return sum(file.stat().st_size for file in path.parent.glob(f"{glob.escape(path.name)}*") if file.is_file())
 
 
 def first_line(error: Exception) -> str:
