@@ -10,7 +10,7 @@ import onnx_ir as ir
 from quantcli.arithmetic.affine import IntegerType, symmetric_scales
 from quantcli.arithmetic.blocks import block_parameters
 from quantcli.errors import PlanError
-from quantcli.fold import add_constant, constant
+from quantcli.fold import add_constant, constant, unmapped
 from quantcli.placement import WORTH_STORING, FloatLayer, carries_floats, exclusions
 from quantcli.plan import LayerPlan, Plan, TensorPlan
 from quantcli.recipe import resolve_target
@@ -84,14 +84,25 @@ def why_float(node: ir.Node, recipe: Recipe, forced: bool) -> str | None:
         if node.op_type == "MatMul" and held[0] is not None and held[0].ndim != 2:
             return "its weight is a stack of matrices"
     small = sum(weight.size for weight in held if weight is not None) < SMALLEST_WEIGHT
+    del held
+    for position in WEIGHTS[node.op_type]:
+        unmapped_operand(node, position)
     return "its weight is small" if small and not forced else None
+
+
+def unmapped_operand(node: ir.Node, position: int) -> None:
+    """Let go of the memory map of an operand."""
+    value = node.inputs[position]
+    if value is not None:
+        unmapped(value)
 
 
 def weight_of(node: ir.Node, position: int) -> NDArray[np.float32] | None:
     """Return a finite float32 constant operand; None where it is none."""
     held = constant(node.inputs[position]) if position < len(node.inputs) else None
-    usable = held is not None and held.dtype == np.float32 and held.ndim >= 2 and held.size and np.isfinite(held).all()
-    return held if usable else None
+    if held is None or held.dtype != np.float32 or held.ndim < 2 or not held.size or not np.isfinite(held).all():
+        return None
+    return held
 
 
 def layer_of(node: ir.Node, recipe: Recipe, tensors: dict[str, TensorPlan]) -> LayerPlan:
@@ -105,6 +116,8 @@ def layer_of(node: ir.Node, recipe: Recipe, tensors: dict[str, TensorPlan]) -> L
         names.append(name)
         if name not in tensors:
             tensors[name] = weight_plan(name, values, node, recipe)
+        del values
+        unmapped(value)
     if node.op_type in LOOKUPS:
         arithmetic, why = Arithmetic.LOOKUP, "its table is stored in a quarter of the bytes"
     elif recipe.mode == "dynamic":

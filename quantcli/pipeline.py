@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import logging
@@ -16,7 +17,7 @@ import numpy as np
 
 from calibration import statistics as statistics_file
 from calibration.datasets import Selection, batches, boundaries, fitted_batch, fixes_batch, open_dataset, select
-from calibration.errors import DataError, RunError, StatisticsError
+from calibration.errors import DataError, ReportedError, RunError, StatisticsError
 from calibration.hooks.onnxruntime import Runner
 from calibration.statistics import Statistics
 from quantcli import sidecar as sidecar_file
@@ -43,7 +44,7 @@ from quantcli.tune.smooth import Smoothed, smooth
 from quantcli.write import WRITERS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -118,9 +119,9 @@ def calibrate(
     target = resolve_target(recipe)
     source = load(model)
     check_outputs(outputs, source.files)
-    statistics = observe(
-        source, fold(source.graph, target.activation.opset, recipe.requantize), given, recipe, run, progress
-    )
+    with blamed_on(source):
+        folded = fold(source.graph, target.activation.opset, recipe.requantize)
+        statistics = observe(source, folded, given, recipe, run, progress)
     if path is not None:
         with staged() as files:
             files.write(path, statistics_file.serialized(statistics))
@@ -207,24 +208,19 @@ def convert(
     target = resolve_target(recipe)
     source = load(model)
     check_outputs([output, sidecar_path], source.files)
-    folded = fold(source.graph, max(target.activation.opset, opset_for(recipe)), recipe.requantize)
     places = (
         None if statistics is not None else Data(path_or_none(data), path_or_none(labels), split, function, synthetic)
     )
-    if recipe.mode == "static":
-        found = statistics_of(source, folded, statistics, places, recipe, run or Run(), progress)
-        final, seen, evened = smooth(folded, found, recipe)
-        plan = make_plan(final, seen, recipe)
-    else:
-        found, final, evened = unobserved(source, places, recipe), folded, ()
-        plan = plan_without_data(final, recipe)
-    explanations = explain(final, plan, explained)
-    if strict:
-        check_strict(plan, found)
+    with blamed_on(source):
+        folded = fold(source.graph, max(target.activation.opset, opset_for(recipe)), recipe.requantize)
+        found, final, plan, evened = decided(source, folded, statistics, places, recipe, run or Run(), progress)
+        explanations = explain(final, plan, explained)
+        if strict:
+            check_strict(plan, found)
+        quantized = quantize(final, plan)
+        written = model_bytes(writer(quantized))
     if found.synthetic and recipe.mode == "static":
         logger.warning("the ranges come from random data: the model is for trying out, not for use")
-    quantized = quantize(final, plan)
-    written = model_bytes(writer(quantized))
     entry = FileEntry(shown_name(output), hashlib.sha256(written).hexdigest(), len(written))
     sidecar = sidecar_file.describe(quantized, source, entry, found, recipe)
     del quantized  # of a large model, the integers stand in memory once from here on
@@ -240,6 +236,39 @@ def convert(
         files.write(output, written)
         files.write(sidecar_path, sidecar_file.encode(sidecar))
     return Conversion(output, sidecar_path, sidecar, plan, check, evened, explanations)
+
+
+@contextlib.contextmanager
+def blamed_on(source: LoadedModel) -> Iterator[None]:
+    """Where something fails in a way that nobody foresaw, ask ONNX Runtime whether the model is a valid one at all.
+
+    Raises:
+        RunError: If it is not, with what is wrong with it.
+    """
+    try:
+        yield
+    except ReportedError:
+        raise
+    except Exception:
+        Runner(source.runnable, what=source.name)
+        raise
+
+
+def decided(
+    source: LoadedModel,
+    folded: ir.Model,
+    statistics: Statistics | Path | str | None,
+    places: Data | None,
+    recipe: Recipe,
+    run: Run,
+    progress: Progress,
+) -> tuple[Statistics, ir.Model, Plan, tuple[Smoothed, ...]]:
+    """Return what was seen, the model that the plan speaks of, the plan, and what was smoothed for it."""
+    if recipe.mode != "static":
+        return unobserved(source, places, recipe), folded, plan_without_data(folded, recipe), ()
+    found = statistics_of(source, folded, statistics, places, recipe, run, progress)
+    final, seen, evened = smooth(folded, found, recipe)
+    return found, final, make_plan(final, seen, recipe), evened
 
 
 def path_or_none(path: Path | str | None) -> Path | None:

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli import sidecar
-from quantcli.rules import RULES, Operand, Rule
+from quantcli.integer_operators import INTEGER_OPERATORS, REAL_OPERATORS
+from quantcli.modes import PRODUCTS, WEIGHTS
+from quantcli.rules import LOOKUPS, RULES, Operand, Rule
+from quantcli.targets import known, load_target
+from quantcli.write.onnx_qoperator import MOVES
 
 if TYPE_CHECKING:
     import click
@@ -26,6 +30,14 @@ operand's parameters) or *fixed* (the operator fixes its range). A Relu or Clip 
 Operators that only move or combine values become integer layers where their data is in integers already, or comes from the model's
 inputs and goes on to an integer layer. Anything else stays float, with its reason in the sidecar. What the integers do:
 [arithmetic.md](arithmetic.md), section 5."""
+
+
+TARGETS_PREFACE = """\
+Where a target has float kernels beside its integer ones, an operator becomes an integer layer only where that pays
+([recipes.md](recipes.md), `[placement]`): operators with float kernels only where an integer kernel reads what they make;
+products that float operators read give reals."""
+MODES_PREFACE = """\
+Without calibration data (`--mode`), operators with constant weights of 512 values or more:"""
 
 
 def cli_page() -> str:
@@ -80,13 +92,39 @@ def operators_page() -> str:
         OPERATORS_PREFACE,
         "\n".join(
             [
-                "| operator | operands | output | integers | absorbs Relu, Clip | stays float where |",
-                "|---|---|---|---|---|---|",
+                "| operator | operands | output | integers | absorbs Relu, Clip | stays float where | QOperator form |",
+                "|---|---|---|---|---|---|---|",
                 *(operator_row(name, rule) for name, rule in sorted(RULES.items())),
             ]
         ),
+        TARGETS_PREFACE,
+        "\n".join(
+            [
+                "| target | float kernels | gives reals | written on integers |",
+                "|---|---|---|---|",
+                *map(target_row, known()),
+            ]
+        ),
+        MODES_PREFACE,
+        "\n".join(["| operator | weights | dynamic |", "|---|---|---|", *map(mode_row, sorted({*WEIGHTS, *LOOKUPS}))]),
     ]
     return "\n\n".join(rows) + "\n"
+
+
+def target_row(name: str) -> str:
+    """Return what a target keeps float, or writes in a form of its own."""
+    placement = load_target(name).placement
+    parts = (placement.float_kernels, placement.real_outputs, placement.direct)
+    return f"| {name} | " + " | ".join(", ".join(part) or "—" for part in parts) + " |"
+
+
+def mode_row(name: str) -> str:
+    """Return what becomes of an operator's weights without calibration data."""
+    if name in LOOKUPS:
+        return f"| {name} of a large table | int8 per column | int8 per column |"
+    stored = "int8 per channel, or blocks of 4 or 8 bits" if name in PRODUCTS else "int8 per channel"
+    dynamic = "MatMulInteger" if name in PRODUCTS else "ConvInteger, where it is included" if name == "Conv" else "—"
+    return f"| {name} | {stored} | {dynamic} |"
 
 
 def operator_row(name: str, rule: Rule) -> str:
@@ -94,7 +132,10 @@ def operator_row(name: str, rule: Rule) -> str:
     operands = ", ".join(operand.value for operand in rule.inputs) + (", …" if rule.variadic else "")
     output = {Operand.SAME: "same", Operand.OWN: "own"}.get(rule.output, f"fixed to {list(rule.fixed or ())}")
     refusals = "; ".join(first_sentence(check.__doc__) for check in rule.refuses)
-    return f"| {name} | {operands} | {output} | {rule.arithmetic.value} | {'✓' if rule.absorbs else ''} | {refusals} |"
+    found = [entry.name for entry in (INTEGER_OPERATORS.get(name), REAL_OPERATORS.get(name)) if entry is not None]
+    form = ", ".join(dict.fromkeys(found)) or ("on integers" if name in MOVES else "Q/DQ")
+    absorbs = "✓" if rule.absorbs else ""
+    return f"| {name} | {operands} | {output} | {rule.arithmetic.value} | {absorbs} | {refusals} | {form} |"
 
 
 def first_sentence(text: str | None) -> str:

@@ -17,6 +17,7 @@ from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe, convert, verify
 from quantcli.cli import run
 from quantcli.errors import ModelError
+from quantcli.recipe import Layers
 from tests.graphs import Array, node, normal
 
 W, V = normal(4, 3, 3, 3, seed=1, scale=0.4), normal(4, 4, 1, 1, seed=2, scale=0.4)
@@ -359,3 +360,42 @@ def test_what_cannot_be_taken_is_refused_in_one_line(
     assert part in errors[-1]
     assert "internal error" not in errors[-1]
     assert not (tmp_path / "q.onnx").exists()
+
+
+def test_weights_outside_the_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above the limit of protocol buffers, here a small one, ONNX Runtime reads external files and memory in place."""
+    case = Case(
+        [*FLAT, node("Gemm", ["f", "k", "z"], ["g"]), node("Relu", ["g"], ["r"]), node("Gemm", ["r", "j"], ["y"])],
+        {"w": W, "k": normal(4, 64, seed=1), "z": normal(64, seed=2), "j": normal(64, 9, seed=3)},
+        5,
+    )
+    path = case.save(tmp_path / "m.onnx")
+    np.savez(tmp_path / "d.npz", x=X)
+    expected = convert(path, tmp_path / "a.onnx", data=tmp_path / "d.npz")
+    proto = onnx.load(path)
+    (tmp_path / "apart").mkdir()
+    onnx.save(proto, tmp_path / "apart" / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    monkeypatch.setattr("quantcli.probe.LARGEST_MODEL", 3000)  # the quantized one has fewer
+    monkeypatch.setattr("quantcli.probe.LARGE_WEIGHT", 100)
+    large = convert(tmp_path / "apart" / "m.onnx", tmp_path / "b.onnx", data=tmp_path / "d.npz", verified=True)
+    assert large.plan.tensors == expected.plan.tensors
+    assert large.model.read_bytes() == expected.model.read_bytes()
+    inside = convert(path, tmp_path / "c.onnx", data=tmp_path / "d.npz")
+    assert inside.model.read_bytes() == expected.model.read_bytes()
+
+
+def test_float_weights_of_external_files_come_along(tmp_path: Path) -> None:
+    case = Case([CONV, node("Conv", ["c", "v"], ["y"])], {"w": W, "v": V}, 1)
+    (tmp_path / "apart").mkdir()
+    onnx.save(
+        onnx.load(case.save(tmp_path / "m.onnx")),
+        tmp_path / "apart" / "m.onnx",
+        save_as_external_data=True,
+        location="m.data",
+        size_threshold=0,
+    )
+    np.savez(tmp_path / "d.npz", x=X)
+    recipe = Recipe(layers=Layers(exclude=("c_node",)))
+    done = convert(tmp_path / "apart" / "m.onnx", tmp_path / "q.onnx", data=tmp_path / "d.npz", recipe=recipe)
+    stored = {t.name: t for t in onnx.load(done.model).graph.initializer}
+    assert (numpy_helper.to_array(stored["w"]) == W).all()

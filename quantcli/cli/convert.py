@@ -149,7 +149,10 @@ def show(terminal: Terminal, done: Conversion) -> None:
         outputs = ", ".join(f"'{name}' {value:.1f} dB" for name, value in done.check.sqnr.items())
         terminal.warn(f"the quantized model is far from float (SQNR of {outputs}); lost at: {lost}")
     sizes = sidecar.float_model.bytes, sidecar.model.bytes
-    terminal.say(f"{done.model}: integer layers {len(plan.layers)}, operators that stay float {len(plan.floats)}")
+    terminal.say(
+        f"{done.model}: integer layers {len(plan.layers)}, operators that stay float {len(plan.floats)}, "
+        f"operator set {sidecar.opset}"
+    )
     terminal.say(f"size: {sizes[0]:,} → {sizes[1]:,} bytes ({sizes[1] / sizes[0]:.0%})")
     for name, value in done.check.sqnr.items():
         terminal.say(f"self-check: output '{name}' SQNR {value:.1f} dB over {done.check.samples} samples")

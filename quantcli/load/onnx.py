@@ -27,7 +27,18 @@ def load_onnx(path: Path) -> tuple[ir.Model, list[Path]]:
         raise ModelError(f"{path} is not an ONNX model, or is cut short", "export or copy it again") from error
     if not model.opset_imports or model.graph.num_nodes() == 0:
         raise ModelError(f"{path} holds no model: it has no operators", "export it again")
+    readable_names(model)
     return model, [path, *external_files(model, path)]
+
+
+def readable_names(model: ir.Model) -> None:
+    """Give nodes names that are text; bytes of theirs that are no UTF-8 become replacement characters.
+
+    Names of tensors are left to the runtime, which refuses such models: their edges would change.
+    """
+    for node in model.graph.all_nodes():
+        if isinstance(node.name, bytes):
+            node.name = node.name.decode("utf-8", "replace")
 
 
 def holds_sparse(path: Path) -> bool:
