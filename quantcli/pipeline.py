@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from calibration import statistics as statistics_file
@@ -21,7 +22,7 @@ from calibration.errors import DataError, ReportedError, RunError, StatisticsErr
 from calibration.hooks.onnxruntime import Runner
 from calibration.statistics import Statistics
 from quantcli import sidecar as sidecar_file
-from quantcli.errors import ModelError, StrictError, UsageError, VerifyError
+from quantcli.errors import ModelError, PlanError, StrictError, UsageError, VerifyError
 from quantcli.evaluation.check import SelfCheck, self_check
 from quantcli.evaluation.evaluate import Evaluation, evaluate
 from quantcli.explain import Explanation, explain
@@ -40,14 +41,17 @@ from quantcli.progress import Progress, silent
 from quantcli.quantize import quantize
 from quantcli.recipe import Recipe, resolve_target
 from quantcli.sidecar import FileEntry, Sidecar
+from quantcli.tune.latency import Trial, candidates, timed
 from quantcli.tune.smooth import Smoothed, smooth
 from quantcli.write import WRITERS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import onnx_ir as ir
     from numpy.typing import NDArray
+
+    from quantcli.quantize import QuantizedModel
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +73,7 @@ class Conversion:
         check: The self-check.
         smoothed: The tensors whose columns were evened.
         explained: What was asked about.
+        trials: The plans that were timed, where the fastest was asked for.
     """
 
     model: Path
@@ -78,6 +83,7 @@ class Conversion:
     check: SelfCheck
     smoothed: tuple[Smoothed, ...] = ()
     explained: tuple[Explanation, ...] = ()
+    trials: tuple[Trial, ...] = ()
 
 
 def calibrate(
@@ -214,6 +220,10 @@ def convert(
     with blamed_on(source):
         folded = fold(source.graph, max(target.activation.opset, opset_for(recipe)), recipe.requantize)
         found, final, plan, evened = decided(source, folded, statistics, places, recipe, run or Run(), progress)
+        trials: tuple[Trial, ...] = ()
+        if recipe.tune.optimize == "latency" and recipe.mode == "static":
+            trials = raced(folded, found, recipe, writer, (run or Run()).threads, progress)
+            final, plan, evened = kept(folded, found, recipe, trials)
         explanations = explain(final, plan, explained)
         if strict:
             check_strict(plan, found)
@@ -235,7 +245,7 @@ def convert(
     with staged() as files:
         files.write(output, written)
         files.write(sidecar_path, sidecar_file.encode(sidecar))
-    return Conversion(output, sidecar_path, sidecar, plan, check, evened, explanations)
+    return Conversion(output, sidecar_path, sidecar, plan, check, evened, explanations, trials)
 
 
 @contextlib.contextmanager
@@ -269,6 +279,49 @@ def decided(
     found = statistics_of(source, folded, statistics, places, recipe, run, progress)
     final, seen, evened = smooth(folded, found, recipe)
     return found, final, make_plan(final, seen, recipe), evened
+
+
+def raced(
+    folded: ir.Model,
+    found: Statistics,
+    recipe: Recipe,
+    writer: Callable[[QuantizedModel], ir.Model],
+    threads: int,
+    progress: Progress,
+) -> tuple[Trial, ...]:
+    """Write and time every candidate that the statistics suffice for."""
+    layers = candidates(folded, recipe)
+    written = {}
+    for number, (name, floats) in enumerate(layers.items()):
+        progress("candidates", number, len(layers))
+        try:
+            final, seen, _ = smooth(folded, found, keeping(recipe, floats))
+            written[name] = model_bytes(writer(quantize(final, make_plan(final, seen, keeping(recipe, floats)))))
+        except PlanError as error:
+            logger.info("the candidate '%s' is left out: %s", name, error)
+    return timed(written, layers, found.check_inputs, threads or 1)
+
+
+def keeping(recipe: Recipe, floats: tuple[str, ...]) -> Recipe:
+    """Return a recipe that keeps some layers float besides its own."""
+    names = tuple(glob.escape(name) for name in floats)
+    layers = msgspec.structs.replace(recipe.layers, exclude=(*recipe.layers.exclude, *names))
+    return msgspec.structs.replace(recipe, layers=layers)
+
+
+def kept(
+    folded: ir.Model, found: Statistics, recipe: Recipe, trials: tuple[Trial, ...]
+) -> tuple[ir.Model, Plan, tuple[Smoothed, ...]]:
+    """Return the model, plan and smoothing of the trial that is kept; what it leaves in float says by how much."""
+    best = next(trial for trial in trials if trial.kept)
+    by_rule = next(trial for trial in trials if not trial.layers)
+    final, seen, evened = smooth(folded, found, keeping(recipe, best.layers))
+    plan = make_plan(final, seen, keeping(recipe, best.layers))
+    reason = (
+        f"float runs faster here ({best.seconds * 1e3:.3f} ms for the model, {by_rule.seconds * 1e3:.3f} ms otherwise)"
+    )
+    floats = tuple(replace(layer, reason=reason) if layer.name in best.layers else layer for layer in plan.floats)
+    return final, replace(plan, floats=floats), evened
 
 
 def path_or_none(path: Path | str | None) -> Path | None:

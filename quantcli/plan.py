@@ -23,7 +23,7 @@ from quantcli.errors import PlanError
 from quantcli.fold import constant, unmapped
 from quantcli.placement import FloatLayer, PlacedLayer, Placement, place
 from quantcli.recipe import resolve_target
-from quantcli.rules import Arithmetic, Operand
+from quantcli.rules import RULES, Arithmetic, Operand
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -194,6 +194,8 @@ def plan_activations(
         for _, value, kind in layer.operands()
         if kind is Operand.OWN and (values := constant(value)) is not None
     }
+    by_name = {str(value.name): value for layer in placement.layers for _, value, _ in layer.operands()}
+    by_name.update({str(value.name): value for layer in placement.layers for value in layer.outputs})
     tensors: dict[str, TensorPlan] = {}
     for name in dict.fromkeys(placement.owner.values()):
         role, samples = "activation", 0
@@ -203,8 +205,8 @@ def plan_activations(
         else:
             if name in constants:
                 role, lo, hi = "constant", float(constants[name].min()), float(constants[name].max())
-            elif name in statistics.tensors:
-                lo, hi = range_of(spec, name, statistics.tensors[name], grid)
+            elif (seen := seen_of(by_name.get(name), statistics)) is not None:
+                lo, hi = range_of(spec, name, seen, grid)
                 samples = statistics.samples
             else:
                 raise PlanError(
@@ -222,6 +224,17 @@ def plan_activations(
                 name, "activation", integer, root.scale, root.zero_point, None, root.lo, root.hi, root.samples, source
             )
     return tensors
+
+
+def seen_of(value: ir.Value | None, statistics: Statistics) -> TensorStatistics | None:
+    """Return what was seen of a tensor, or of the one whose values it holds elsewhere: their range is no narrower."""
+    while value is not None and value.name not in statistics.tensors:
+        producer = value.producer()
+        rule = RULES.get(producer.op_type) if producer is not None and producer.domain == "" else None
+        if producer is None or rule is None or rule.arithmetic is not Arithmetic.MOVE:
+            return None
+        value = producer.inputs[0]
+    return statistics.tensors[str(value.name)] if value is not None else None
 
 
 def range_spec(statistics: Statistics, recipe: Recipe) -> RangeSpec:

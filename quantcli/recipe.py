@@ -93,10 +93,12 @@ class Layers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is done to lose less (section ``[tune]``); None leaves it to the target.
 
-    ``smooth`` evens the columns of what normalisations make (`quantcli.tune.smooth`), with ``smooth_alpha`` as the part of the
-    difficulty that moves into the weights.
+    ``optimize`` times candidate plans on this machine and keeps the fastest (`quantcli.tune.latency`). ``smooth`` evens the
+    columns of what normalisations make (`quantcli.tune.smooth`), with ``smooth_alpha`` as the part of the difficulty that moves
+    into the weights.
     """
 
+    optimize: Literal["latency"] | None = None
     smooth: bool | None = None
     smooth_alpha: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.6
 

@@ -68,6 +68,9 @@ if TYPE_CHECKING:
 @click.option(
     "--verify", is_flag=True, help="Run the integer executor against ONNX Runtime before the files get their names."
 )
+@click.option(
+    "--optimize", type=click.Choice(["latency"]), help="Time candidate plans on this machine, and keep the fastest."
+)
 @click.option("--explain", multiple=True, metavar="PATTERN", help="Say why these operators are integer layers, or not.")
 @counting_options
 @recipe_option
@@ -132,6 +135,9 @@ def show(terminal: Terminal, done: Conversion) -> None:
         )
     elif plan.floats:
         terminal.table("Stays float", ("operator", ">layers", "such as", "reason"), grouped(plan))
+    for trial in done.trials:
+        kept = " (kept)" if trial.kept else ""
+        terminal.say(f"timed {trial.name}: {trial.seconds * 1e3:.3f} ms{kept}")
     if done.smoothed and not terminal.verbose:
         readers = sum(len(even.layers) for even in done.smoothed)
         terminal.say(f"smoothed: the columns of {len(done.smoothed)} tensors that {readers} layers read")
@@ -210,6 +216,7 @@ def as_document(done: Conversion) -> dict[str, Any]:
             {"tensor": s.name, "layers": list(s.layers), "folded": s.folded, "spread": s.spread, "left": s.left}
             for s in done.smoothed
         ],
+        "trials": [dataclasses.asdict(trial) for trial in done.trials],
         "explained": [dataclasses.asdict(found) for found in done.explained],
         "dead_channels": {name: list(channels) for name, channels in done.plan.dead_channels.items()},
         "self_check": {

@@ -298,7 +298,7 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
             **{key: list(options.get(key) or ()) or None for key in ("include", "exclude")},
             "everywhere": options.get("everywhere"),
         },
-        "tune": {"smooth": options.get("smooth")},
+        "tune": {"smooth": options.get("smooth"), "optimize": options.get("optimize")},
     }
     return read_recipe(options.get("recipe"), overrides)
 

@@ -1,0 +1,90 @@
+"""The fastest of some plans is kept: what is timed, who wins, and what is written then."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quantcli import convert, verify
+from quantcli.cli import run
+from quantcli.fold import fold
+from quantcli.load import load
+from quantcli.recipe import Recipe, Tune
+from quantcli.tune.latency import MARGIN, RULE, candidates
+from tests.graphs import data_for, node, normal, residual_net, save
+
+FASTEST = Recipe(tune=Tune(optimize="latency"))
+
+
+def clock(*seconds: float) -> Callable[[Sequence[Callable[[], object]]], list[float]]:
+    """A timer that runs what it is given once, and tells made-up times."""
+
+    def timer(actions: Sequence[Callable[[], object]]) -> list[float]:
+        for action in actions:
+            action()
+        return list(seconds[: len(actions)])
+
+    return timer
+
+
+def test_first_and_depthwise_convolutions_are_tried(tmp_path: Path) -> None:
+    found = candidates(fold(load(residual_net(tmp_path / "m.onnx")).graph), Recipe())
+    assert found == {
+        RULE: (),
+        "first convolutions in float": ("c1_node",),
+        "depthwise convolutions in float": ("c2_node",),
+        "first and depthwise convolutions in float": ("c1_node", "c2_node"),
+    }
+
+
+def test_a_convolution_behind_a_moved_input_is_a_first_one(tmp_path: Path) -> None:
+    nodes = [
+        node("Transpose", ["x"], ["t"], perm=[0, 3, 1, 2]),
+        node("Conv", ["t", "w"], ["c"]),
+        node("Conv", ["c", "v"], ["y"]),
+    ]
+    constants = {"w": normal(4, 3, 3, 3), "v": normal(2, 4, 1, 1)}
+    path = save(tmp_path / "m.onnx", nodes, {"x": ["N", 8, 8, 3]}, {"y": None}, constants)
+    found = candidates(fold(load(path).graph), Recipe())
+    assert found["first convolutions in float"] == ("c_node",)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "floats"),
+    [
+        ((0.004, 0.003, 0.005, 0.006), {"c1_node"}),
+        ((0.004, 0.006, 0.005, 0.002), {"c1_node", "c2_node"}),
+        ((0.004, 0.004 * (1 - MARGIN / 2), 0.006, 0.006), set()),  # within the noise: the rules stand
+    ],
+)
+def test_the_fastest_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, ...], floats: set[str]
+) -> None:
+    path, data = residual_net(tmp_path / "m.onnx"), data_for(tmp_path / "d.npz")
+    monkeypatch.setattr("quantcli.tune.latency.timed.__defaults__", (clock(*seconds),))
+    done = convert(path, tmp_path / "q.onnx", data=data, recipe=FASTEST, verified=True)
+    assert [trial.seconds for trial in done.trials] == list(seconds)
+    assert {name for trial in done.trials if trial.kept for name in trial.layers} == floats
+    reasons = {found.name: found.reason for found in done.plan.floats}
+    assert floats <= set(reasons)
+    for name in floats:
+        assert f"({min(seconds) * 1e3:.3f} ms for the model, {seconds[0] * 1e3:.3f} ms otherwise)" in reasons[name]
+    assert verify(done.sidecar_path, data).findings == []
+    assert np.isfinite(list(done.check.sqnr.values())).all()
+
+
+def test_the_command_shows_every_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, data = residual_net(tmp_path / "m.onnx"), data_for(tmp_path / "d.npz")
+    command = ["convert", str(path), "--data", str(data), "-o", str(tmp_path / "q.onnx"), "--optimize", "latency"]
+    assert run(command) == 0
+    told = capsys.readouterr().out
+    assert told.count("timed ") == 4
+    assert told.count("(kept)") == 1
+    assert run([*command, "--json"]) == 0
+    trials = json.loads(capsys.readouterr().out)["trials"]
+    assert trials[0]["name"] == RULE
+    assert all(trial["seconds"] > 0 for trial in trials)
