@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from calibration.hooks.onnxruntime import Runner
@@ -235,3 +236,25 @@ def test_every_decision_can_be_explained(tmp_path: Path, capsys: pytest.CaptureF
     assert [(found["name"], found["integer"], found["macs"]) for found in explained] == [("m_node", True, 1536)]
     assert run([*command, "--explain", "nothing_like_it"]) == 2
     assert "nothing is named 'nothing_like_it'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("activation", ["Relu", "Clip"])
+def test_a_float_convolution_with_its_activation_is_float_in_onnx_runtime(tmp_path: Path, activation: str) -> None:
+    """The runtime takes an activation before QuantizeLinear away, and would make integers of the convolution before it."""
+    wide = normal(8, 1, 3, 3, seed=2) * np.geomspace(0.01, 10, 8, dtype=np.float32).reshape(8, 1, 1, 1)
+    constants = {"w": normal(8, 3, 1, 1, seed=1), "d": wide, "v": normal(4, 8, 1, 1, seed=3)}
+    bounds = {"lo": np.array(0, np.float32), "hi": np.array(60, np.float32)} if activation == "Clip" else {}
+    nodes = [
+        node("Conv", ["x", "w"], ["c"]),
+        node("Conv", ["c", "d"], ["e"], group=8),
+        node(activation, ["e", *bounds], ["r"]),
+        node("Conv", ["r", "v"], ["y"]),
+    ]
+    recipe = Recipe(layers=Layers(exclude=("e_node",)))
+    done = converted(tmp_path, nodes, {**constants, **bounds}, normal(4, 3, 8, 8, seed=4), ["N", 3, 8, 8], recipe)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "o.onnx")
+    onnxruntime.InferenceSession(str(done.model), options, providers=["CPUExecutionProvider"])
+    kinds = [n.op_type for n in onnx.load(tmp_path / "o.onnx").graph.node]
+    assert kinds.count("QLinearConv") == 2
+    assert {"Conv", "FusedConv"} & set(kinds)

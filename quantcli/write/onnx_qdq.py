@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from quantcli.fold import add_constant
+from quantcli.placement import ACTIVATIONS
 from quantcli.rules import Arithmetic
 from quantcli.write.integers import move_integers, quantizer_of
 from quantcli.write.onnx_dynamic import DynamicProducts
@@ -217,17 +218,25 @@ class Writer:
                 if str(node.name) in self.layers and node is not to_integer:
                     node.replace_input_with(position, to_real.outputs[0])
         producer = value.producer()
-        if (
-            producer is not None
-            and str(producer.name) in self.floats
-            and any(self.will_be_dequantized(v) for v in producer.inputs)
-        ):
+        if producer is not None and self.may_be_fused(producer):
             producer = self.fence(producer, value, to_integer)
         if producer is None:
             first = self.graph[0]
             self.graph.insert_before(first, [to_integer, to_real])
         else:
             self.graph.insert_after(producer, [to_integer, to_real])
+
+    def may_be_fused(self, node: ir.Node) -> bool:
+        """Tell whether a float operator that a QuantizeLinear follows has dequantized operands, or stands behind one that has.
+
+        A Relu or Clip between the two does not keep them apart: the runtime takes it away, since the grid saturates.
+        """
+        if str(node.name) not in self.floats:
+            return False
+        if any(self.will_be_dequantized(value) for value in node.inputs):
+            return True
+        before = node.inputs[0].producer() if node.op_type in ACTIVATIONS and node.inputs[0] is not None else None
+        return before is not None and self.may_be_fused(before)
 
     def will_be_dequantized(self, value: ir.Value | None) -> bool:
         """Tell whether a reader gets a value from DequantizeLinear, now or once the writer has come to it."""
