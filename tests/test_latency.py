@@ -88,3 +88,19 @@ def test_the_command_shows_every_trial(tmp_path: Path, capsys: pytest.CaptureFix
     trials = json.loads(capsys.readouterr().out)["trials"]
     assert trials[0]["name"] == RULE
     assert all(trial["seconds"] > 0 for trial in trials)
+
+
+@pytest.mark.parametrize(("speed", "warned"), [(0.6, True), (1.4, False), (None, False)])
+def test_a_model_that_runs_slower_than_float_is_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    speed: float | None,
+    warned: bool,
+) -> None:
+    path, data = residual_net(tmp_path / "m.onnx"), data_for(tmp_path / "d.npz")
+    monkeypatch.setattr("quantcli.evaluation.check.measured", lambda *_: speed)
+    assert run(["convert", str(path), "--data", str(data), "-o", str(tmp_path / "q.onnx")]) == 0
+    told = capsys.readouterr()
+    assert ("0.60 times float's speed" in told.err) == warned
+    assert ("speed: about" in told.out) == (speed is not None)

@@ -154,12 +154,19 @@ def show(terminal: Terminal, done: Conversion) -> None:
         )
         outputs = ", ".join(f"'{name}' {value:.1f} dB" for name, value in done.check.sqnr.items())
         terminal.warn(f"the quantized model is far from float (SQNR of {outputs}); lost at: {lost}")
+    if done.check.slow:
+        terminal.warn(
+            f"it runs at {done.check.speed or 0:.2f} times float's speed on this machine; "
+            "--optimize latency looks for a faster plan"
+        )
     sizes = sidecar.float_model.bytes, sidecar.model.bytes
     terminal.say(
         f"{done.model}: integer layers {len(plan.layers)}, operators that stay float {len(plan.floats)}, "
         f"operator set {sidecar.opset}"
     )
     terminal.say(f"size: {sizes[0]:,} → {sizes[1]:,} bytes ({sizes[1] / sizes[0]:.0%})")
+    if done.check.speed is not None:
+        terminal.say(f"speed: about {done.check.speed:.2f} times float's over {done.check.samples} samples at once")
     for name, value in done.check.sqnr.items():
         terminal.say(f"self-check: output '{name}' SQNR {value:.1f} dB over {done.check.samples} samples")
     terminal.say(f"{done.sidecar_path}: the sidecar")
@@ -223,6 +230,7 @@ def as_document(done: Conversion) -> dict[str, Any]:
             "samples": done.check.samples,
             "sqnr_db": done.check.sqnr,
             "low": done.check.low,
+            "speed": done.check.speed,
             "suspects": [
                 {"name": s.name, "operator": s.operator, "sqnr_db": s.sqnr, "lost_db": s.lost}
                 for s in done.check.suspects

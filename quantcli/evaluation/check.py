@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,10 +14,19 @@ from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs, worst
 from quantcli.evaluation.metrics import Comparison
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from calibration.statistics import Statistics
     from quantcli.load import LoadedModel
     from quantcli.sidecar import Sidecar
 
+# A quantized model that does not reach this part of float's speed is slower, noise or not.
+SLOW = 0.85
+# What a look at the speed may take, in seconds, and of how large a model: above, two of them would need too much memory.
+LOOK, LARGEST = 0.5, 1 << 28
+RUNS, ENOUGH = 20, 3
+# Below this a run is mostly the call itself.
+SHORTEST = 2e-4
 # Below this a self-check warns: the quantized output is then more noise than most uses bear.
 LOW_SQNR = 10.0
 
@@ -29,11 +39,19 @@ class SelfCheck:
         samples: How many samples were run.
         sqnr: The SQNR of every real output against the float model, in dB.
         suspects: Where an output lies below 10 dB, the layers that lost most.
+        speed: Float time ÷ quantized time over a few runs of these samples, roughly; None where that
+            would take long, or hardly any time.
     """
 
     samples: int
     sqnr: dict[str, float]
     suspects: tuple[LayerSqnr, ...]
+    speed: float | None = None
+
+    @property
+    def slow(self) -> bool:
+        """Whether the quantized model runs slower than float here, by more than such a short look errs."""
+        return self.speed is not None and self.speed < SLOW
 
     @property
     def low(self) -> bool:
@@ -49,8 +67,13 @@ def self_check(source: LoadedModel, written: bytes, sidecar: Sidecar, statistics
         RunError: If the runtime refuses what was written.
     """
     feeds = statistics.check_inputs
-    reference = Runner(source.runnable, what=source.name).run(feeds)
-    result = Runner(written, what="the quantized model").run(feeds)
+    runner = Runner(source.runnable, what=source.name)
+    reference = runner.run(feeds)
+    if source.size > LARGEST:
+        del runner
+    quantized = Runner(written, what="the quantized model")
+    result = quantized.run(feeds)
+    speed = measured(runner, quantized, feeds) if source.size <= LARGEST else None
     for name, values in result.items():
         real = values.dtype.kind == "f"
         if real and np.isfinite(reference[name]).all() and not np.isfinite(values).all():
@@ -63,4 +86,21 @@ def self_check(source: LoadedModel, written: bytes, sidecar: Sidecar, statistics
     suspects: tuple[LayerSqnr, ...] = ()
     if any(value < LOW_SQNR for value in sqnr.values()):
         suspects = tuple(worst(layer_sqnrs(source.graph, written, sidecar, [feeds])))
-    return SelfCheck(len(next(iter(feeds.values()))), sqnr, suspects)
+    return SelfCheck(len(next(iter(feeds.values()))), sqnr, suspects, speed)
+
+
+def measured(reference: Runner, quantized: Runner, feeds: dict[str, NDArray[Any]]) -> float | None:
+    """Return how many times faster the quantized model runs, by the fastest of a few runs in turn.
+
+    Returns:
+        None where that takes long, or hardly any time.
+    """
+    times: tuple[list[float], list[float]] = ([], [])
+    began = time.perf_counter()
+    while time.perf_counter() - began < LOOK and len(times[0]) < RUNS:
+        for runner, spent in zip((reference, quantized), times, strict=True):
+            start = time.perf_counter()
+            runner.run(feeds)
+            spent.append(time.perf_counter() - start)
+    known = len(times[0]) >= ENOUGH and min(times[0]) >= SHORTEST
+    return min(times[0]) / min(times[1]) if known else None
