@@ -151,6 +151,13 @@ def lift_opset(model: ir.Model, needed: int) -> None:
         raise ModelError(f"the model's operator set {version} cannot be lifted to {wanted}", "export it again, newer")
 
 
+def worth_evaluating(node: ir.Node) -> bool | None:
+    """Say whether a constant expression is evaluated; None leaves it to the size. Text is left alone."""
+    if any(value is not None and value.dtype is ir.DataType.STRING for value in (*node.inputs, *node.outputs)):
+        return False
+    return True if node.op_type == "ConstantOfShape" else None
+
+
 def evaluated(model: ir.Model) -> ir.Model:
     """Return a model with its constant expressions evaluated; the model itself where one of them cannot be."""
     from onnxscript import optimizer
@@ -162,7 +169,7 @@ def evaluated(model: ir.Model) -> ir.Model:
             onnx_shape_inference=True,
             input_size_limit=FOLD_LIMIT,
             output_size_limit=FOLD_LIMIT,
-            should_fold=lambda node: True if node.op_type == "ConstantOfShape" else None,
+            should_fold=worth_evaluating,
         )
     except Exception as error:  # noqa: BLE001 - an expression that the reference implementation cannot evaluate is no failure
         logger.info("constant expressions are left as they are: %s", error)

@@ -22,7 +22,7 @@ from tests.graphs import Array, node, normal
 
 W, V = normal(4, 3, 3, 3, seed=1, scale=0.4), normal(4, 4, 1, 1, seed=2, scale=0.4)
 X = normal(8, 3, 8, 8, seed=3)
-PLANAR = ["N", 3, 8, 8]
+PLANAR: list[str | int | None] = ["N", 3, 8, 8]
 # Convolutions of 8-bit data over its whole range: 48 dB less the crest factor of normal data and a layer or three of rounding.
 FLOOR = 30.0
 
@@ -399,3 +399,22 @@ def test_float_weights_of_external_files_come_along(tmp_path: Path) -> None:
     done = convert(tmp_path / "apart" / "m.onnx", tmp_path / "q.onnx", data=tmp_path / "d.npz", recipe=recipe)
     stored = {t.name: t for t in onnx.load(done.model).graph.initializer}
     assert (numpy_helper.to_array(stored["w"]) == W).all()
+
+
+def test_text_beside_numbers(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [CONV, node("Identity", ["label"], ["name"]), node("Relu", ["c"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, PLANAR)],
+        [
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, None),
+            helper.make_tensor_value_info("name", TensorProto.STRING, [2]),
+        ],
+        [numpy_helper.from_array(W, "w"), numpy_helper.from_array(np.array(["cat", "dog"], dtype=object), "label")],
+    )
+    path = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    np.savez(tmp_path / "d.npz", x=X)
+    done = convert(path, tmp_path / "q.onnx", data=tmp_path / "d.npz", verified=True)
+    assert len(done.plan.layers) == 1
+    assert Runner(done.model).run({"x": X})["name"].tolist() == ["cat", "dog"]
