@@ -41,8 +41,9 @@ from quantcli.progress import Progress, silent
 from quantcli.quantize import quantize
 from quantcli.recipe import Recipe, resolve_target
 from quantcli.sidecar import FileEntry, Sidecar
+from quantcli.tune.effort import JUDGES, Samples, Tuned, tune, untuned, wanted_samples, why_untuned
 from quantcli.tune.latency import Trial, candidates, timed
-from quantcli.tune.smooth import Smoothed, smooth
+from quantcli.tune.smooth import smooth
 from quantcli.write import WRITERS
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ logger = logging.getLogger(__name__)
 
 # How many samples the self-check runs where nothing was calibrated.
 CHECKED = 4
+# Samples of a sweep that are run at once.
+TUNING_BATCH = 32
 # How many random samples are verified where there is no data.
 RANDOM_SAMPLES = 8
 
@@ -71,7 +74,7 @@ class Conversion:
         sidecar: The sidecar.
         plan: The plan that both follow.
         check: The self-check.
-        smoothed: The tensors whose columns were evened.
+        tuned: What tuning came to.
         explained: What was asked about.
         trials: The plans that were timed, where the fastest was asked for.
     """
@@ -81,7 +84,7 @@ class Conversion:
     sidecar: Sidecar
     plan: Plan
     check: SelfCheck
-    smoothed: tuple[Smoothed, ...] = ()
+    tuned: Tuned
     explained: tuple[Explanation, ...] = ()
     trials: tuple[Trial, ...] = ()
 
@@ -208,22 +211,18 @@ def convert(
         raise UsageError(f"there is no format '{form}'", f"known: {', '.join(WRITERS)}")
     writer = WRITERS[form]
     sidecar_path = output.with_suffix(".json")
-    given = [data, labels, statistics if isinstance(statistics, (str, Path)) else None]
-    sources = [model, recipe.target_file, *(Path(path) if path else None for path in given)]
+    files = [data, labels, statistics if isinstance(statistics, (str, Path)) else None]
+    sources = [model, recipe.target_file, *(Path(path) if path else None for path in files)]
     check_outputs([output, sidecar_path], sources)
     target = resolve_target(recipe)
     source = load(model)
     check_outputs([output, sidecar_path], source.files)
-    places = (
-        None if statistics is not None else Data(path_or_none(data), path_or_none(labels), split, function, synthetic)
-    )
+    given = any(place is not None for place in (data, function, synthetic)) or recipe.mode != "static"
+    places = Data(path_or_none(data), path_or_none(labels), split, function, synthetic) if given else None
     with blamed_on(source):
         folded = fold(source.graph, max(target.activation.opset, opset_for(recipe)), recipe.requantize)
-        found, final, plan, evened = decided(source, folded, statistics, places, recipe, run or Run(), progress)
-        trials: tuple[Trial, ...] = ()
-        if recipe.tune.optimize == "latency" and recipe.mode == "static":
-            trials = raced(folded, found, recipe, writer, (run or Run()).threads, progress)
-            final, plan, evened = kept(folded, found, recipe, trials)
+        found, trials, tuned = decided(source, folded, statistics, places, recipe, run or Run(), writer, progress)
+        final, plan = tuned.model, tuned.plan
         explanations = explain(final, plan, explained)
         if strict:
             check_strict(plan, found)
@@ -242,10 +241,10 @@ def convert(
         require_verified(
             compare_weights(written, sidecar) if stored else compare_integers(written, sidecar, [found.check_inputs])
         )
-    with staged() as files:
-        files.write(output, written)
-        files.write(sidecar_path, sidecar_file.encode(sidecar))
-    return Conversion(output, sidecar_path, sidecar, plan, check, evened, explanations, trials)
+    with staged() as writing:
+        writing.write(output, written)
+        writing.write(sidecar_path, sidecar_file.encode(sidecar))
+    return Conversion(output, sidecar_path, sidecar, plan, check, tuned, explanations, trials)
 
 
 @contextlib.contextmanager
@@ -271,14 +270,77 @@ def decided(
     places: Data | None,
     recipe: Recipe,
     run: Run,
+    writer: Callable[[QuantizedModel], ir.Model],
     progress: Progress,
-) -> tuple[Statistics, ir.Model, Plan, tuple[Smoothed, ...]]:
-    """Return what was seen, the model that the plan speaks of, the plan, and what was smoothed for it."""
+) -> tuple[Statistics, tuple[Trial, ...], Tuned]:
+    """Return what was seen, the plans that were timed, and the tuned model and plan."""
     if recipe.mode != "static":
-        return unobserved(source, places, recipe), folded, plan_without_data(folded, recipe), ()
+        plan = plan_without_data(folded, recipe)
+        return unobserved(source, places, recipe), (), Tuned(folded, plan, (), why_not=f"mode {recipe.mode}")
     found = statistics_of(source, folded, statistics, places, recipe, run, progress)
-    final, seen, evened = smooth(folded, found, recipe)
-    return found, final, make_plan(final, seen, recipe), evened
+    trials: tuple[Trial, ...] = ()
+    if recipe.tune.optimize == "latency":
+        trials = raced(folded, found, recipe, writer, run.threads, progress)
+        best = next(trial for trial in trials if trial.kept)
+        recipe = keeping(recipe, best.layers)
+    tuned = tuned_by(source, folded, found, places, recipe, run, progress)
+    if trials:
+        tuned = replace(tuned, plan=with_reasons(tuned.plan, trials))
+    return found, trials, tuned
+
+
+def tuned_by(
+    source: LoadedModel,
+    folded: ir.Model,
+    found: Statistics,
+    places: Data | None,
+    recipe: Recipe,
+    run: Run,
+    progress: Progress,
+) -> Tuned:
+    """Tune a model as far as its recipe and its data allow."""
+    why_not = why_untuned(folded, found, recipe)
+    if why_not or places is None or places.synthetic is not None:
+        return untuned(folded, found, recipe, why_not or "there are statistics alone, and tuning runs samples (--data)")
+    samples = tuning_samples(source, folded, places, recipe)
+    if samples is None:
+        return untuned(folded, found, recipe, "there are too few samples: some tune, and others judge")
+    again = replace(run, partial=None, resume=False, shard=(0, 1))
+
+    def observed(changed: ir.Model) -> Statistics:
+        return observe(source, changed, places, recipe, again, progress)
+
+    may_observe = run.runtime == "onnxruntime"
+    return tune(folded, found, recipe, samples, observed if may_observe else None, progress)
+
+
+def tuning_samples(source: LoadedModel, folded: ir.Model, data: Data, recipe: Recipe) -> Samples | None:
+    """Return calibration samples for tuning, drawn evenly: some for sweeps and others to judge; None where there are too few."""
+    inputs = Runner(source.runnable, what=source.name).inputs
+    dataset = open_dataset(
+        data.path,
+        inputs,
+        recipe.preprocess,
+        data.labels,
+        data.split,
+        function=data.function,
+        seed=recipe.calibration.seed,
+        allow_non_finite=recipe.calibration.allow_non_finite,
+    )
+    indices = select(len(dataset), recipe.calibration.selection)
+    fixed = fixes_batch(inputs)
+    size = fitted_batch(inputs, None) if fixed else min(TUNING_BATCH, fitted_batch(inputs, recipe.calibration.batch))
+    wanted = wanted_samples(folded, recipe)
+    total = min(len(indices), wanted + JUDGES)
+    drawn = indices[np.linspace(0, len(indices) - 1, total).astype(np.intp)]
+    judging = np.zeros(total, dtype=bool)
+    judges = min(JUDGES, total // 3)
+    judging[np.linspace(0, total - 1, judges).astype(np.intp)] = True
+    parts = []
+    for chosen in (drawn[~judging], drawn[judging]):
+        spans = boundaries(dataset, chosen, size, fixed)
+        parts.append(tuple(dataset.read(chosen[start:stop]) for start, stop in spans))
+    return Samples(*parts) if all(parts) else None
 
 
 def raced(
@@ -309,19 +371,15 @@ def keeping(recipe: Recipe, floats: tuple[str, ...]) -> Recipe:
     return msgspec.structs.replace(recipe, layers=layers)
 
 
-def kept(
-    folded: ir.Model, found: Statistics, recipe: Recipe, trials: tuple[Trial, ...]
-) -> tuple[ir.Model, Plan, tuple[Smoothed, ...]]:
-    """Return the model, plan and smoothing of the trial that is kept; what it leaves in float says by how much."""
+def with_reasons(plan: Plan, trials: tuple[Trial, ...]) -> Plan:
+    """Return a plan whose float layers say by how much they run faster, where that is why they stay float."""
     best = next(trial for trial in trials if trial.kept)
     by_rule = next(trial for trial in trials if not trial.layers)
-    final, seen, evened = smooth(folded, found, keeping(recipe, best.layers))
-    plan = make_plan(final, seen, keeping(recipe, best.layers))
     reason = (
         f"float runs faster here ({best.seconds * 1e3:.3f} ms for the model, {by_rule.seconds * 1e3:.3f} ms otherwise)"
     )
     floats = tuple(replace(layer, reason=reason) if layer.name in best.layers else layer for layer in plan.floats)
-    return final, replace(plan, floats=floats), evened
+    return replace(plan, floats=floats)
 
 
 def path_or_none(path: Path | str | None) -> Path | None:
@@ -335,11 +393,12 @@ def check_places(recipe: Recipe, statistics: object, *data: object) -> None:
     Raises:
         UsageError: If not.
     """
-    given = sum(place is not None for place in (statistics, *data))
-    if recipe.mode == "static" and given != 1:
+    given = sum(place is not None for place in data)
+    if recipe.mode == "static" and (given > 1 or (given == 0 and statistics is None)):
         raise UsageError(
             "convert needs either statistics or calibration data",
-            "give one of --stats, --data, --data-function, --synthetic; or --mode dynamic or weights, which need none",
+            "give --stats, or data from one place (--data, --data-function, --synthetic), or both; "
+            "or --mode dynamic or weights, which need none",
         )
     if recipe.mode != "static" and (statistics is not None or given > 1):
         raise UsageError(
@@ -367,7 +426,7 @@ def statistics_of(
     Raises:
         ReportedError: If they cannot be used, or belong to another model.
     """
-    if data is not None:
+    if statistics is None and data is not None:
         check_counted(recipe)
         return observe(source, folded, data, recipe, run, progress)
     found = statistics if isinstance(statistics, Statistics) else statistics_file.load(Path(str(statistics)))

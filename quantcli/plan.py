@@ -24,6 +24,7 @@ from quantcli.fold import constant, unmapped
 from quantcli.placement import FloatLayer, PlacedLayer, Placement, place
 from quantcli.recipe import resolve_target
 from quantcli.rules import RULES, Arithmetic, Operand
+from quantcli.tuning import UNTUNED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from quantcli.arithmetic.blocks import Blocks
     from quantcli.recipe import Recipe
     from quantcli.targets import Target
+    from quantcli.tuning import Tuning
 
 INT32 = IntegerType("int32")
 # Below this a step of any grid swallows whatever data shares the tensor: float32 data of networks lies tens of orders above.
@@ -153,13 +155,14 @@ class Plan:
         return {name: tensor.dead for name, tensor in self.tensors.items() if tensor.dead}
 
 
-def make_plan(model: ir.Model, statistics: Statistics, recipe: Recipe) -> Plan:
+def make_plan(model: ir.Model, statistics: Statistics, recipe: Recipe, tuning: Tuning = UNTUNED) -> Plan:
     """Decide every number.
 
     Args:
         model: The folded model.
         statistics: What calibration saw of it.
         recipe: What the user wants.
+        tuning: What was found better than the defaults.
 
     Raises:
         PlanError: If nothing can be quantized, or the statistics lack a tensor.
@@ -167,8 +170,8 @@ def make_plan(model: ir.Model, statistics: Statistics, recipe: Recipe) -> Plan:
     """
     target = resolve_target(recipe)
     placement = place(model, recipe, unresolvable(statistics.tensors))
-    tensors = plan_activations(placement, statistics, recipe, target)
-    tensors.update(plan_weights(placement, tensors, target))
+    tensors = plan_activations(placement, statistics, recipe, target, tuning)
+    tensors.update(plan_weights(placement, tensors, target, tuning))
     tensors.update(plan_biases(placement, tensors))
     layers = tuple(plan_layer(layer, tensors, target) for layer in placement.layers)
     return Plan(target, tensors, layers, placement.floats)
@@ -182,12 +185,11 @@ def unresolvable(statistics: Mapping[str, TensorStatistics]) -> frozenset[str]:
 
 
 def plan_activations(
-    placement: Placement, statistics: Statistics, recipe: Recipe, target: Target
+    placement: Placement, statistics: Statistics, recipe: Recipe, target: Target, tuning: Tuning = UNTUNED
 ) -> dict[str, TensorPlan]:
     """Return the parameters of every activation and constant operand."""
     integer = IntegerType(target.activation.dtype)
     spec, grid = range_spec(statistics, recipe), Grid(integer.qmax - integer.qmin, target.activation.symmetric)
-    parameters = symmetric_parameters if target.activation.symmetric else affine_parameters
     constants = {
         str(value.name): values
         for layer in placement.layers
@@ -206,16 +208,14 @@ def plan_activations(
             if name in constants:
                 role, lo, hi = "constant", float(constants[name].min()), float(constants[name].max())
             elif (seen := seen_of(by_name.get(name), statistics)) is not None:
-                lo, hi = range_of(spec, name, seen, grid)
+                lo, hi = tuning.ranges[name] if name in tuning.ranges else range_of(spec, name, seen, grid)
                 samples = statistics.samples
             else:
                 raise PlanError(
                     f"the statistics hold nothing about tensor '{name}'",
                     "calibrate again with this recipe, or check that the data reaches that part of the model",
                 )
-            scale, zero_point = parameters(lo, hi, integer)
-            if target.activation.power_of_two:
-                scale, zero_point = to_power_of_two(scale, lo, integer, target.activation.symmetric)
+            scale, zero_point = activation_parameters(lo, hi, target)
         tensors[name] = TensorPlan(name, role, integer, (float(scale),), (zero_point,), None, (lo,), (hi,), samples)
     for name, source in placement.owner.items():
         if name != source:
@@ -224,6 +224,16 @@ def plan_activations(
                 name, "activation", integer, root.scale, root.zero_point, None, root.lo, root.hi, root.samples, source
             )
     return tensors
+
+
+def activation_parameters(lo: float, hi: float, target: Target) -> tuple[np.float32, int]:
+    """Return scale and zero point of an activation that is to cover [lo, hi]."""
+    integer = IntegerType(target.activation.dtype)
+    parameters = symmetric_parameters if target.activation.symmetric else affine_parameters
+    scale, zero_point = parameters(lo, hi, integer)
+    if target.activation.power_of_two:
+        return to_power_of_two(scale, lo, integer, target.activation.symmetric)
+    return scale, zero_point
 
 
 def seen_of(value: ir.Value | None, statistics: Statistics) -> TensorStatistics | None:
@@ -252,9 +262,10 @@ def to_power_of_two(scale: np.float32, lo: float, integer: IntegerType, symmetri
     return wide, min(max(zero_point, integer.qmin), integer.qmax)
 
 
-def plan_weights(placement: Placement, activations: dict[str, TensorPlan], target: Target) -> dict[str, TensorPlan]:
+def plan_weights(
+    placement: Placement, activations: dict[str, TensorPlan], target: Target, tuning: Tuning = UNTUNED
+) -> dict[str, TensorPlan]:
     """Return the parameters of every weight: symmetric, per channel where the target and every use of it agree."""
-    integer = IntegerType(f"int{target.weight.bits}", narrow=True)
     uses: dict[str, list[tuple[PlacedLayer, ir.Value]]] = {}
     for layer in placement.layers:
         for _, value, kind in layer.operands():
@@ -272,7 +283,8 @@ def plan_weights(placement: Placement, activations: dict[str, TensorPlan], targe
         largest = np.maximum(-lo, hi)
         del values, channels
         unmapped(users[0][1])
-        scales = symmetric_scales(largest, integer)
+        integer = IntegerType(f"int{tuning.bits.get(name, target.weight.bits)}", narrow=True)
+        scales = tuning.scales[name] if name in tuning.scales else symmetric_scales(largest, integer)
         for layer, _ in users:
             if (bias := bias_of(layer)) is not None:
                 input_scale = np.float32(activations[str(layer.node.inputs[0].name)].scale[0])  # type: ignore[union-attr]

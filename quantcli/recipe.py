@@ -93,11 +93,23 @@ class Layers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is done to lose less (section ``[tune]``); None leaves it to the target.
 
-    ``optimize`` times candidate plans on this machine and keeps the fastest (`quantcli.tune.latency`). ``smooth`` evens the
-    columns of what normalisations make (`quantcli.tune.smooth`), with ``smooth_alpha`` as the part of the difficulty that moves
-    into the weights.
+    ``effort`` says how much is tried (`quantcli.tune.effort`), over ``samples`` calibration samples. Each step can be switched on
+    or off by itself: ``ranges`` by output error, ``equalize`` the channels of neighbouring layers, ``compensation`` of what the
+    layers before have changed, weight ``scales`` and ``rounding`` by output error, and ``bias`` correction.
+
+    ``optimize`` times candidate plans on this machine and keeps the fastest (`quantcli.tune.latency`). ``smooth`` evens the columns
+    of what normalisations make (`quantcli.tune.smooth`), with ``smooth_alpha`` as the part of the difficulty that moves into the
+    weights.
     """
 
+    effort: Literal["fast", "default", "best"] = "default"
+    samples: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    ranges: bool | None = None
+    equalize: bool | None = None
+    compensation: bool | None = None
+    scales: bool | None = None
+    rounding: bool | None = None
+    bias: bool | None = None
     optimize: Literal["latency"] | None = None
     smooth: bool | None = None
     smooth_alpha: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.6

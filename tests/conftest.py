@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from quantcli import Conversion, convert
+from quantcli import Conversion, Recipe, convert
+from quantcli.recipe import Tune
 from tests.graphs import data_for, residual_net
 
 
@@ -18,10 +19,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def residual(tmp_path_factory: pytest.TempPathFactory) -> Conversion:
-    """The residual net of tests.graphs, converted."""
+    """The residual net of tests.graphs, converted as calibrated."""
     folder = tmp_path_factory.mktemp("residual")
     model, data = residual_net(folder / "net.onnx"), data_for(folder / "data.npz")
-    return convert(model, folder / "net.int8.onnx", data=data)
+    return convert(model, folder / "net.int8.onnx", data=data, recipe=Recipe(tune=Tune(effort="fast")))
 
 
 @pytest.fixture

@@ -17,9 +17,10 @@ from calibration.hooks.onnxruntime import Runner
 from quantcli import Conversion, Recipe, convert, sidecar
 from quantcli.arithmetic.affine import IntegerType, quantize
 from quantcli.errors import ModelError
-from quantcli.recipe import Layers
+from quantcli.recipe import Layers, Tune
 from tests.graphs import data_for, normal, residual_net
 
+FAST = Recipe(tune=Tune(effort="fast"))
 GOLDEN = Path(__file__).parent / "golden" / "residual.json"
 
 
@@ -106,7 +107,7 @@ def test_same_command_same_bytes(tmp_path: Path, net: Path) -> None:
 
 
 def test_names_survive(tmp_path: Path, net: Path) -> None:
-    done = convert(net, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz"))
+    done = convert(net, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz"), recipe=FAST)
     graph = onnx.load(done.model).graph
     assert [value.name for value in graph.input] == ["x"]
     assert [value.name for value in graph.output] == ["y"]
@@ -143,7 +144,7 @@ def test_integers_in_the_runtime_are_those_of_the_quantize_rule(residual: Conver
 def test_the_golden_sidecar(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """A stored copy, digests aside (they depend on the versions of the libraries that write ONNX)."""
     model = residual_net(tmp_path / "net.onnx")
-    done = convert(model, tmp_path / "net.int8.onnx", data=data_for(tmp_path / "d.npz", samples=4))
+    done = convert(model, tmp_path / "net.int8.onnx", data=data_for(tmp_path / "d.npz", samples=4), recipe=FAST)
     found = json.loads(done.sidecar_path.read_text())
     for entry in ("float_model", "model"):
         found[entry] = {"name": found[entry]["name"]}

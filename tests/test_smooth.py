@@ -98,8 +98,8 @@ def test_outliers_cost_less(tmp_path: Path) -> None:
         return convert(path, tmp_path / name, data=samples, recipe=Recipe(tune=Tune(smooth=wanted)), verified=True)
 
     with_it, without = converted("a.onnx", None), converted("b.onnx", False)
-    assert [entry.name for entry in with_it.smoothed] == ["n"]
-    assert without.smoothed == ()
+    assert [entry.name for entry in with_it.tuned.smoothed] == ["n"]
+    assert without.tuned.smoothed == ()
     # Two columns 60 times the others leave those six bits less. Half of that comes back at least: 3 bits, 18 dB of noise;
     # a third of it shows at the output, where the outliers' own products are as coarse as before.
     assert with_it.check.sqnr["y"] > without.check.sqnr["y"] + 6
@@ -111,11 +111,11 @@ def test_outliers_cost_less(tmp_path: Path) -> None:
 def test_statistics_of_another_recipe_serve_without_smoothing(tmp_path: Path) -> None:
     path, samples = model(tmp_path / "m.onnx", residual=True), data(tmp_path / "d.npz")
     calibrate(path, samples, tmp_path / "s.stats", Recipe(tune=Tune(smooth=False)))
-    assert convert(path, tmp_path / "q.onnx", tmp_path / "s.stats").smoothed == ()
+    assert convert(path, tmp_path / "q.onnx", tmp_path / "s.stats").tuned.smoothed == ()
     calibrate(path, samples, tmp_path / "t.stats")
     first = convert(path, tmp_path / "q.onnx", tmp_path / "t.stats")
-    assert len(first.smoothed) == 1
-    again = convert(path, tmp_path / "r.onnx", data=samples)
+    assert len(first.tuned.smoothed) == 1
+    again = convert(path, tmp_path / "r.onnx", data=samples, recipe=Recipe(tune=Tune(effort="fast")))
     assert first.model.read_bytes() == again.model.read_bytes()
 
 

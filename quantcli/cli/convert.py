@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from quantcli.explain import Explanation
     from quantcli.pipeline import Conversion
     from quantcli.plan import LayerPlan, Plan
+    from quantcli.tune.effort import Tuned
 
 
 @click.command()
@@ -70,6 +71,11 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--optimize", type=click.Choice(["latency"]), help="Time candidate plans on this machine, and keep the fastest."
+)
+@click.option(
+    "--effort",
+    type=click.Choice(["fast", "default", "best"]),
+    help="How much is tried to keep the model's accuracy: nothing, one sweep, or every algorithm.  [default: default]",
 )
 @click.option("--explain", multiple=True, metavar="PATTERN", help="Say why these operators are integer layers, or not.")
 @counting_options
@@ -138,10 +144,11 @@ def show(terminal: Terminal, done: Conversion) -> None:
     for trial in done.trials:
         kept = " (kept)" if trial.kept else ""
         terminal.say(f"timed {trial.name}: {trial.seconds * 1e3:.3f} ms{kept}")
-    if done.smoothed and not terminal.verbose:
-        readers = sum(len(even.layers) for even in done.smoothed)
-        terminal.say(f"smoothed: the columns of {len(done.smoothed)} tensors that {readers} layers read")
-    for even in done.smoothed if terminal.verbose else ():
+    tuning(terminal, done.tuned)
+    if done.tuned.smoothed and not terminal.verbose:
+        readers = sum(len(even.layers) for even in done.tuned.smoothed)
+        terminal.say(f"smoothed: the columns of {len(done.tuned.smoothed)} tensors that {readers} layers read")
+    for even in done.tuned.smoothed if terminal.verbose else ():
         how = "the normalisation itself does it" if even.folded else "one Mul does it"
         left = f"{even.left:.1f} times the median one, {even.spread:.1f} before"
         terminal.say(f"smoothed '{even.name}': its largest column is {left}; {how}")
@@ -170,6 +177,30 @@ def show(terminal: Terminal, done: Conversion) -> None:
     for name, value in done.check.sqnr.items():
         terminal.say(f"self-check: output '{name}' SQNR {value:.1f} dB over {done.check.samples} samples")
     terminal.say(f"{done.sidecar_path}: the sidecar")
+
+
+def tuning(terminal: Terminal, tuned: Tuned) -> None:
+    """Print what was tried to lose less, and what each step gained."""
+    if tuned.why_not:
+        terminal.say(f"tuned: nothing ({tuned.why_not})")
+        return
+    kept = next(one for one in tuned.tries if one.kept)
+    before = tuned.tries[0]
+    steps = ", ".join(f"{step} {gain:+.1f} dB" for step, (_, gain) in kept.gains.items())
+    terminal.say(
+        f"tuned: SQNR {before.sqnr:.1f} → {kept.sqnr:.1f} dB on samples held back"
+        + (f" (error of the layers, on average: {steps})" if steps else ": nothing that was tried does better")
+    )
+    if tuned.equalized is not None:
+        done = tuned.equalized
+        terminal.say(
+            f"equalized: {done.channels} channels of {len(done.layers)} layers; {done.absorbed} biases absorbed"
+        )
+        for name, reason in done.refused if terminal.verbose else ():
+            terminal.say(f"  '{name}' keeps its channels: {reason}")
+    if terminal.verbose or len(tuned.tries) > 2:
+        rows = [(one.name, f"{one.sqnr:.2f}", f"{one.seconds:.1f}", "kept" if one.kept else "") for one in tuned.tries]
+        terminal.table("Tried", ("what", ">SQNR dB", ">seconds", ""), rows)
 
 
 def grouped(plan: Plan) -> list[tuple[str, str, str, str]]:
@@ -221,8 +252,13 @@ def as_document(done: Conversion) -> dict[str, Any]:
         "float_layers": [{"name": f.name, "operator": f.operator, "reason": f.reason} for f in sidecar.float_layers],
         "smoothed": [
             {"tensor": s.name, "layers": list(s.layers), "folded": s.folded, "spread": s.spread, "left": s.left}
-            for s in done.smoothed
+            for s in done.tuned.smoothed
         ],
+        "tuning": {
+            "why_not": done.tuned.why_not,
+            "tries": [dataclasses.asdict(one) for one in done.tuned.tries],
+            "equalized": dataclasses.asdict(done.tuned.equalized) if done.tuned.equalized else None,
+        },
         "trials": [dataclasses.asdict(trial) for trial in done.trials],
         "explained": [dataclasses.asdict(found) for found in done.explained],
         "dead_channels": {name: list(channels) for name, channels in done.plan.dead_channels.items()},

@@ -298,7 +298,11 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
             **{key: list(options.get(key) or ()) or None for key in ("include", "exclude")},
             "everywhere": options.get("everywhere"),
         },
-        "tune": {"smooth": options.get("smooth"), "optimize": options.get("optimize")},
+        "tune": {
+            "smooth": options.get("smooth"),
+            "optimize": options.get("optimize"),
+            "effort": options.get("effort"),
+        },
     }
     return read_recipe(options.get("recipe"), overrides)
 

@@ -104,10 +104,11 @@ def test_converting_from_statistics_and_from_data_is_the_same(here: Path) -> Non
         (here / folder).mkdir()
     data = ["--data", "kit/cal.npz", *PIXELS]
     assert run(["calibrate", "kit/model.onnx", *data, "-o", "s.stats"]) == 0
-    assert run(["convert", "kit/model.onnx", "--stats", "s.stats", *PIXELS, "-o", "stats/q.onnx"]) == 0
+    assert run(["convert", "kit/model.onnx", "--stats", "s.stats", *data, "-o", "stats/q.onnx"]) == 0
     assert run(["convert", "kit/model.onnx", *data, "-o", "data/q.onnx"]) == 0
     recipe = read_recipe(Path("kit/recipe.toml"))
-    convert("kit/model.onnx", "api/q.onnx", calibrate("kit/model.onnx", "kit/cal.npz", recipe=recipe), recipe=recipe)
+    seen = calibrate("kit/model.onnx", "kit/cal.npz", recipe=recipe)
+    convert("kit/model.onnx", "api/q.onnx", seen, "kit/cal.npz", recipe=recipe)
     assert pair("data/q.onnx") == pair("api/q.onnx")
     assert pair("stats/q.onnx") == pair("data/q.onnx")
 
@@ -500,7 +501,7 @@ def test_the_api_does_what_the_commands_do(here: Path, capsys: pytest.CaptureFix
 def test_the_api_reports_by_exceptions(here: Path) -> None:
     recipe = quantcli.Recipe(preprocess=Preprocess(scale=0.5, layout="NCHW"))
     with pytest.raises(UsageError, match="either"):
-        convert("kit/model.onnx", "q.onnx", "kit/s.stats", "kit/cal.npz", recipe)
+        convert("kit/model.onnx", "q.onnx", None, "kit/cal.npz", recipe, synthetic=3)
     with pytest.raises(ModelError, match="no model at"):
         calibrate("gone.onnx", "kit/cal.npz")
     with pytest.raises(UsageError, match="no metric 'accuracy'"):

@@ -303,7 +303,7 @@ REQUESTS: list[Row] = [
     ("no data", "calibrate model.onnx -o new.stats", 2, "--data", nothing),
     ("unknown metric", f"{EVAL} --metric accuracy", 2, "accuracy", nothing),
     ("neither statistics nor data", "convert model.onnx -o new.onnx", 2, "--stats", nothing),
-    ("both statistics and data", f"{CONVERT} --stats s.stats", 2, "--stats", nothing),
+    ("data from two places", f"{CONVERT} --synthetic 4", 2, "--synthetic", nothing),
     ("statistics of another model", "convert rows.onnx --stats s.stats -o new.onnx", 1, "another model", nothing),
     ("text for statistics", "convert model.onnx --stats bad -o new.onnx", 1, "bad", text("bad", "hello\n")),
     ("statistics of other tensors", "convert model.onnx --stats s.stats -o new.onnx --include nothing*", 2, "nothing*", nothing),

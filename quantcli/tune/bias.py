@@ -1,0 +1,62 @@
+"""Bias correction: what a quantized layer gives too much on average, channel by channel, is taken from its bias.
+
+Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction" (arXiv 1906.04721), section 4.2 and
+appendix D: E[ỹ] = E[y] + E[ε], with the expectations taken over calibration samples; Finkelstein et al. 2019 (arXiv 1906.03193).
+Layers are corrected in graph order, each behind the corrected ones.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quantcli.fold import add_constant, constant
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+# The operators whose bias is an operand of their own.
+BIASED = frozenset({"Conv", "ConvTranspose", "Gemm"})
+
+
+def biased(node: ir.Node, channels: int, graph: ir.Graph) -> NDArray[np.float32] | None:
+    """Return a layer's bias, one value per output channel; zeros where it has none yet. None where it cannot have one."""
+    if node.op_type not in BIASED:
+        return None
+    if len(node.inputs) < 3 or node.inputs[2] is None:
+        held = np.zeros(channels, dtype=np.float32)
+        node.resize_inputs(3)
+        node.replace_input_with(2, add_constant(graph, f"{node.outputs[0].name}_bias", held))
+        return held
+    values = constant(node.inputs[2])
+    return None if values is None else np.broadcast_to(values.reshape(-1), (channels,)).astype(np.float32)
+
+
+def corrected(
+    bias: NDArray[np.float32], real: Sequence[NDArray[np.float32]], made: Sequence[NDArray[np.float32]], axis: int
+) -> NDArray[np.float32]:
+    """Return a bias with the mean error of every channel taken from it.
+
+    Args:
+        bias: (channels,).
+        real: Batches of the float layer's outputs, before any activation.
+        made: The same of the quantized layer.
+        axis: The channel axis of both.
+    """
+    return (bias + channel_means(real, axis) - channel_means(made, axis)).astype(np.float32)
+
+
+def channel_means(batches: Sequence[NDArray[np.float32]], axis: int) -> NDArray[np.float64]:
+    """Return the mean of every channel over some batches."""
+    sums = np.zeros(batches[0].shape[axis])
+    count = 0
+    for values in batches:
+        others = tuple(a for a in range(values.ndim) if a != axis)
+        sums += values.sum(axis=others, dtype=np.float64)
+        count += values.size // max(values.shape[axis], 1)
+    means: NDArray[np.float64] = sums / max(count, 1)
+    return means

@@ -1,0 +1,328 @@
+"""Effort: which algorithms are tried on a model, and which outcome is kept.
+
+Every candidate is judged by what is left of the model's outputs (SQNR) on calibration samples that it has not seen; the untuned
+plan is always one of them, so that tuning never makes a model worse by that measure.
+
+======== ================================================================================================================
+fast     nothing: ranges as calibration gives them, weights rounded to nearest
+default  one sweep over 64 samples: weight scales, rounding by second moments, bias correction; compensation where weights
+         have less than 8 bits or one scale per tensor; with one scale per tensor also on the equalized model
+best     sweeps over 256 samples, with and without ranges by error, compensation and equalization
+======== ================================================================================================================
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calibration.hooks.onnxruntime import Runner
+from quantcli.cost import values_of
+from quantcli.evaluation.metrics import Comparison
+from quantcli.placement import place
+from quantcli.plan import make_plan, unresolvable
+from quantcli.probe import model_bytes, runnable, weight_bytes
+from quantcli.quantize import quantize
+from quantcli.recipe import resolve_target
+from quantcli.rules import Arithmetic, Operand
+from quantcli.tune.equalize import Equalized, equalize
+from quantcli.tune.smooth import Smoothed, smooth
+from quantcli.tune.sweep import Steps, Sweep
+from quantcli.tuning import UNTUNED, Tuning
+from quantcli.write import WRITERS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from calibration.statistics import Statistics
+    from quantcli.placement import Placement
+    from quantcli.plan import Plan
+    from quantcli.progress import Progress
+    from quantcli.recipe import Recipe, Tune
+
+    Feeds = dict[str, NDArray[Any]]
+
+logger = logging.getLogger(__name__)
+
+# How many samples a sweep runs, and how many others judge what came out.
+SAMPLES = {"default": 64, "best": 256}
+JUDGES = 64
+# What the tensors between a sweep's layers may take, in bytes; fewer samples are run where they would take more.
+ROOM = 1 << 30
+# Of a model with more weights, a copy to work on would be too much.
+LARGEST = 1 << 30
+# A candidate is kept only where it is better by so many dB.
+MARGIN = 0.05
+UNTOUCHED = "as calibrated"
+
+
+@dataclass(frozen=True)
+class Try:
+    """One candidate.
+
+    Attributes:
+        name: What was done.
+        sqnr: What is left of the outputs, in dB, averaged over the outputs, on samples that it has not seen.
+        seconds: How long it took to make.
+        gains: By step: how many layers or tensors it looked at, and by how many dB it lowered their error on average.
+        kept: Whether this is what is written.
+    """
+
+    name: str
+    sqnr: float
+    seconds: float
+    gains: dict[str, tuple[int, float]]
+    kept: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """What tuning came to.
+
+    Attributes:
+        model: The model that the plan speaks of.
+        plan: The plan.
+        smoothed: The tensors whose columns were evened.
+        equalized: What equalization did; None where it is not part of what is kept.
+        tries: The candidates; empty where nothing was tuned.
+        why_not: Why nothing was tuned; empty where something was.
+    """
+
+    model: ir.Model
+    plan: Plan
+    smoothed: tuple[Smoothed, ...]
+    equalized: Equalized | None = None
+    tries: tuple[Try, ...] = ()
+    why_not: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Calibration samples in batches: those that sweeps run, and those that judge."""
+
+    swept: tuple[Feeds, ...]
+    judging: tuple[Feeds, ...]
+
+    @property
+    def count(self) -> int:
+        """How many samples sweeps run."""
+        return sum(len(next(iter(feeds.values()))) for feeds in self.swept)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A model, its statistics and its tuning."""
+
+    model: ir.Model
+    statistics: Statistics
+    smoothed: tuple[Smoothed, ...]
+    tuning: Tuning = UNTUNED
+    equalized: Equalized | None = None
+
+
+def untuned(model: ir.Model, statistics: Statistics, recipe: Recipe, why_not: str = "") -> Tuned:
+    """Return the plan as calibration gives it."""
+    final, seen, evened = smooth(model, statistics, recipe)
+    return Tuned(final, make_plan(final, seen, recipe), evened, why_not=why_not)
+
+
+def why_untuned(model: ir.Model, statistics: Statistics, recipe: Recipe) -> str:
+    """Return why a model is not tuned; empty where it is."""
+    if recipe.tune.effort == "fast":
+        return "effort fast"
+    if statistics.synthetic:
+        return "random data tells nothing about a model"
+    if weight_bytes(model) > LARGEST:
+        return f"the model holds more than {LARGEST >> 20} MB of weights"
+    return ""
+
+
+def wanted_samples(model: ir.Model, recipe: Recipe) -> int:
+    """Return how many samples sweeps are to run: the recipe's, or the effort's as far as there is room."""
+    if recipe.tune.samples is not None:
+        return recipe.tune.samples
+    held = 8 * most_held(model)
+    return max(4, min(SAMPLES[recipe.tune.effort], ROOM // max(held, 1)))
+
+
+def most_held(model: ir.Model) -> int:
+    """Return the most values that wait for readers at once while a model runs node by node, per sample."""
+    last = {value: number for number, node in enumerate(model.graph) for value in node.inputs if value is not None}
+    held, most = 0, 0
+    ends: dict[int, int] = {}
+    for number, node in enumerate(model.graph):
+        for value in node.outputs:
+            size = values_of(value) or 0
+            held += size
+            ends[last.get(value, number)] = ends.get(last.get(value, number), 0) + size
+        most = max(most, held)
+        held -= ends.get(number, 0)
+    return most
+
+
+def tune(
+    model: ir.Model,
+    statistics: Statistics,
+    recipe: Recipe,
+    samples: Samples,
+    observe: Callable[[ir.Model], Statistics] | None,
+    progress: Progress,
+    bits: dict[str, int] | None = None,
+) -> Tuned:
+    """Try what the recipe's effort says, and return the best.
+
+    Args:
+        model: The folded model; it is not changed.
+        statistics: What calibration saw of it.
+        recipe: What the user wants.
+        samples: Calibration samples.
+        observe: Calibrates another folded model on the same data, for equalization; None where that cannot be had.
+        progress: Called with the stage, the nodes done and their total.
+        bits: The widths of weights that differ from the target's, by name.
+    """
+    bits = bits or {}
+    judge = Judge(model, samples.judging, recipe)
+    final, seen, evened = smooth(model, statistics, recipe)
+    start = Candidate(final, seen, evened, Tuning(bits=bits))
+    found: list[tuple[Try, Candidate]] = [(Try(UNTOUCHED, judge.sqnr(start), 0.0, {}), start)]
+    if not tunable(final, seen, recipe):
+        plan = make_plan(final, seen, recipe, start.tuning)
+        return Tuned(final, plan, evened, why_not="no layer has a weight to tune")
+    equal: Candidate | None = None
+    plans = candidates(recipe, observe is not None)
+    for number, (even, steps) in enumerate(plans):
+        stage = f"tune {number + 1}/{len(plans)}"
+        begun = time.perf_counter()
+        base = start
+        if even and observe is not None:
+            equal = equal or equalized(model, recipe, samples, observe, bits)
+            if equal is None:
+                continue
+            base = equal
+        candidate, gains = swept(base, recipe, steps, samples, functools.partial(progress, stage))
+        seconds = time.perf_counter() - begun
+        found.append((Try(named(even, steps), judge.sqnr(candidate), seconds, gains), candidate))
+    best = max(range(len(found)), key=lambda place: (round(found[place][0].sqnr / MARGIN), -place))
+    tries = tuple(replace(one, kept=place == best) for place, (one, _) in enumerate(found))
+    kept = found[best][1]
+    return Tuned(
+        kept.model, make_plan(kept.model, kept.statistics, recipe, kept.tuning), kept.smoothed, kept.equalized, tries
+    )
+
+
+def candidates(recipe: Recipe, may_equalize: bool) -> list[tuple[bool, Steps]]:
+    """Return what to try: on the equalized model or not, and the steps of the sweep."""
+    wishes, target = recipe.tune, resolve_target(recipe)
+    coarse = target.weight.bits < 8 or not target.weight.per_channel or target.weight.power_of_two
+    best = wishes.effort == "best"
+    compensations = choices(wishes.compensation, [True, False] if best else [coarse])
+    ranges = choices(wishes.ranges, [False, True] if best else [False])
+    evens = choices(wishes.equalize, [False, True] if not target.weight.per_channel or best else [False])
+    basis = steps_of(wishes, recipe.calibration.seed)
+    return [
+        (even, replace(basis, compensation=compensation, ranges=by_error))
+        for even, compensation, by_error in itertools.product(evens, compensations, ranges)
+        if may_equalize or not even
+    ]
+
+
+def choices(wish: bool | None, tried: list[bool]) -> list[bool]:
+    """Return what is tried of a step: what the recipe says, or all that the effort does."""
+    return tried if wish is None else [wish]
+
+
+def steps_of(wishes: Tune, seed: int) -> Steps:
+    """Return the steps that a recipe leaves in."""
+    return Steps(
+        scales=wishes.scales is not False,
+        rounding=wishes.rounding is not False,
+        bias=wishes.bias is not False,
+        seed=seed,
+    )
+
+
+def named(even: bool, steps: Steps) -> str:
+    """Return what a candidate did, in words."""
+    parts = ["equalization"] if even else []
+    parts += [name for name in ("ranges", "compensation", "scales", "rounding", "bias") if getattr(steps, name)]
+    return ", ".join(parts) or "nothing"
+
+
+def tunable(model: ir.Model, statistics: Statistics, recipe: Recipe) -> bool:
+    """Tell whether a plan has a layer that accumulates with a constant weight."""
+    placement = place(model, recipe, unresolvable(statistics.tensors))
+    return any(has_weight(placement, number) for number in range(len(placement.layers)))
+
+
+def has_weight(placement: Placement, number: int) -> bool:
+    """Tell whether a layer accumulates with a constant weight."""
+    layer = placement.layers[number]
+    weighted = any(kind is Operand.WEIGHT for _, _, kind in layer.operands())
+    return layer.rule.arithmetic is Arithmetic.ACCUMULATE and weighted
+
+
+def equalized(
+    model: ir.Model,
+    recipe: Recipe,
+    samples: Samples,
+    observe: Callable[[ir.Model], Statistics],
+    bits: dict[str, int],
+) -> Candidate | None:
+    """Return the equalized model with statistics of its own; None where nothing changed."""
+    changed, done = equalize(model, samples.swept)
+    if not done.layers and not done.absorbed:
+        return None
+    final, seen, evened = smooth(changed, observe(changed), recipe)
+    return Candidate(final, seen, evened, Tuning(bits=bits), done)
+
+
+def swept(
+    base: Candidate, recipe: Recipe, steps: Steps, samples: Samples, progress: Callable[[int, int], None]
+) -> tuple[Candidate, dict[str, tuple[int, float]]]:
+    """Sweep a copy of a model, and return it with the steps' gains."""
+    changed = base.model.clone()
+    placement = place(changed, recipe, unresolvable(base.statistics.tensors))
+    plan = make_plan(base.model, base.statistics, recipe, base.tuning)
+    ranges = {
+        name: (tensor.lo[0], tensor.hi[0]) for name, tensor in plan.tensors.items() if tensor.role == "activation"
+    }
+    sweep = Sweep(changed, placement, resolve_target(recipe), ranges, dict(base.tuning.bits), steps, samples.swept)
+    tuning = sweep.run(progress)
+    gains = {step: (sweep.gains.layers[step], sweep.gains.mean(step)) for step in sweep.gains.layers}
+    return replace(base, model=changed, tuning=tuning), gains
+
+
+class Judge:
+    """Samples, what the float model makes of them, and so what a candidate is worth.
+
+    Args:
+        model: The float model, folded.
+        batches: Samples that no candidate has seen.
+        recipe: What the user wants.
+    """
+
+    def __init__(self, model: ir.Model, batches: Sequence[Feeds], recipe: Recipe) -> None:
+        self.batches, self.recipe = batches, recipe
+        runner = Runner(runnable(model), what="the folded model")
+        self.expected = [runner.run(feeds) for feeds in batches]
+
+    def sqnr(self, candidate: Candidate) -> float:
+        """Return the mean SQNR of a candidate's outputs, in dB; −inf where an output is not finite."""
+        plan = make_plan(candidate.model, candidate.statistics, self.recipe, candidate.tuning)
+        runner = Runner(model_bytes(WRITERS["qdq"](quantize(candidate.model, plan))), what="a candidate")
+        comparison = Comparison()
+        for feeds, expected in zip(self.batches, self.expected, strict=True):
+            comparison.update(expected, runner.run(feeds))
+        values = [min(difference.sqnr, 200.0) for difference in comparison.outputs.values()]
+        mean = float(np.mean(values)) if values else 0.0
+        return mean if math.isfinite(mean) else -200.0

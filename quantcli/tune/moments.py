@@ -1,0 +1,172 @@
+"""Moments: what a layer's weights are multiplied with, as rows, and the second moments of those rows.
+
+A layer that accumulates is a matrix product per group: y = W·x, with x a row of inputs (a patch, for a convolution). Everything
+that a choice of weights does to the layer's output, in the mean of squares, follows from E[x·xᵀ] (Frantar et al. 2022, section 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+# Rows beyond so many per input change a second moment by little; they are drawn evenly.
+ROWS_PER_INPUT, FEWEST_ROWS = 24, 8192
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A layer's weight as matrices, one per group: (groups, outputs of a group, inputs of a group).
+
+    Attributes:
+        groups: The number of groups; 1 but for grouped convolutions.
+        transposed: Whether the stored weight has inputs before outputs.
+        shape: The stored shape.
+    """
+
+    groups: int
+    transposed: bool
+    shape: tuple[int, ...]
+
+    def split(self, weight: NDArray[Any]) -> NDArray[np.float64]:
+        """Return a stored weight as matrices."""
+        rows = weight.T if self.transposed else weight.reshape(len(weight), -1)
+        return rows.reshape(self.groups, rows.shape[0] // self.groups, -1).astype(np.float64)
+
+    def join(self, matrices: NDArray[Any]) -> NDArray[Any]:
+        """Return matrices as a stored weight: the reverse of `split`."""
+        rows = matrices.reshape(-1, matrices.shape[2])
+        return np.ascontiguousarray(rows.T if self.transposed else rows).reshape(self.shape)
+
+
+def matrix_of(node: ir.Node, weight: NDArray[Any]) -> Matrix | None:
+    """Return how a layer's weight is a matrix; None where it is none (transposed convolutions, stacks of matrices)."""
+    if node.op_type == "Conv":
+        return Matrix(node.attributes.get_int("group", 1), False, weight.shape)
+    if node.op_type == "Gemm" and weight.ndim == 2 and not node.attributes.get_int("transA", 0):
+        return Matrix(1, not node.attributes.get_int("transB", 0), weight.shape)
+    if node.op_type == "MatMul" and weight.ndim == 2:
+        return Matrix(1, True, weight.shape)
+    return None
+
+
+def drawn_rows(
+    node: ir.Node, matrix: Matrix, batches: Sequence[Sequence[NDArray[Any]]], inputs: int, seed: int
+) -> list[NDArray[np.float32]]:
+    """Return rows of inputs, (groups, rows, inputs of a group), the same rows of each of some versions of the data.
+
+    Args:
+        node: The layer.
+        matrix: Its weight.
+        batches: Versions of the layer's data operand, each a list of batches.
+        inputs: Inputs of a group.
+        seed: Of the draw.
+    """
+    generator = np.random.default_rng(seed)
+    wanted = max(FEWEST_ROWS, ROWS_PER_INPUT * inputs) // max(len(batches[0]), 1) + 1
+    found: list[list[NDArray[np.float32]]] = [[] for _ in batches]
+    for versions in zip(*batches, strict=True):
+        places: NDArray[np.intp] | None = None
+        for kept, values in zip(found, versions, strict=True):
+            windows = patches(node, values) if node.op_type == "Conv" else values.reshape(-1, values.shape[-1])
+            count = rows_in(windows, node)
+            if places is None:
+                places = (
+                    np.arange(count) if count <= wanted else np.sort(generator.choice(count, wanted, replace=False))
+                )
+            kept.append(rows_at(windows, places, node, matrix.groups))
+    return [np.concatenate(kept, axis=1) for kept in found]
+
+
+def rows_in(windows: NDArray[Any], node: ir.Node) -> int:
+    """Return how many rows there are."""
+    if node.op_type != "Conv":
+        return len(windows)
+    spatial = (windows.ndim - 2) // 2
+    return int(len(windows) * np.prod(windows.shape[2 : 2 + spatial]))
+
+
+def rows_at(windows: NDArray[Any], places: NDArray[np.intp], node: ir.Node, groups: int) -> NDArray[np.float32]:
+    """Return some of the rows, (groups, rows, inputs of a group)."""
+    if node.op_type != "Conv":
+        return np.asarray(windows[places], dtype=np.float32)[None]
+    spatial = (windows.ndim - 2) // 2
+    at = np.unravel_index(places, (len(windows), *windows.shape[2 : 2 + spatial]))
+    place: tuple[Any, ...] = (at[0], slice(None), *at[1:])
+    picked = windows[place]  # rows, channels, kernel…
+    rows = np.asarray(picked, dtype=np.float32).reshape(len(places), groups, -1)
+    return np.ascontiguousarray(rows.transpose(1, 0, 2))
+
+
+def patches(node: ir.Node, values: NDArray[Any]) -> NDArray[Any]:
+    """Return what a convolution's kernel meets: (batch, channels, positions…, kernel…), a view of the padded data."""
+    kernel = node.inputs[1].shape.numpy()[2:]  # type: ignore[union-attr]
+    spatial = len(kernel)
+    strides = [int(s) for s in node.attributes.get_ints("strides", [1] * spatial)]
+    dilations = [int(d) for d in node.attributes.get_ints("dilations", [1] * spatial)]
+    extents = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    begins, ends = padding(node, values.shape[2:], extents, strides)
+    padded = np.pad(values, [(0, 0), (0, 0), *zip(begins, ends, strict=True)])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, extents, axis=tuple(range(2, 2 + spatial)))
+    steps = tuple(slice(None, None, s) for s in strides)
+    inner = tuple(slice(None, None, d) for d in dilations)
+    return windows[(slice(None), slice(None), *steps, *inner)]
+
+
+def padding(
+    node: ir.Node, sizes: Sequence[int], extents: Sequence[int], strides: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Return what a convolution pads at the beginning and at the end of each spatial axis (ONNX Conv, ``auto_pad``)."""
+    count = len(sizes)
+    how = node.attributes.get_string("auto_pad", "NOTSET")
+    if how in {"SAME_UPPER", "SAME_LOWER"}:
+        totals = [max((-(-n // s) - 1) * s + k - n, 0) for n, k, s in zip(sizes, extents, strides, strict=True)]
+        small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
+        return (small, large) if how == "SAME_UPPER" else (large, small)
+    pads = [int(p) for p in node.attributes.get_ints("pads", [0] * 2 * count)] if how == "NOTSET" else [0] * 2 * count
+    return pads[:count], pads[count:]
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """The second moments of a layer's rows about their means, and what those of the float model say that they should give.
+
+    Attributes:
+        covariance: E[(x̂ − E x̂)(x̂ − E x̂)ᵀ] of the rows that the quantized layer meets, (groups, inputs, inputs), float64.
+        mean: E x̂, (groups, inputs).
+        cross: E[(x − E x − x̂ + E x̂)(x̂ − E x̂)ᵀ], x the rows of the float model, of the same shape; None where they are
+            the same rows.
+    """
+
+    covariance: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    cross: NDArray[np.float64] | None
+
+
+def moments_of(real: NDArray[np.float32] | None, made: NDArray[np.float32], centred: bool) -> Moments:
+    """Return the moments of rows, (groups, rows, inputs).
+
+    Args:
+        real: The float model's rows; None where they are those of ``made``.
+        made: The rows that the quantized layer meets.
+        centred: Whether means are taken out, because the layer's bias makes up for them.
+    """
+    mean = made.mean(axis=1, dtype=np.float64)
+    shift = (mean if centred else np.zeros_like(mean)).astype(np.float32)[:, None]
+    rows = made - shift
+    count = max(rows.shape[1], 1)
+    covariance = (rows.transpose(0, 2, 1) @ rows).astype(np.float64) / count
+    cross = None
+    if real is not None:
+        difference = real - made
+        if centred:
+            difference -= difference.mean(axis=1, keepdims=True)
+        cross = (difference.transpose(0, 2, 1) @ rows).astype(np.float64) / count
+    return Moments(covariance, mean, cross)

@@ -1,0 +1,112 @@
+"""Ranges by what they do: of some candidates, the range whose grid changes a tensor's readers least.
+
+A candidate is what an observer would give (lowest and highest value, percentiles) or a part of it. Each is judged by the mean
+squared difference to the float model's values after quantization, channels weighted by the squared weights that readers multiply
+them with: for errors that do not depend on each other, that is the error of the readers' outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+# Elements that are looked at.
+ELEMENTS = 1 << 15
+PERCENTILES = (99.9, 99.99, 99.999)
+SHARES = (0.97, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+
+
+@dataclass(frozen=True, eq=False)
+class Looked:
+    """Elements of a tensor.
+
+    Attributes:
+        real: What the float model gives, (elements,).
+        made: What the quantized layers before give at the same places.
+        weight: How much an error counts at each, or 1.
+    """
+
+    real: NDArray[np.float32]
+    made: NDArray[np.float32]
+    weight: NDArray[np.float32] | np.float32
+
+
+def look(
+    real: Sequence[NDArray[np.float32]],
+    made: Sequence[NDArray[np.float32]],
+    weights: NDArray[np.float64] | None,
+    axis: int,
+    seed: int,
+) -> Looked:
+    """Return elements drawn evenly from a tensor's batches.
+
+    Args:
+        real: Batches of the float model's values.
+        made: The same of the quantized one.
+        weights: How much an error in each channel counts; None for all alike.
+        axis: The channel axis.
+        seed: Of the draw.
+    """
+    generator = np.random.default_rng(seed)
+    each = max(1, ELEMENTS // len(real))
+    parts: list[list[NDArray[np.float32]]] = [[], [], []]
+    for ours, theirs in zip(real, made, strict=True):
+        places = (
+            np.arange(ours.size) if ours.size <= each else np.sort(generator.choice(ours.size, each, replace=False))
+        )
+        parts[0].append(ours.reshape(-1)[places])
+        parts[1].append(theirs.reshape(-1)[places])
+        if weights is not None:
+            channels = np.unravel_index(places, ours.shape)[axis]
+            parts[2].append(weights[channels].astype(np.float32))
+    return Looked(
+        np.concatenate(parts[0]), np.concatenate(parts[1]), np.concatenate(parts[2]) if parts[2] else np.float32(1)
+    )
+
+
+def best_range(
+    looked: Looked,
+    lo: float,
+    hi: float,
+    symmetric: bool,
+    rounder: Callable[[NDArray[np.float32], float, float], NDArray[np.float32]],
+) -> tuple[tuple[float, float], float, float]:
+    """Return the best range within [lo, hi], and the errors of [lo, hi] and of it.
+
+    Args:
+        looked: Elements of the tensor.
+        lo: The lowest value seen, at most 0.
+        hi: The highest, at least 0.
+        symmetric: Whether only ranges about zero can be had.
+        rounder: Quantizes and dequantizes values on the grid for a range.
+    """
+
+    def error(low: float, high: float) -> float:
+        difference = rounder(looked.made, low, high) - looked.real
+        return float((difference * difference * looked.weight).mean(dtype=np.float64))
+
+    widest = error(lo, hi)
+    best, lowest = (lo, hi), widest
+    named = [np.percentile(looked.real, (100 - p, p)) for p in PERCENTILES]
+    tries = [(max(lo, min(float(a), 0.0)), min(hi, max(float(b), 0.0))) for a, b in named]
+    for low, high in dict.fromkeys(tries):
+        if low < high and (found := error(low, high)) < lowest:
+            best, lowest = (low, high), found
+    if symmetric:
+        ends: tuple[tuple[int, ...], ...] = ((0, 1),)
+    else:
+        ends = tuple((end,) for end, bound in ((1, hi), (0, lo)) if bound != 0)
+    for moved in ends:
+        start = best
+        for share in SHARES:
+            low, high = (bound * share if end in moved else bound for end, bound in enumerate(start))
+            if (found := error(low, high)) < lowest:
+                best, lowest = (low, high), found
+    return best, widest, lowest

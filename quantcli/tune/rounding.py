@@ -1,0 +1,158 @@
+"""Weight rounding from second moments: which of the integers next to each weight changes the layer's output least.
+
+The mean squared change of a layer's output is tr(Δ·H·Δᵀ), Δ = Ŵ − W and H = E[x·xᵀ] of its inputs x. Three steps make it small:
+
+1. a scale per channel, tried at parts of the largest weight's (`best_scales`);
+2. OBQ/GPTQ (Frantar et al. 2022, "GPTQ", arXiv 2210.17323, algorithm 1): columns are rounded one after the other, and what each has
+   lost is made up for by those still to come, by the Cholesky factor of H⁻¹;
+3. coordinate descent from there: each integer in turn moves to where the quadratic form is smallest, the others held, until none
+   moves (Behdin et al. 2023, "QuantEase", arXiv 2309.01885).
+
+All weights of a layer may first move to where the float model's output is met best from the quantized inputs (`compensated`):
+W* = W + W·E[(x − x̂)·x̂ᵀ]·(H + λI)⁻¹, the least squares solution with a ridge.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from quantcli.tune.moments import Moments
+
+# The part of the mean variance that is added to every variance (GPTQ's dampening is 1 %).
+DAMPING = 0.01
+# The ridge of the compensation, as a part of the mean variance.
+RIDGE = 0.3
+# Parts of the largest weight's scale that are tried.
+SHARES = np.linspace(1.0, 0.4, 25)
+PASSES = 8
+
+
+def damped(covariance: NDArray[np.float64], part: float = DAMPING) -> NDArray[np.float64]:
+    """Return second moments with a part of their mean diagonal added to the diagonal."""
+    size = covariance.shape[-1]
+    level = np.trace(covariance, axis1=1, axis2=2) / size
+    level = np.where(level > 0, level, 1.0)
+    found: NDArray[np.float64] = covariance + part * level[:, None, None] * np.eye(size)
+    return found
+
+
+def compensated(weights: NDArray[np.float64], moments: Moments, ridge: float = RIDGE) -> NDArray[np.float64]:
+    """Return the weights that give the float model's outputs best from what the quantized layers before have made.
+
+    Args:
+        weights: W, (groups, outputs, inputs).
+        moments: Of the layer's inputs.
+        ridge: λ as a part of the mean variance.
+    """
+    if moments.cross is None:
+        return weights
+    wanted = weights @ moments.cross
+    solved = np.linalg.solve(damped(moments.covariance, ridge), wanted.transpose(0, 2, 1))
+    found: NDArray[np.float64] = weights + solved.transpose(0, 2, 1)
+    return found
+
+
+def output_error(change: NDArray[np.float64], moments: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return what a change of weights does to each output, in the mean of squares: (groups, outputs)."""
+    error: NDArray[np.float64] = np.maximum(((change @ moments) * change).sum(axis=2), 0.0)
+    return error
+
+
+def nearest(weights: NDArray[np.float64], scales: NDArray[np.float64], limit: int) -> NDArray[np.float64]:
+    """Return the nearest integers, (groups, outputs, inputs), of scales (groups, outputs)."""
+    return np.clip(np.rint(weights / scales[..., None]), -limit, limit)
+
+
+def best_scales(
+    weights: NDArray[np.float64], scales: NDArray[np.float64], moments: NDArray[np.float64], limit: int, shared: bool
+) -> NDArray[np.float32]:
+    """Return the scale of each output for which rounding to nearest changes it least, out of parts of the widest.
+
+    Args:
+        weights: (groups, outputs, inputs).
+        scales: What covers the largest weights, (groups, outputs).
+        moments: H, (groups, inputs, inputs).
+        limit: The largest integer.
+        shared: Whether all outputs share one scale.
+    """
+    best = scales.astype(np.float32)
+    lowest: NDArray[np.float64] | None = None
+    for share in SHARES:
+        tried = (scales * share).astype(np.float32)
+        used = tried.astype(np.float64)
+        error = output_error(nearest(weights, used, limit) * used[..., None] - weights, moments)
+        if shared:
+            error = np.full_like(error, error.sum())
+        if lowest is None:
+            lowest = error
+            continue
+        better = error < lowest
+        best, lowest = np.where(better, tried, best), np.where(better, error, lowest)
+    return best
+
+
+def rounded(
+    weights: NDArray[np.float64], scales: NDArray[np.float64], moments: NDArray[np.float64], limit: int
+) -> NDArray[np.float64]:
+    """Return integers, (groups, outputs, inputs), for which tr(Δ·H·Δᵀ) is small: steps 2 and 3 above.
+
+    Args:
+        weights: The weights that are to be met.
+        scales: (groups, outputs).
+        moments: H, not damped.
+        limit: The largest integer.
+    """
+    stable = damped(moments)
+    plain = nearest(weights, scales, limit)
+    found = descended(weights, propagated(weights, scales, stable, limit), scales, stable, limit)
+    step = scales[..., None]
+    worse = output_error(found * step - weights, stable) > output_error(plain * step - weights, stable)
+    return np.where(worse[..., None], plain, found)
+
+
+def propagated(
+    weights: NDArray[np.float64], scales: NDArray[np.float64], moments: NDArray[np.float64], limit: int
+) -> NDArray[np.float64]:
+    """Return integers by GPTQ: columns of large second moments first, each one's error carried on to the others."""
+    order = np.argsort(-np.einsum("gii->gi", moments).mean(axis=0), kind="stable")
+    inverse = np.linalg.inv(moments[:, order][:, :, order])
+    factor = np.linalg.cholesky((inverse + inverse.transpose(0, 2, 1)) / 2).transpose(0, 2, 1)  # upper, H⁻¹ = Uᵀ·U
+    left, found = weights[:, :, order].copy(), np.empty_like(weights)
+    for column in range(len(order)):
+        integer = np.clip(np.rint(left[:, :, column] / scales), -limit, limit)
+        found[:, :, column] = integer
+        lost = (left[:, :, column] - integer * scales) / factor[:, column, column, None]
+        left[:, :, column + 1 :] -= lost[:, :, None] * factor[:, None, column, column + 1 :]
+    back = np.empty_like(order)
+    back[order] = np.arange(len(order))
+    return found[:, :, back]
+
+
+def descended(
+    weights: NDArray[np.float64],
+    integers: NDArray[np.float64],
+    scales: NDArray[np.float64],
+    moments: NDArray[np.float64],
+    limit: int,
+) -> NDArray[np.float64]:
+    """Return integers after coordinate descent: one column after the other moves to its best place, the others held."""
+    found = integers.copy()
+    slope = (found * scales[..., None] - weights) @ moments
+    variance = np.einsum("gii->gi", moments)
+    for _ in range(PASSES):
+        moved = False
+        for column in range(found.shape[2]):
+            best = found[:, :, column] - slope[:, :, column] / (variance[:, column, None] * scales)
+            change = np.clip(np.rint(best), -limit, limit) - found[:, :, column]
+            if change.any():
+                moved = True
+                found[:, :, column] += change
+                slope += (change * scales)[:, :, None] * moments[:, None, column, :]
+        if not moved:
+            break
+    return found

@@ -1,0 +1,438 @@
+"""The sweep: a model run node by node, in float and quantized beside it, while each layer's parameters are chosen.
+
+Every choice is made with what the quantized layers before really give, and with what the float model gives at the same place. So
+errors are met where they arise and do not add up (Nagel et al. 2019, section 4.2).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from quantcli.arithmetic.affine import IntegerType, fixed_parameters, scales_wide_enough_for_bias, symmetric_scales
+from quantcli.arithmetic.affine import power_of_two as to_power_of_two
+from quantcli.fold import constant
+from quantcli.island import captured, single_node
+from quantcli.plan import activation_parameters
+from quantcli.rules import Arithmetic, Operand
+from quantcli.tune.bias import biased, corrected
+from quantcli.tune.moments import drawn_rows, matrix_of, moments_of
+from quantcli.tune.ranges import best_range, look
+from quantcli.tune.rounding import best_scales, compensated, damped, nearest, output_error, rounded
+from quantcli.tuning import Tuning
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from quantcli.placement import PlacedLayer, Placement
+    from quantcli.targets import Target
+    from quantcli.tune.moments import Matrix
+
+    Batches = list[NDArray[Any]]
+
+# A layer of more inputs has second moments that take too long to be worth it.
+MOST_INPUTS = 2304
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a sweep does.
+
+    Attributes:
+        ranges: Choose activation ranges by output error.
+        scales: Choose weight scales by output error.
+        rounding: Round weights by second moments, not to nearest.
+        compensation: Let weights make up for what the layers before have changed.
+        bias: Correct biases.
+        inputs: A layer of more inputs to an output than this is rounded to nearest.
+        seed: Of everything that is drawn.
+    """
+
+    ranges: bool = True
+    scales: bool = True
+    rounding: bool = True
+    compensation: bool = True
+    bias: bool = True
+    inputs: int = MOST_INPUTS
+    seed: int = 0
+
+
+@dataclass
+class Gains:
+    """By how much each step lowered the error of the layers that it changed: sums of the logarithms of the ratios.
+
+    Attributes:
+        layers: How many layers or tensors a step looked at, by step.
+        ratios: Σ 10·log10(error before / error after), by step.
+    """
+
+    layers: Counter[str] = field(default_factory=Counter)
+    ratios: dict[str, float] = field(default_factory=dict)
+
+    def count(self, step: str, before: float, after: float) -> None:
+        """Count one layer."""
+        if before <= 0 or after <= 0:
+            return
+        self.layers[step] += 1
+        self.ratios[step] = self.ratios.get(step, 0.0) + 10 * float(np.log10(before / after))
+
+    def mean(self, step: str) -> float:
+        """Return a step's mean gain in dB; 0 where it looked at nothing."""
+        return self.ratios.get(step, 0.0) / max(self.layers[step], 1)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grid of a quantized activation."""
+
+    scale: np.float32
+    zero_point: int
+    integer: IntegerType
+
+    def round(self, values: NDArray[Any]) -> NDArray[np.float32]:
+        """Return values on the grid: quantized (ties to even) and dequantized."""
+        offset = np.float32(self.zero_point)
+        q = np.asarray(np.rint(values / self.scale), dtype=np.float32)
+        q += offset
+        np.clip(q, self.integer.qmin, self.integer.qmax, out=q)
+        q -= offset
+        q *= self.scale
+        return q
+
+
+class Sweep:
+    """One run through a model.
+
+    Args:
+        model: The folded model; weights and biases are changed in it.
+        placement: What becomes integer.
+        target: What the runtime can do.
+        ranges: The range of every activation that has one of its own, as calibration gives it.
+        bits: The widths of weights that differ from the target's, by name.
+        steps: What to do.
+        feeds: Batches of samples.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        placement: Placement,
+        target: Target,
+        ranges: dict[str, tuple[float, float]],
+        bits: dict[str, int],
+        steps: Steps,
+        feeds: Sequence[dict[str, NDArray[Any]]],
+    ) -> None:
+        self.model, self.placement, self.target, self.steps = model, placement, target, steps
+        self.ranges, self.bits, self.count = ranges, bits, len(feeds)
+        self.layers = {layer.node: layer for layer in placement.layers}
+        self.absorbed = {node for layer in placement.layers for node in layer.absorbed}
+        self.real: dict[ir.Value, Batches] = {}
+        self.made: dict[ir.Value, Batches] = {}
+        self.grids: dict[str, Grid] = {}
+        self.integers: set[str] = set()
+        self.rounded_weights: dict[str, NDArray[np.float32]] = {}
+        self.chosen: dict[str, tuple[float, float]] = {}
+        self.scales: dict[str, NDArray[np.float32]] = {}
+        self.gains = Gains()
+        self.left = Counter(v for node in model.graph for v in {*node.inputs, *captured(node)} if v is not None)
+        self.left.update(model.graph.outputs)
+        for value in model.graph.inputs:
+            if value.name in feeds[0]:
+                self.real[value] = self.made[value] = [batch[str(value.name)] for batch in feeds]
+
+    def run(self, progress: Callable[[int, int], None] | None = None) -> Tuning:
+        """Go through the model once."""
+        nodes = list(self.model.graph)
+        for number, node in enumerate(nodes):
+            if node not in self.absorbed:
+                layer = self.layers.get(node)
+                if layer is None:
+                    self.pass_node(node)
+                else:
+                    self.pass_layer(layer)
+            for value in {*node.inputs, *captured(node)}:
+                if value is not None:
+                    self.release(value)
+            if progress is not None:
+                progress(number + 1, len(nodes))
+
+        return Tuning(self.chosen, self.scales, self.bits)
+
+    def release(self, value: ir.Value) -> None:
+        """Let a tensor go once its last reader is through."""
+        self.left[value] -= 1
+        if self.left[value] <= 0:
+            self.real.pop(value, None)
+            self.made.pop(value, None)
+
+    def given(self, side: dict[ir.Value, Batches], value: ir.Value | None, batch: int) -> NDArray[Any] | None:
+        """Return a value's array in a batch."""
+        if value is None:
+            return None
+        if value in side:
+            return side[value][batch]
+        return constant(value)
+
+    def pass_node(self, node: ir.Node) -> None:
+        """Run a node that stays float on both sides; once, where both are alike so far."""
+        values = [*node.inputs, *captured(node)]
+        runs: dict[tuple[str, ...], Callable[..., list[NDArray[Any]]]] = {}
+        same = all(v is None or v not in self.real or self.real[v] is self.made[v] for v in values)
+        results: list[list[Batches]] = []
+        for side in (self.real,) if same else (self.real, self.made):
+            batches: list[Batches] = []
+            for batch in range(self.count):
+                arrays = [self.given(side, value, batch) for value in values]
+                batches.append(run_cached(runs, node, arrays, self.model))
+            results.append([list(column) for column in zip(*batches, strict=True)])
+        outputs = [value for value in node.outputs if value.name]
+        for position, value in enumerate(outputs):
+            self.real[value] = results[0][position]
+            self.made[value] = results[-1][position]
+
+    def grid(self, name: str, value: ir.Value | None) -> Grid:
+        """Return the grid of an activation; its range is chosen where that has not been done."""
+        owner = self.placement.owner[name]
+        if owner not in self.grids:
+            integer = IntegerType(self.target.activation.dtype)
+            if owner in self.placement.fixed:
+                lo, hi = self.placement.fixed[owner]
+                scale, zero_point = fixed_parameters(lo, hi, integer, self.target.activation.symmetric)
+            else:
+                lo, hi = self.range_of(owner, value if owner == name else None)
+                scale, zero_point = activation_parameters(lo, hi, self.target)
+            self.grids[owner] = Grid(scale, zero_point, integer)
+        return self.grids[owner]
+
+    def range_of(self, name: str, value: ir.Value | None) -> tuple[float, float]:
+        """Return an activation's range: the best, where there are values to judge by."""
+        held = constant(value)
+        if held is not None:
+            return float(held.min()), float(held.max())
+        lo, hi = self.ranges[name]
+        lo, hi = min(lo, 0.0), max(hi, 0.0)
+        if not self.steps.ranges or value is None or value not in self.made or lo == hi:
+            return lo, hi
+        real, made = self.real[value], self.made[value]
+        if made[0].dtype != np.float32 or not all(array.size for array in made):
+            return lo, hi
+        weights, axis = self.importance(value)
+        looked = look(real, made, weights, axis, self.steps.seed)
+
+        def on_grid(values: NDArray[np.float32], low: float, high: float) -> NDArray[np.float32]:
+            scale, zero_point = activation_parameters(low, high, self.target)
+            return Grid(scale, zero_point, IntegerType(self.target.activation.dtype)).round(values)
+
+        best, before, after = best_range(looked, lo, hi, self.target.activation.symmetric, on_grid)
+        self.gains.count("ranges", before, after)
+        if best != (lo, hi):
+            self.chosen[name] = best
+        return best
+
+    def importance(self, value: ir.Value) -> tuple[NDArray[np.float64] | None, int]:
+        """Return how much an error in each channel of a tensor counts for the layers that read it, and the channel axis."""
+        total: NDArray[np.float64] | None = None
+        axis = 1
+        for user in value.consumers():
+            layer = self.layers.get(user)
+            if layer is None or layer.rule.arithmetic is not Arithmetic.ACCUMULATE or user.inputs[0] is not value:
+                return None, 1
+            weight = constant(user.inputs[1])
+            matrix = matrix_of(user, weight) if weight is not None else None
+            if weight is None or matrix is None:
+                return None, 1
+            energy = np.square(matrix.split(weight)).sum(axis=1)  # groups, inputs
+            if user.op_type == "Conv":
+                energy = energy.reshape(matrix.groups * weight.shape[1], -1).sum(axis=1)
+            else:
+                energy, axis = energy.reshape(-1), self.made[value][0].ndim - 1
+            if len(energy) != self.made[value][0].shape[axis] or (total is not None and len(total) != len(energy)):
+                return None, 1
+            total = energy if total is None else total + energy
+        if total is not None and total.mean() > 0:
+            total = total / total.mean()
+        return total, axis
+
+    def operand(self, value: ir.Value) -> Batches | NDArray[Any]:
+        """Return an activation, or a constant on a grid of its own, as the quantized layer gets it."""
+        held = constant(value)
+        grid = self.grid(str(value.name), value)
+        if held is not None:
+            return grid.round(held.astype(np.float32))
+        if str(value.name) in self.integers:
+            return self.made[value]
+        return [grid.round(array) for array in self.made[value]]
+
+    def pass_layer(self, layer: PlacedLayer) -> None:
+        """Choose an integer layer's parameters, and run it on both sides."""
+        node = layer.node
+        kinds = {position: (value, kind) for position, value, kind in layer.operands()}
+        operands: dict[int, Batches | NDArray[Any]] = {
+            position: self.operand(value) for position, (value, kind) in kinds.items() if kind is Operand.OWN
+        }
+        runs: dict[tuple[str, ...], Callable[..., list[NDArray[Any]]]] = {}
+
+        def run(side: dict[ir.Value, Batches], replaced: dict[int, Batches | NDArray[Any]]) -> list[Batches]:
+            batches = []
+            for batch in range(self.count):
+                arrays = [self.given(side, value, batch) for value in [*node.inputs, *captured(node)]]
+                for position, operand in replaced.items():
+                    arrays[position] = operand[batch] if isinstance(operand, list) else operand
+                batches.append(run_cached(runs, node, arrays, self.model))
+            return [list(column) for column in zip(*batches, strict=True)]
+
+        real = run(self.real, {})
+        weight = next((value for value, kind in kinds.values() if kind is Operand.WEIGHT), None)
+        if weight is not None:
+            self.tune_weight(layer, weight, operands)
+            operands[1 if node.inputs[1] is weight else 0] = self.rounded_weights[str(weight.name)]
+        made = run(self.made, operands)
+        if weight is not None and self.steps.bias:
+            made[0] = self.correct_bias(layer, real[0], made[0])
+        outputs = [value for value in node.outputs if value.name]
+        for position, value in enumerate(outputs):
+            self.real[value], self.made[value] = real[position], made[position]
+        for follower in layer.absorbed:
+            self.pass_node(follower)
+        if layer.real:
+            return
+        for value in layer.outputs:
+            if self.made[value][0].dtype != np.float32:
+                continue
+            grid = self.grid(str(value.name), value)
+            self.made[value] = [grid.round(array) for array in self.made[value]]
+            self.integers.add(str(value.name))
+
+    def correct_bias(self, layer: PlacedLayer, real: Batches, made: Batches) -> Batches:
+        """Correct a layer's bias, and return its outputs with the new one."""
+        node = layer.node
+        axis = 1 if node.op_type != "MatMul" else real[0].ndim - 1
+        bias = biased(node, real[0].shape[axis], self.model.graph)
+        if bias is None or not all(array.size for array in real):
+            return made
+        found = corrected(bias, real, made, axis)
+        change = found - bias
+        before = sum(float(np.square(a - b).sum(dtype=np.float64)) for a, b in zip(made, real, strict=True))
+        shaped = change.reshape([-1 if a == axis else 1 for a in range(real[0].ndim)])
+        moved = [array + shaped for array in made]
+        after = sum(float(np.square(a - b).sum(dtype=np.float64)) for a, b in zip(moved, real, strict=True))
+        self.gains.count("bias", before, after)
+        value = node.inputs[2]
+        assert value is not None  # noqa: S101 - `biased` has seen to it
+        value.const_value = ir.tensor(found, name=value.name)
+        value.shape = ir.Shape(found.shape)
+        return moved
+
+    def tune_weight(self, layer: PlacedLayer, value: ir.Value, operands: dict[int, Batches | NDArray[Any]]) -> None:
+        """Choose a weight's scales and integers; the weight in the model becomes what they stand for."""
+        name = str(value.name)
+        if name in self.rounded_weights:  # another layer has it as well
+            return
+        node, weight = layer.node, np.asarray(constant(value), dtype=np.float32)
+        integer = IntegerType(f"int{self.bits.get(name, self.target.weight.bits)}", narrow=True)
+        axes = {other.rule.weight_axis(other.node) for other in self.placement.layers if value in other.node.inputs}
+        axis = axes.pop() if len(axes) == 1 and self.target.weight.per_channel else None
+        channels = (
+            weight.reshape(1, -1) if axis is None else np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
+        )
+        widest = symmetric_scales(np.abs(channels).max(axis=1), integer)
+        matrix = matrix_of(node, weight)
+        inputs = operands.get(0)
+        usable = matrix is not None and isinstance(inputs, list) and all(array.size for array in inputs)
+        alone = len(value.uses()) == 1
+        if matrix is None or not usable or not alone or matrix.split(weight).shape[2] > self.steps.inputs:
+            self.keep_weight(layer, value, weight, widest, axis, integer)
+            return
+        real = self.real[node.inputs[0]]  # type: ignore[index]
+        self.solve(layer, value, weight, widest, integer, matrix, real, inputs)  # type: ignore[arg-type]
+
+    def keep_weight(
+        self,
+        layer: PlacedLayer,
+        value: ir.Value,
+        weight: NDArray[np.float32],
+        scales: NDArray[np.float32],
+        axis: int | None,
+        integer: IntegerType,
+    ) -> None:
+        """Round a weight to nearest on its widest scales, as the plan does by itself."""
+        used = self.final_scales(layer, scales)
+        shaped = used if axis is None else used.reshape([-1 if a == axis else 1 for a in range(weight.ndim)])
+        self.rounded_weights[str(value.name)] = np.clip(np.rint(weight / shaped), -integer.qmax, integer.qmax) * shaped
+
+    def final_scales(self, layer: PlacedLayer, scales: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return weight scales as the plan will have them: wide enough for the bias, and powers of two where asked."""
+        bias = constant(layer.node.inputs[2]) if layer.node.op_type != "MatMul" and len(layer.node.inputs) > 2 else None
+        if bias is not None:
+            x = str(layer.node.inputs[0].name)  # type: ignore[union-attr]
+            scales = scales_wide_enough_for_bias(scales, bias.reshape(-1), self.grid(x, None).scale)
+        return to_power_of_two(scales) if self.target.weight.power_of_two else scales
+
+    def solve(
+        self,
+        layer: PlacedLayer,
+        value: ir.Value,
+        weight: NDArray[np.float32],
+        widest: NDArray[np.float32],
+        integer: IntegerType,
+        matrix: Matrix,
+        real: Batches,
+        made: Batches,
+    ) -> None:
+        """Choose scales and integers by second moments."""
+        node, steps = layer.node, self.steps
+        original = matrix.split(weight)
+        differs = steps.compensation and any(a is not b for a, b in zip(real, made, strict=True))
+        rows = drawn_rows(node, matrix, [made, real] if differs else [made], original.shape[2], steps.seed)
+        centred = steps.bias and node.op_type in {"Conv", "Gemm"}
+        moments = moments_of(rows[1] if differs else None, rows[0], centred)
+        del rows
+        wanted = compensated(original, moments) if steps.compensation else original
+        stable = damped(moments.covariance)
+        shape = original.shape[:2]
+        scales = np.broadcast_to(widest.astype(np.float64), (original.shape[0] * original.shape[1],)).reshape(shape)
+        plain = nearest(wanted, scales, integer.qmax) * scales[..., None] - wanted
+        before = float(output_error(plain, stable).sum())
+        if steps.compensation and moments.cross is not None:
+            shift = original - wanted
+            missed = nearest(original, scales, integer.qmax) * scales[..., None] - original + shift
+            self.gains.count("compensation", float(output_error(missed, stable).sum()), before)
+        if steps.scales:
+            found = best_scales(wanted, scales, stable, integer.qmax, len(widest) == 1)
+            flat = found.reshape(-1)[: len(widest)].astype(np.float32)
+        else:
+            flat = widest
+        flat = self.final_scales(layer, flat)
+        scales = np.broadcast_to(flat.astype(np.float64), (original.shape[0] * original.shape[1],)).reshape(shape)
+        near = nearest(wanted, scales, integer.qmax)
+        middle = float(output_error(near * scales[..., None] - wanted, stable).sum())
+        if steps.scales:
+            self.gains.count("scales", before, middle)
+        integers = rounded(wanted, scales, moments.covariance, integer.qmax) if steps.rounding else near
+        if steps.rounding:
+            after = float(output_error(integers * scales[..., None] - wanted, stable).sum())
+            self.gains.count("rounding", middle, after)
+        held = matrix.join((integers * scales[..., None]).astype(np.float32))
+        value.const_value = ir.tensor(held, name=value.name)
+        self.rounded_weights[str(value.name)] = held
+        self.scales[str(value.name)] = flat
+
+
+def run_cached(
+    runs: dict[tuple[str, ...], Callable[..., list[NDArray[Any]]]],
+    node: ir.Node,
+    arrays: list[NDArray[Any] | None],
+    model: ir.Model,
+) -> list[NDArray[Any]]:
+    """Run one node by itself, with a session per kind of its inputs."""
+    key = tuple("" if array is None else f"{array.dtype}{array.ndim}" for array in arrays)
+    if key not in runs:
+        runs[key] = single_node(node, arrays, model)
+    return runs[key](arrays)
