@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 
 from calibration import statistics as statistics_file
@@ -39,10 +38,12 @@ from quantcli.plan import Plan, make_plan
 from quantcli.probe import model_bytes
 from quantcli.progress import Progress, silent
 from quantcli.quantize import quantize
-from quantcli.recipe import Recipe, resolve_target
+from quantcli.recipe import Recipe, keeping, resolve_target
 from quantcli.sidecar import FileEntry, Sidecar
-from quantcli.tune.effort import JUDGES, Samples, Tuned, tune, untuned, wanted_samples, why_untuned
+from quantcli.tune.data import scorer, tuning_samples
+from quantcli.tune.effort import Tuned, tune, untuned, why_untuned
 from quantcli.tune.latency import Trial, candidates, timed
+from quantcli.tune.search import Attempt, Search
 from quantcli.tune.smooth import smooth
 from quantcli.write import WRITERS
 
@@ -58,8 +59,6 @@ logger = logging.getLogger(__name__)
 
 # How many samples the self-check runs where nothing was calibrated.
 CHECKED = 4
-# Samples of a sweep that are run at once.
-TUNING_BATCH = 32
 # How many random samples are verified where there is no data.
 RANDOM_SAMPLES = 8
 
@@ -77,6 +76,7 @@ class Conversion:
         tuned: What tuning came to.
         explained: What was asked about.
         trials: The plans that were timed, where the fastest was asked for.
+        attempts: The widths that were tried, where a metric was to be kept.
     """
 
     model: Path
@@ -87,6 +87,7 @@ class Conversion:
     tuned: Tuned
     explained: tuple[Explanation, ...] = ()
     trials: tuple[Trial, ...] = ()
+    attempts: tuple[Attempt, ...] = ()
 
 
 def calibrate(
@@ -178,6 +179,8 @@ def convert(
     synthetic: int | None = None,
     run: Run | None = None,
     explained: Sequence[str] = (),
+    validate: Path | str | None = None,
+    validate_split: str | None = None,
     progress: Progress = silent,
 ) -> Conversion:
     """Quantize a float model and write the quantized model and its sidecar (same name, ``.json``).
@@ -197,12 +200,14 @@ def convert(
         synthetic: So many random samples instead; refused by ``strict``.
         run: How the calibration is run.
         explained: Names of operators (patterns, or ``op:NAME``) to explain.
+        validate: Labelled data that ``[tune] max_drop`` is judged on; None for the calibration data.
+        validate_split: Keep only those of its CSV's rows.
         progress: Called with the stage, the samples done and their total.
 
     Raises:
         ReportedError: If anything given cannot be used, or the written model does not work; nothing is written then.
     """
-    recipe = recipe or Recipe()
+    recipe, run = recipe or Recipe(), run or Run()
     model, output = Path(model), Path(output)
     check_places(recipe, statistics, data, function, synthetic)
     if output.suffix != ".onnx":
@@ -211,7 +216,7 @@ def convert(
         raise UsageError(f"there is no format '{form}'", f"known: {', '.join(WRITERS)}")
     writer = WRITERS[form]
     sidecar_path = output.with_suffix(".json")
-    files = [data, labels, statistics if isinstance(statistics, (str, Path)) else None]
+    files = [data, labels, validate, statistics if isinstance(statistics, (str, Path)) else None]
     sources = [model, recipe.target_file, *(Path(path) if path else None for path in files)]
     check_outputs([output, sidecar_path], sources)
     target = resolve_target(recipe)
@@ -221,7 +226,12 @@ def convert(
     places = Data(path_or_none(data), path_or_none(labels), split, function, synthetic) if given else None
     with blamed_on(source):
         folded = fold(source.graph, max(target.activation.opset, opset_for(recipe)), recipe.requantize)
-        found, trials, tuned = decided(source, folded, statistics, places, recipe, run or Run(), writer, progress)
+        log = output.with_name(f"{output.name}.search") if recipe.tune.max_drop is not None else None
+        if log is not None and not run.resume:
+            log.unlink(missing_ok=True)
+        judged = Data(Path(validate), path_or_none(labels), validate_split) if validate is not None else None
+        decision = decided(source, folded, statistics, places, recipe, run, writer, judged, log, progress)
+        found, tuned = decision.statistics, decision.tuned
         final, plan = tuned.model, tuned.plan
         explanations = explain(final, plan, explained)
         if strict:
@@ -244,7 +254,11 @@ def convert(
     with staged() as writing:
         writing.write(output, written)
         writing.write(sidecar_path, sidecar_file.encode(sidecar))
-    return Conversion(output, sidecar_path, sidecar, plan, check, tuned, explanations, trials)
+    if log is not None:
+        log.unlink(missing_ok=True)
+    return Conversion(
+        output, sidecar_path, sidecar, plan, check, tuned, explanations, decision.trials, decision.attempts
+    )
 
 
 @contextlib.contextmanager
@@ -263,6 +277,23 @@ def blamed_on(source: LoadedModel) -> Iterator[None]:
         raise
 
 
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What was decided before anything is written.
+
+    Attributes:
+        statistics: What calibration saw.
+        tuned: The tuned model and its plan.
+        trials: The plans that were timed.
+        attempts: The widths that were tried.
+    """
+
+    statistics: Statistics
+    tuned: Tuned
+    trials: tuple[Trial, ...] = ()
+    attempts: tuple[Attempt, ...] = ()
+
+
 def decided(
     source: LoadedModel,
     folded: ir.Model,
@@ -271,22 +302,28 @@ def decided(
     recipe: Recipe,
     run: Run,
     writer: Callable[[QuantizedModel], ir.Model],
+    validation: Data | None,
+    log: Path | None,
     progress: Progress,
-) -> tuple[Statistics, tuple[Trial, ...], Tuned]:
-    """Return what was seen, the plans that were timed, and the tuned model and plan."""
+) -> Decision:
+    """Return everything that is decided of a model."""
     if recipe.mode != "static":
+        if recipe.tune.max_drop is not None:
+            raise UsageError(
+                f"--max-drop searches widths of static models, not of --mode {recipe.mode}", "leave one out"
+            )
         plan = plan_without_data(folded, recipe)
-        return unobserved(source, places, recipe), (), Tuned(folded, plan, (), why_not=f"mode {recipe.mode}")
+        return Decision(unobserved(source, places, recipe), Tuned(folded, plan, (), why_not=f"mode {recipe.mode}"))
     found = statistics_of(source, folded, statistics, places, recipe, run, progress)
     trials: tuple[Trial, ...] = ()
     if recipe.tune.optimize == "latency":
         trials = raced(folded, found, recipe, writer, run.threads, progress)
         best = next(trial for trial in trials if trial.kept)
         recipe = keeping(recipe, best.layers)
-    tuned = tuned_by(source, folded, found, places, recipe, run, progress)
+    tuned, attempts = tuned_by(source, folded, found, places, recipe, run, validation, log, progress)
     if trials:
         tuned = replace(tuned, plan=with_reasons(tuned.plan, trials))
-    return found, trials, tuned
+    return Decision(found, tuned, trials, attempts)
 
 
 def tuned_by(
@@ -296,51 +333,40 @@ def tuned_by(
     places: Data | None,
     recipe: Recipe,
     run: Run,
+    validation: Data | None,
+    log: Path | None,
     progress: Progress,
-) -> Tuned:
-    """Tune a model as far as its recipe and its data allow."""
+) -> tuple[Tuned, tuple[Attempt, ...]]:
+    """Tune a model as far as its recipe and its data allow, at the widths that keep its metric where that is asked."""
     why_not = why_untuned(folded, found, recipe)
-    if why_not or places is None or places.synthetic is not None:
-        return untuned(folded, found, recipe, why_not or "there are statistics alone, and tuning runs samples (--data)")
-    samples = tuning_samples(source, folded, places, recipe)
-    if samples is None:
-        return untuned(folded, found, recipe, "there are too few samples: some tune, and others judge")
+    real = places if places is not None and places.synthetic is None else None
+    samples = None
+    if not why_not and real is None:
+        why_not = "there are statistics alone, and tuning runs samples (--data)"
+    if not why_not and real is not None:
+        samples = tuning_samples(source, folded, real, recipe)
+        why_not = "" if samples is not None else "there are too few samples: some tune, and others judge"
     again = replace(run, partial=None, resume=False, shard=(0, 1))
 
     def observed(changed: ir.Model) -> Statistics:
+        assert places is not None  # noqa: S101 - there are samples only where there is data
         return observe(source, changed, places, recipe, again, progress)
 
-    may_observe = run.runtime == "onnxruntime"
-    return tune(folded, found, recipe, samples, observed if may_observe else None, progress)
-
-
-def tuning_samples(source: LoadedModel, folded: ir.Model, data: Data, recipe: Recipe) -> Samples | None:
-    """Return calibration samples for tuning, drawn evenly: some for sweeps and others to judge; None where there are too few."""
-    inputs = Runner(source.runnable, what=source.name).inputs
-    dataset = open_dataset(
-        data.path,
-        inputs,
-        recipe.preprocess,
-        data.labels,
-        data.split,
-        function=data.function,
-        seed=recipe.calibration.seed,
-        allow_non_finite=recipe.calibration.allow_non_finite,
-    )
-    indices = select(len(dataset), recipe.calibration.selection)
-    fixed = fixes_batch(inputs)
-    size = fitted_batch(inputs, None) if fixed else min(TUNING_BATCH, fitted_batch(inputs, recipe.calibration.batch))
-    wanted = wanted_samples(folded, recipe)
-    total = min(len(indices), wanted + JUDGES)
-    drawn = indices[np.linspace(0, len(indices) - 1, total).astype(np.intp)]
-    judging = np.zeros(total, dtype=bool)
-    judges = min(JUDGES, total // 3)
-    judging[np.linspace(0, total - 1, judges).astype(np.intp)] = True
-    parts = []
-    for chosen in (drawn[~judging], drawn[judging]):
-        spans = boundaries(dataset, chosen, size, fixed)
-        parts.append(tuple(dataset.read(chosen[start:stop]) for start, stop in spans))
-    return Samples(*parts) if all(parts) else None
+    may_observe = observed if run.runtime == "onnxruntime" and samples is not None else None
+    if recipe.tune.max_drop is not None:
+        judged = validation or real
+        if judged is None:
+            raise UsageError(
+                "--max-drop needs labelled data to judge by", "give --validate DATA, or --data with labels"
+            )
+        score, digest = scorer(source, judged, recipe)
+        key = "\n".join([source.sha256, found.data_sha256, digest, repr(recipe), str(found.samples)])
+        search = Search(folded, found, recipe, samples, may_observe, score, progress, log, key)
+        widths = search.run(recipe.tune.max_drop)
+        return widths.tuned, widths.attempts
+    if samples is None:
+        return untuned(folded, found, recipe, why_not), ()
+    return tune(folded, found, recipe, samples, may_observe, progress), ()
 
 
 def raced(
@@ -362,13 +388,6 @@ def raced(
         except PlanError as error:
             logger.info("the candidate '%s' is left out: %s", name, error)
     return timed(written, layers, found.check_inputs, threads or 1)
-
-
-def keeping(recipe: Recipe, floats: tuple[str, ...]) -> Recipe:
-    """Return a recipe that keeps some layers float besides its own."""
-    names = tuple(glob.escape(name) for name in floats)
-    layers = msgspec.structs.replace(recipe.layers, exclude=(*recipe.layers.exclude, *names))
-    return msgspec.structs.replace(recipe, layers=layers)
 
 
 def with_reasons(plan: Plan, trials: tuple[Trial, ...]) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -97,12 +98,15 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     or off by itself: ``ranges`` by output error, ``equalize`` the channels of neighbouring layers, ``compensation`` of what the
     layers before have changed, weight ``scales`` and ``rounding`` by output error, and ``bias`` correction.
 
+    With ``max_drop`` widths are searched that keep ``metric`` within so many points of float's (`quantcli.tune.search`).
     ``optimize`` times candidate plans on this machine and keeps the fastest (`quantcli.tune.latency`). ``smooth`` evens the columns
     of what normalisations make (`quantcli.tune.smooth`), with ``smooth_alpha`` as the part of the difficulty that moves into the
     weights.
     """
 
     effort: Literal["fast", "default", "best"] = "default"
+    max_drop: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    metric: Literal["top1", "top5"] = "top1"
     samples: Annotated[int, msgspec.Meta(ge=1)] | None = None
     ranges: bool | None = None
     equalize: bool | None = None
@@ -167,6 +171,13 @@ def read_recipe(path: Path | None, overrides: dict[str, Any] | None = None) -> R
         raise RecipeError(
             f"{path or 'the command line'} asks for something unknown ({error})", "see docs/recipes.md"
         ) from error
+
+
+def keeping(recipe: Recipe, floats: tuple[str, ...]) -> Recipe:
+    """Return a recipe that keeps some layers float besides its own."""
+    names = tuple(glob.escape(name) for name in floats)
+    layers = msgspec.structs.replace(recipe.layers, exclude=(*recipe.layers.exclude, *names))
+    return msgspec.structs.replace(recipe, layers=layers)
 
 
 def resolve_target(recipe: Recipe) -> Target:

@@ -49,7 +49,7 @@ ORDER = [
     {"quantcli.observation", "quantcli.requantize"},
     {"quantcli.review", "quantcli.explain"},
     {"quantcli.evaluation"},
-    {"quantcli.tune.effort"},
+    {"quantcli.tune.effort", "quantcli.tune.search", "quantcli.tune.data"},
     {"quantcli.pipeline"},
     {"quantcli", "quantcli.demo"},
     {"quantcli.cli", "quantcli.__main__"},

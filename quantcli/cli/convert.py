@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantcli.cli.options import (
+    EXISTING,
     EXISTING_FILE,
     OUTPUT,
     counting_options,
@@ -77,6 +78,15 @@ if TYPE_CHECKING:
     type=click.Choice(["fast", "default", "best"]),
     help="How much is tried to keep the model's accuracy: nothing, one sweep, or every algorithm.  [default: default]",
 )
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(min=0),
+    help="Search the cheapest widths that keep the metric within so many points of float's.",
+)
+@click.option("--validate", type=EXISTING, help="Labelled data that --max-drop is judged on.  [default: --data]")
+@click.option("--validate-split", help="Keep only those rows of the labels' CSV for --validate.")
+@click.option("--metric", type=click.Choice(["top1", "top5"]), help="The metric of --max-drop.  [default: top1]")
+@click.option("--resume", is_flag=True, help="Go on with a search (--max-drop) that was cut off.")
 @click.option("--explain", multiple=True, metavar="PATTERN", help="Say why these operators are integer layers, or not.")
 @counting_options
 @recipe_option
@@ -113,6 +123,8 @@ def convert(context: click.Context, /, model: Path, output: Path, strict: bool, 
             options["synthetic"],
             run_of(options),
             options["explain"],
+            options["validate"],
+            options["validate_split"],
             progress,
         )
     show(terminal, done)
@@ -144,14 +156,7 @@ def show(terminal: Terminal, done: Conversion) -> None:
     for trial in done.trials:
         kept = " (kept)" if trial.kept else ""
         terminal.say(f"timed {trial.name}: {trial.seconds * 1e3:.3f} ms{kept}")
-    tuning(terminal, done.tuned)
-    if done.tuned.smoothed and not terminal.verbose:
-        readers = sum(len(even.layers) for even in done.tuned.smoothed)
-        terminal.say(f"smoothed: the columns of {len(done.tuned.smoothed)} tensors that {readers} layers read")
-    for even in done.tuned.smoothed if terminal.verbose else ():
-        how = "the normalisation itself does it" if even.folded else "one Mul does it"
-        left = f"{even.left:.1f} times the median one, {even.spread:.1f} before"
-        terminal.say(f"smoothed '{even.name}': its largest column is {left}; {how}")
+    lost_less(terminal, done)
     for name, channels in plan.dead_channels.items():
         shown = ", ".join(map(str, channels[:8])) + (", …" if len(channels) > 8 else "")
         terminal.warn(f"weight '{name}' has {len(channels)} dead (all-zero) channels, given scale 1: {shown}")
@@ -177,6 +182,41 @@ def show(terminal: Terminal, done: Conversion) -> None:
     for name, value in done.check.sqnr.items():
         terminal.say(f"self-check: output '{name}' SQNR {value:.1f} dB over {done.check.samples} samples")
     terminal.say(f"{done.sidecar_path}: the sidecar")
+
+
+def lost_less(terminal: Terminal, done: Conversion) -> None:
+    """Print what was done to lose less."""
+    if done.attempts:
+        widths(terminal, done)
+    tuning(terminal, done.tuned)
+    if done.tuned.smoothed and not terminal.verbose:
+        readers = sum(len(even.layers) for even in done.tuned.smoothed)
+        terminal.say(f"smoothed: the columns of {len(done.tuned.smoothed)} tensors that {readers} layers read")
+    for even in done.tuned.smoothed if terminal.verbose else ():
+        how = "the normalisation itself does it" if even.folded else "one Mul does it"
+        left = f"{even.left:.1f} times the median one, {even.spread:.1f} before"
+        terminal.say(f"smoothed '{even.name}': its largest column is {left}; {how}")
+
+
+def widths(terminal: Terminal, done: Conversion) -> None:
+    """Print the widths that were tried."""
+    rows = [
+        (
+            str(one.steps),
+            f"{one.weight_bytes:,}",
+            f"{one.score.quantized:.2f}",
+            f"{one.score.drop:+.2f} ± {one.score.uncertainty:.2f}",
+            "kept" if one.kept else "",
+        )
+        for one in done.attempts
+    ]
+    terminal.table("Widths tried", (">layers raised", ">weight bytes", ">metric", ">drop", ""), rows)
+    kept = next(one for one in done.attempts if one.kept)
+    if kept.score.uncertainty > 0:
+        terminal.say(
+            f"the drop was judged on {kept.score.samples} samples: on others it may differ by about "
+            f"{kept.score.uncertainty:.2f} points"
+        )
 
 
 def tuning(terminal: Terminal, tuned: Tuned) -> None:
@@ -259,6 +299,7 @@ def as_document(done: Conversion) -> dict[str, Any]:
             "tries": [dataclasses.asdict(one) for one in done.tuned.tries],
             "equalized": dataclasses.asdict(done.tuned.equalized) if done.tuned.equalized else None,
         },
+        "attempts": [{**dataclasses.asdict(one), "drop": one.score.drop} for one in done.attempts],
         "trials": [dataclasses.asdict(trial) for trial in done.trials],
         "explained": [dataclasses.asdict(found) for found in done.explained],
         "dead_channels": {name: list(channels) for name, channels in done.plan.dead_channels.items()},

@@ -302,6 +302,8 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
             "smooth": options.get("smooth"),
             "optimize": options.get("optimize"),
             "effort": options.get("effort"),
+            "max_drop": options.get("max_drop"),
+            "metric": options.get("metric"),
         },
     }
     return read_recipe(options.get("recipe"), overrides)

@@ -5,8 +5,9 @@ plan is always one of them, so that tuning never makes a model worse by that mea
 
 ======== ================================================================================================================
 fast     nothing: ranges as calibration gives them, weights rounded to nearest
-default  one sweep over 64 samples: weight scales, rounding by second moments, bias correction; compensation where weights
-         have less than 8 bits or one scale per tensor; with one scale per tensor also on the equalized model
+default  one sweep over 64 samples: ranges and weight scales by error, rounding by second moments, bias correction;
+         compensation where weights have less than 8 bits, one scale per tensor or scales of powers of two; with one scale
+         per tensor also on the equalized model
 best     sweeps over 256 samples, with and without ranges by error, compensation and equalization
 ======== ================================================================================================================
 """
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from calibration.statistics import Statistics
+    from quantcli.evaluation.metrics import Difference
     from quantcli.placement import Placement
     from quantcli.plan import Plan
     from quantcli.progress import Progress
@@ -130,10 +132,12 @@ class Candidate:
     equalized: Equalized | None = None
 
 
-def untuned(model: ir.Model, statistics: Statistics, recipe: Recipe, why_not: str = "") -> Tuned:
+def untuned(
+    model: ir.Model, statistics: Statistics, recipe: Recipe, why_not: str = "", tuning: Tuning = UNTUNED
+) -> Tuned:
     """Return the plan as calibration gives it."""
     final, seen, evened = smooth(model, statistics, recipe)
-    return Tuned(final, make_plan(final, seen, recipe), evened, why_not=why_not)
+    return Tuned(final, make_plan(final, seen, recipe, tuning), evened, why_not=why_not)
 
 
 def why_untuned(model: ir.Model, statistics: Statistics, recipe: Recipe) -> str:
@@ -226,7 +230,7 @@ def candidates(recipe: Recipe, may_equalize: bool) -> list[tuple[bool, Steps]]:
     coarse = target.weight.bits < 8 or not target.weight.per_channel or target.weight.power_of_two
     best = wishes.effort == "best"
     compensations = choices(wishes.compensation, [True, False] if best else [coarse])
-    ranges = choices(wishes.ranges, [False, True] if best else [False])
+    ranges = choices(wishes.ranges, [True, False] if best else [True])
     evens = choices(wishes.equalize, [False, True] if not target.weight.per_channel or best else [False])
     basis = steps_of(wishes, recipe.calibration.seed)
     return [
@@ -317,12 +321,21 @@ class Judge:
         self.expected = [runner.run(feeds) for feeds in batches]
 
     def sqnr(self, candidate: Candidate) -> float:
-        """Return the mean SQNR of a candidate's outputs, in dB; −inf where an output is not finite."""
-        plan = make_plan(candidate.model, candidate.statistics, self.recipe, candidate.tuning)
+        """Return the mean SQNR of a candidate's outputs, in dB; −200 where an output is not finite."""
+        values = [min(difference.sqnr, 200.0) for difference in self.compared(candidate, self.recipe)]
+        mean = float(np.mean(values)) if values else 0.0
+        return mean if math.isfinite(mean) else -200.0
+
+    def noise(self, candidate: tuple[Candidate, Recipe]) -> float:
+        """Return the noise of a candidate's outputs as a part of their signal, averaged over the outputs."""
+        values = [10 ** (-min(difference.sqnr, 200.0) / 10) for difference in self.compared(*candidate)]
+        return float(np.mean(values)) if values else 0.0
+
+    def compared(self, candidate: Candidate, recipe: Recipe) -> list[Difference]:
+        """Return how a candidate's outputs differ from float's."""
+        plan = make_plan(candidate.model, candidate.statistics, recipe, candidate.tuning)
         runner = Runner(model_bytes(WRITERS["qdq"](quantize(candidate.model, plan))), what="a candidate")
         comparison = Comparison()
         for feeds, expected in zip(self.batches, self.expected, strict=True):
             comparison.update(expected, runner.run(feeds))
-        values = [min(difference.sqnr, 200.0) for difference in comparison.outputs.values()]
-        mean = float(np.mean(values)) if values else 0.0
-        return mean if math.isfinite(mean) else -200.0
+        return list(comparison.outputs.values())

@@ -130,6 +130,8 @@ class Equalization:
         """Equalize, and absorb high biases."""
         for node in self.model.graph:
             self.look_at(node)
+        for value in self.model.graph.inputs:
+            self.freeze(value, "it is an input of the model")
         for value in self.model.graph.outputs:
             self.freeze(value, "it is an output of the model")
         bounds = self.clip_bounds()

@@ -218,7 +218,8 @@ class Sweep:
             return float(held.min()), float(held.max())
         lo, hi = self.ranges[name]
         lo, hi = min(lo, 0.0), max(hi, 0.0)
-        if not self.steps.ranges or value is None or value not in self.made or lo == hi:
+        judged = value is not None and value in self.made and lo != hi
+        if not self.steps.ranges or not judged or value is None or not self.accumulated(value):
             return lo, hi
         real, made = self.real[value], self.made[value]
         if made[0].dtype != np.float32 or not all(array.size for array in made):
@@ -230,11 +231,25 @@ class Sweep:
             scale, zero_point = activation_parameters(low, high, self.target)
             return Grid(scale, zero_point, IntegerType(self.target.activation.dtype)).round(values)
 
-        best, before, after = best_range(looked, lo, hi, self.target.activation.symmetric, on_grid)
+        halved = (0.5,) if self.target.activation.power_of_two else ()
+        best, before, after = best_range(looked, lo, hi, self.target.activation.symmetric, on_grid, halved)
         self.gains.count("ranges", before, after)
         if best != (lo, hi):
             self.chosen[name] = best
         return best
+
+    def accumulated(self, value: ir.Value) -> bool:
+        """Tell whether some layer behind a tensor accumulates: what the model gives out is not clipped for its mean error."""
+        pending, seen = [value], {value}
+        while pending:
+            for user in pending.pop().consumers():
+                layer = self.layers.get(user)
+                if layer is not None and layer.rule.arithmetic is Arithmetic.ACCUMULATE:
+                    return True
+                fresh = [output for output in user.outputs if output not in seen]
+                seen.update(fresh)
+                pending.extend(fresh)
+        return False
 
     def importance(self, value: ir.Value) -> tuple[NDArray[np.float64] | None, int]:
         """Return how much an error in each channel of a tensor counts for the layers that read it, and the channel axis."""
@@ -319,10 +334,10 @@ class Sweep:
             return made
         found = corrected(bias, real, made, axis)
         change = found - bias
-        before = sum(float(np.square(a - b).sum(dtype=np.float64)) for a, b in zip(made, real, strict=True))
+        before = float(np.square(made[0] - real[0]).sum(dtype=np.float64))
         shaped = change.reshape([-1 if a == axis else 1 for a in range(real[0].ndim)])
         moved = [array + shaped for array in made]
-        after = sum(float(np.square(a - b).sum(dtype=np.float64)) for a, b in zip(moved, real, strict=True))
+        after = float(np.square(moved[0] - real[0]).sum(dtype=np.float64))
         self.gains.count("bias", before, after)
         value = node.inputs[2]
         assert value is not None  # noqa: S101 - `biased` has seen to it
@@ -343,6 +358,8 @@ class Sweep:
             weight.reshape(1, -1) if axis is None else np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
         )
         widest = symmetric_scales(np.abs(channels).max(axis=1), integer)
+        if self.target.weight.power_of_two:
+            widest = to_power_of_two(widest)
         matrix = matrix_of(node, weight)
         inputs = operands.get(0)
         usable = matrix is not None and isinstance(inputs, list) and all(array.size for array in inputs)
@@ -405,7 +422,7 @@ class Sweep:
             missed = nearest(original, scales, integer.qmax) * scales[..., None] - original + shift
             self.gains.count("compensation", float(output_error(missed, stable).sum()), before)
         if steps.scales:
-            found = best_scales(wanted, scales, stable, integer.qmax, len(widest) == 1)
+            found = best_scales(wanted, scales, stable, integer.qmax, len(widest) == 1, self.target.weight.power_of_two)
             flat = found.reshape(-1)[: len(widest)].astype(np.float32)
         else:
             flat = widest

@@ -1,0 +1,99 @@
+"""The samples that tuning runs, and what a metric says of a quantized model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calibration.datasets import boundaries, fitted_batch, fixes_batch, open_dataset, select
+from calibration.errors import DataError
+from calibration.hooks.onnxruntime import Runner
+from quantcli.evaluation.evaluate import run_padded
+from quantcli.evaluation.metrics import LABEL_METRICS, TopK
+from quantcli.tune.effort import JUDGES, Samples, wanted_samples
+from quantcli.tune.search import Score
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from calibration.datasets import Dataset
+    from calibration.datasets.dataset import InputSpec
+    from quantcli.load import LoadedModel
+    from quantcli.observation import Data
+    from quantcli.recipe import Recipe
+
+# Samples that are run at once.
+BATCH = 32
+
+
+def opened(data: Data, inputs: tuple[InputSpec, ...], recipe: Recipe) -> Dataset:
+    """Return a data set for a model's inputs."""
+    return open_dataset(
+        data.path,
+        inputs,
+        recipe.preprocess,
+        data.labels,
+        data.split,
+        function=data.function,
+        seed=recipe.calibration.seed,
+        allow_non_finite=recipe.calibration.allow_non_finite,
+    )
+
+
+def tuning_samples(source: LoadedModel, folded: ir.Model, data: Data, recipe: Recipe) -> Samples | None:
+    """Return calibration samples for tuning, drawn evenly: some for sweeps and others to judge; None where there are too few."""
+    inputs = Runner(source.runnable, what=source.name).inputs
+    dataset = opened(data, inputs, recipe)
+    indices = select(len(dataset), recipe.calibration.selection)
+    fixed = fixes_batch(inputs)
+    size = fitted_batch(inputs, None) if fixed else min(BATCH, fitted_batch(inputs, recipe.calibration.batch))
+    total = min(len(indices), wanted_samples(folded, recipe) + JUDGES)
+    drawn = indices[np.linspace(0, len(indices) - 1, total).astype(np.intp)]
+    judging = np.zeros(total, dtype=bool)
+    judging[np.linspace(0, total - 1, min(JUDGES, total // 3)).astype(np.intp)] = True
+    parts = []
+    for chosen in (drawn[~judging], drawn[judging]):
+        spans = boundaries(dataset, chosen, size, fixed)
+        parts.append(tuple(dataset.read(chosen[start:stop]) for start, stop in spans))
+    return Samples(*parts) if all(parts) else None
+
+
+def scorer(source: LoadedModel, data: Data, recipe: Recipe) -> tuple[Callable[[bytes], Score], str]:
+    """Return what scores a quantized model's bytes on labelled data, and the data's digest.
+
+    Raises:
+        DataError: If the data has no labels.
+    """
+    runner = Runner(source.runnable, what=source.name)
+    dataset = opened(data, runner.inputs, recipe)
+    if dataset.labels is None:
+        raise DataError("--max-drop needs labels and the data has none", "give --validate with labelled data")
+    expected = right(runner, dataset, recipe.tune.metric)
+
+    def score(written: bytes) -> Score:
+        found = right(Runner(written, what="the quantized model"), dataset, recipe.tune.metric)
+        changed = int((found != expected).sum())
+        return Score(100.0 * float(found.mean()), 100.0 * float(expected.mean()), len(found), changed)
+
+    return score, dataset.digest
+
+
+def right(runner: Runner, dataset: Dataset, metric: str) -> NDArray[np.bool_]:
+    """Return for every sample whether a model has it right."""
+    labels = dataset.labels
+    assert labels is not None  # noqa: S101 - the caller has looked
+    batch = fitted_batch(runner.inputs, None)
+    found: list[bool] = []
+    indices = np.arange(len(dataset), dtype=np.intp)
+    for start, stop in boundaries(dataset, indices, batch):
+        feeds: dict[str, NDArray[Any]] = dataset.read(indices[start:stop])
+        scores = run_padded(runner, feeds, batch)[runner.outputs[0]]
+        for row, label in zip(scores, labels[start:stop], strict=True):
+            top = TopK(LABEL_METRICS[metric])
+            top.update(row[None], np.array([label]))
+            found.append(top.hits == 1)
+    return np.array(found, dtype=bool)

@@ -1,0 +1,323 @@
+"""Precision search: the cheapest widths of the layers' weights that keep a metric within a given drop.
+
+Every layer begins at the recipe's width, and can be raised to 8 bits and then to float. What a layer's width costs the outputs is
+measured layer by layer (as in HAWQ, Dong et al. 2019, arXiv 1905.03696, with the noise at the outputs in place of the Hessian's
+eigenvalue): the noise of a model that is wider everywhere else. Noise of different layers adds up, so steps are ordered by how much
+noise they take away per byte that they cost, and the shortest beginning of that order that keeps the metric is found by bisection.
+Each try is a whole tuned model, and is written down, so that a search that was cut off goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from quantcli.errors import PlanError
+from quantcli.placement import place
+from quantcli.plan import unresolvable
+from quantcli.probe import model_bytes
+from quantcli.quantize import quantize
+from quantcli.recipe import keeping, resolve_target
+from quantcli.rules import Arithmetic, Operand
+from quantcli.tune.effort import Candidate, Judge, Tuned, tune, untuned
+from quantcli.tune.smooth import smooth
+from quantcli.tuning import Tuning
+from quantcli.write import WRITERS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from calibration.statistics import Statistics
+    from quantcli.progress import Progress
+    from quantcli.recipe import Recipe
+    from quantcli.tune.effort import Samples
+
+logger = logging.getLogger(__name__)
+
+WIDE = 8
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a metric says of a quantized model beside the float one.
+
+    Attributes:
+        quantized: The quantized model's, in percent.
+        reference: The float model's.
+        samples: On how many samples.
+        changed: How many of them one of the two has right and the other wrong.
+    """
+
+    quantized: float
+    reference: float
+    samples: int
+    changed: int
+
+    @property
+    def drop(self) -> float:
+        """By how many points the quantized model is below."""
+        return self.reference - self.quantized
+
+    @property
+    def worst(self) -> float:
+        """The drop and its standard error: what a promise about other samples has to allow for."""
+        return self.drop + self.uncertainty
+
+    @property
+    def uncertainty(self) -> float:
+        """The standard error of the drop, in points: √changed / samples (of paired differences, McNemar)."""
+        return 100.0 * math.sqrt(self.changed) / max(self.samples, 1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layer made wider.
+
+    Attributes:
+        layer: Its name.
+        weight: Its weight's name.
+        bits: Its width then; 0 for float.
+        noise: By how much it lowers the outputs' noise, as a part of their signal.
+        cost: By how many bytes the weight grows.
+    """
+
+    layer: str
+    weight: str
+    bits: int
+    noise: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One assignment that was tried.
+
+    Attributes:
+        steps: How many steps of the order it takes.
+        weight_bytes: What its weights take, at their widths.
+        score: What the metric says of it.
+        kept: Whether it is what is written.
+    """
+
+    steps: int
+    weight_bytes: int
+    score: Score
+    kept: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a search found.
+
+    Attributes:
+        tuned: The model and its plan.
+        recipe: The recipe with the layers that stay float.
+        attempts: Everything that was tried, in order.
+        order: The steps.
+    """
+
+    tuned: Tuned
+    recipe: Recipe
+    attempts: tuple[Attempt, ...]
+    order: tuple[Step, ...]
+
+
+@dataclass(eq=False)
+class Search:
+    """One search.
+
+    Attributes:
+        model: The folded model.
+        statistics: What calibration saw of it.
+        recipe: What the user wants.
+        samples: Calibration samples for tuning; None where nothing is tuned.
+        observe: Calibrates another model, for equalization.
+        score: Says what a written model is worth.
+        progress: Called with the stage, the tries done and their total.
+        log: Where tries are written down; None for nowhere.
+        key: What the tries depend on besides their widths.
+    """
+
+    model: ir.Model
+    statistics: Statistics
+    recipe: Recipe
+    samples: Samples | None
+    observe: Callable[[ir.Model], Statistics] | None
+    score: Callable[[bytes], Score]
+    progress: Progress
+    log: Path | None = None
+    key: str = ""
+
+    def run(self, max_drop: float) -> Found:
+        """Return the cheapest assignment whose metric drops by at most so many points, its standard error included.
+
+        Raises:
+            PlanError: If none does that still has an integer layer.
+        """
+        order = self.ordered()
+        known = self.remembered()
+        attempts: dict[int, Attempt] = {}
+        last: tuple[int, Tuned] | None = None
+
+        def tried(steps: int) -> bool:
+            nonlocal last
+            if steps not in attempts:
+                digest = self.digest(order[:steps])
+                if digest in known:
+                    attempts[steps] = replace(known[digest], steps=steps)
+                else:
+                    tuned = self.tuned(order[:steps])
+                    last = steps, tuned
+                    score = self.score(written(tuned))
+                    attempts[steps] = Attempt(steps, self.bytes_of(order[:steps]), score)
+                    self.remember(digest, attempts[steps])
+                found = attempts[steps]
+                logger.info(
+                    "%d of %d steps: %d bytes of weights, %.2f %% (drop %+.2f ± %.2f)",
+                    steps,
+                    len(order),
+                    found.weight_bytes,
+                    found.score.quantized,
+                    found.score.drop,
+                    found.score.uncertainty,
+                )
+            self.progress("search", len(attempts), max(len(attempts), 2 + len(order).bit_length()))
+            return attempts[steps].score.worst <= max_drop + 1e-9
+
+        best = self.bisected(tried, len(order))
+        if best is None:
+            tightest = min(attempts.values(), key=lambda attempt: attempt.score.worst)
+            raise PlanError(
+                f"no widths keep the drop within {max_drop:g} points for certain (at best {tightest.score.drop:+.2f} ± "
+                f"{tightest.score.uncertainty:.2f} over {tightest.score.samples} samples)",
+                "allow more, or judge on more samples (--validate)",
+            )
+        tuned = last[1] if last is not None and last[0] == best else self.tuned(order[:best])
+        attempts[best] = replace(attempts[best], kept=True)
+        return Found(tuned, self.narrowed(order[:best]), tuple(attempts.values()), tuple(order))
+
+    def bisected(self, tried: Callable[[int], bool], count: int) -> int | None:
+        """Return the smallest number of steps that keeps the metric, taking more steps to be no worse; None if none does."""
+        if tried(0):
+            return 0
+        most = next((steps for steps in (count // 4, count // 2, count - 1) if steps > 0 and tried(steps)), None)
+        if most is None:
+            return None
+        least = 0
+        while most - least > 1:
+            middle = (least + most) // 2
+            least, most = (least, middle) if tried(middle) else (middle, most)
+        return most
+
+    def weighted(self) -> list[tuple[str, str, int]]:
+        """Return name, weight's name and weight's elements of every layer that accumulates with a weight of its own."""
+        placement = place(self.model, self.recipe, unresolvable(self.statistics.tensors))
+        found = []
+        for layer in placement.layers:
+            weight = next((value for _, value, kind in layer.operands() if kind is Operand.WEIGHT), None)
+            if layer.rule.arithmetic is Arithmetic.ACCUMULATE and weight is not None and len(weight.uses()) == 1:
+                size = weight.shape.numpy() if weight.shape is not None else ()
+                found.append((str(layer.node.name), str(weight.name), math.prod(size)))
+        return found
+
+    def ordered(self) -> list[Step]:
+        """Return the steps, those that take away the most noise per byte first; a layer's second one after its first."""
+        layers = self.weighted()
+        judge = Judge(self.model, self.judging, self.recipe)
+        target = resolve_target(self.recipe).weight.bits
+        wide = {weight: WIDE for _, weight, _ in layers}
+        base = judge.noise(self.candidate(wide, ()))
+        steps: list[Step] = []
+        for number, (layer, weight, size) in enumerate(layers):
+            self.progress("sensitivity", number, len(layers))
+            freed = max(base - judge.noise(self.candidate(wide, (layer,))), 0.0) if len(layers) > 1 else base
+            floats = Step(layer, weight, 0, freed, size * (32 - WIDE) / 8)
+            if target >= WIDE:
+                steps.append(floats)
+                continue
+            lost = max(judge.noise(self.candidate({**wide, weight: target}, ())) - base, 0.0)
+            widened = Step(layer, weight, WIDE, lost, size * (WIDE - target) / 8)
+            # What comes second must not come first.
+            steps += [widened, replace(floats, noise=min(floats.noise, rate(widened) * floats.cost * 0.999))]
+        return sorted(steps, key=lambda step: (-rate(step), step.layer, -step.bits))
+
+    @property
+    def judging(self) -> Sequence[dict[str, NDArray[Any]]]:
+        """The samples that say how much noise there is."""
+        return self.samples.judging if self.samples is not None else [self.statistics.check_inputs]
+
+    def candidate(self, bits: dict[str, int], floats: tuple[str, ...]) -> tuple[Candidate, Recipe]:
+        """Return an untuned candidate of some widths, and the recipe with the layers that stay float."""
+        recipe = keeping(self.recipe, floats)
+        final, seen, evened = smooth(self.model, self.statistics, recipe)
+        return Candidate(final, seen, evened, Tuning(bits=bits)), recipe
+
+    def widths(self, steps: Sequence[Step]) -> tuple[dict[str, int], tuple[str, ...]]:
+        """Return the widths that differ from the recipe's, and the layers that stay float."""
+        floats = tuple(step.layer for step in steps if step.bits == 0)
+        return {step.weight: step.bits for step in steps if step.bits}, floats
+
+    def narrowed(self, steps: Sequence[Step]) -> Recipe:
+        """Return the recipe with the layers that stay float."""
+        return keeping(self.recipe, self.widths(steps)[1])
+
+    def tuned(self, steps: Sequence[Step]) -> Tuned:
+        """Return the tuned model of an assignment."""
+        bits, recipe = self.widths(steps)[0], self.narrowed(steps)
+        if self.samples is None:
+            return untuned(self.model, self.statistics, recipe, "effort fast", Tuning(bits=bits))
+        return tune(self.model, self.statistics, recipe, self.samples, self.observe, lambda *_: None, bits)
+
+    def bytes_of(self, steps: Sequence[Step]) -> int:
+        """Return what the weights take at their widths."""
+        target = resolve_target(self.recipe).weight.bits
+        bits, floats = self.widths(steps)
+        total = 0.0
+        for layer, weight, size in self.weighted():
+            total += size * (32 if layer in floats else bits.get(weight, target)) / 8
+        return math.ceil(total)
+
+    def digest(self, steps: Sequence[Step]) -> str:
+        """Return what names an assignment among all tries."""
+        bits, floats = self.widths(steps)
+        text = json.dumps([self.key, sorted(bits.items()), sorted(floats)])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def remembered(self) -> dict[str, Attempt]:
+        """Return the tries that were written down, by digest; a line that was cut off is left out."""
+        if self.log is None or not self.log.is_file():
+            return {}
+        found = {}
+        for line in self.log.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+                found[entry["digest"]] = msgspec.convert(entry["attempt"], Attempt)
+            except (ValueError, KeyError, msgspec.ValidationError):
+                continue
+        return found
+
+    def remember(self, digest: str, attempt: Attempt) -> None:
+        """Write a try down."""
+        if self.log is not None:
+            with self.log.open("a") as file:
+                file.write(json.dumps({"digest": digest, "attempt": asdict(attempt)}) + "\n")
+
+
+def rate(step: Step) -> float:
+    """Return the noise that a step takes away per byte."""
+    return step.noise / max(step.cost, 1.0)
+
+
+def written(tuned: Tuned) -> bytes:
+    """Return a tuned model's bytes."""
+    return model_bytes(WRITERS["qdq"](quantize(tuned.model, tuned.plan)))

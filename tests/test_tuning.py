@@ -1,0 +1,298 @@
+"""Tuning: what each algorithm promises, on small models whose numbers can be worked out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from calibration.hooks.onnxruntime import Runner
+from quantcli import Recipe, calibrate, convert, verify
+from quantcli.fold import constant, fold
+from quantcli.load import load
+from quantcli.probe import model_bytes
+from quantcli.recipe import Tune, Weight
+from quantcli.tune.bias import channel_means, corrected
+from quantcli.tune.equalize import equalize
+from quantcli.tune.moments import Matrix, drawn_rows, matrix_of, moments_of
+from quantcli.tune.ranges import best_range, look
+from quantcli.tune.rounding import best_scales, compensated, damped, descended, nearest, output_error, rounded
+from tests.graphs import data_for, node, normal, residual_net, save
+
+small = st.integers(1, 4)
+
+
+def loaded(path: Path) -> ir.Model:
+    return fold(load(path).graph)
+
+
+def rows(groups: int, count: int, inputs: int, seed: int) -> NDArray[np.float32]:
+    """Return rows whose inputs depend on each other, as those of a layer do."""
+    generator = np.random.default_rng(seed)
+    mixed = generator.normal(size=(groups, inputs, inputs)) * np.exp(generator.normal(size=(groups, 1, inputs)))
+    return (generator.normal(size=(groups, count, inputs)) @ mixed).astype(np.float32)
+
+
+@given(groups=small, outputs=small, inputs=st.integers(1, 90), bits=st.integers(2, 8), seed=st.integers(0, 99))
+def test_rounding_is_never_worse_than_nearest(groups: int, outputs: int, inputs: int, bits: int, seed: int) -> None:
+    moments = moments_of(None, rows(groups, 40, inputs, seed), centred=False).covariance
+    weights = np.random.default_rng(seed).normal(size=(groups, outputs, inputs))
+    limit = 2 ** (bits - 1) - 1
+    scales = np.abs(weights).max(axis=2) / limit
+    found = rounded(weights, scales, moments, limit)
+    assert (np.abs(found) <= limit).all()
+    assert (found == np.rint(found)).all()
+    stable, step = damped(moments), scales[..., None]
+    plain = output_error(nearest(weights, scales, limit) * step - weights, stable)
+    assert (output_error(found * step - weights, stable) <= plain).all()
+
+
+@given(inputs=st.integers(1, 5), seed=st.integers(0, 99))
+def test_coordinate_descent_ends_where_no_single_integer_can_move(inputs: int, seed: int) -> None:
+    moments = damped(moments_of(None, rows(1, 30, inputs, seed), centred=False).covariance)
+    weights, limit = np.random.default_rng(seed).normal(size=(1, 1, inputs)), 3
+    scales = np.abs(weights).max(axis=2) / limit
+    found = descended(weights, nearest(weights, scales, limit), scales, moments, limit)
+    least = output_error(found * scales[..., None] - weights, moments)
+    for place in range(inputs):
+        for value in range(-limit, limit + 1):
+            other = found.copy()
+            other[0, 0, place] = value
+            error = output_error(other * scales[..., None] - weights, moments)
+            assert (error >= least * (1 - 1e-9) - 1e-15).all()
+
+
+def test_the_error_of_a_layers_output_is_what_the_moments_say() -> None:
+    made = rows(2, 500, 7, 3)
+    change = np.random.default_rng(4).normal(size=(2, 3, 7))
+    direct = np.square(made.astype(np.float64) @ change.transpose(0, 2, 1)).mean(axis=1)
+    moments = moments_of(None, made, centred=False)
+    # Sums of 500 products in float32 err by at most 500 roundings of 2^-24 each, relative to sums of magnitudes.
+    assert np.allclose(output_error(change, moments.covariance), direct, rtol=500 * 2**-23)
+
+
+def test_compensation_is_the_least_squares_solution() -> None:
+    real = rows(1, 400, 6, 1)
+    made = (real + 0.3 * rows(1, 400, 6, 2)).astype(np.float32)
+    weights = np.random.default_rng(5).normal(size=(1, 4, 6))
+    found = compensated(weights, moments_of(real, made, centred=False), ridge=0.0)
+    expected = np.linalg.lstsq(made[0].astype(np.float64), real[0].astype(np.float64) @ weights[0].T, rcond=None)[0]
+    assert np.allclose(found[0], expected.T, atol=1e-4)
+
+
+def test_scales_are_parts_of_the_widest_and_lower_the_error() -> None:
+    moments = damped(moments_of(None, rows(1, 200, 12, 7), centred=False).covariance)
+    weights = np.random.default_rng(8).standard_t(2, size=(1, 5, 12))  # with outliers, which are worth clipping
+    widest = np.abs(weights).max(axis=2) / 7
+
+    def error(scales: NDArray[Any]) -> NDArray[np.float64]:
+        return output_error(nearest(weights, scales, 7) * scales[..., None] - weights, moments)
+
+    found = best_scales(weights, widest, moments, 7, shared=False).astype(np.float64)
+    assert (found <= widest.astype(np.float32)).all()
+    assert (error(found) <= error(widest.astype(np.float32).astype(np.float64))).all()
+    assert (found < widest.astype(np.float32)).any()
+    powers = best_scales(weights, np.full((1, 5), 0.5), moments, 7, shared=True, power_of_two=True)
+    assert np.isin(powers, [0.5, 0.25, 0.125]).all()
+    assert len(np.unique(powers)) == 1
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {},
+        {"pads": [1, 0, 1, 2]},
+        {"strides": [2, 1]},
+        {"dilations": [1, 2]},
+        {"auto_pad": "SAME_LOWER", "strides": [2, 2]},
+        {"group": 2},
+    ],
+    ids=str,
+)
+def test_rows_are_what_a_convolution_multiplies(tmp_path: Path, attributes: dict[str, Any]) -> None:
+    group = attributes.get("group", 1)
+    weight = normal(4, 4 // group, 3, 2, seed=1)
+    convolution = node("Conv", ["x", "w"], ["y"], **attributes)
+    path = save(tmp_path / "c.onnx", [convolution], {"x": ["N", 4, 9, 8]}, {"y": None}, {"w": weight})
+    model = loaded(path)
+    conv = next(n for n in model.graph if n.op_type == "Conv")
+    x = normal(3, 4, 9, 8, seed=2)
+    matrix = matrix_of(conv, weight)
+    assert matrix is not None
+    assert (matrix.join(matrix.split(weight)) == weight).all()
+    (found,) = drawn_rows(conv, matrix, [[x]], weight[0].size, 0)
+    result = Runner(path).run({"x": x})["y"]
+    products = (found @ matrix.split(weight).transpose(0, 2, 1)).transpose(1, 0, 2).reshape(found.shape[1], -1)
+    assert np.allclose(products, result.transpose(0, 2, 3, 1).reshape(-1, 4), atol=1e-4)
+
+
+def test_matrices_of_gemm_and_matmul_are_rows_of_outputs() -> None:
+    weight = np.arange(6.0).reshape(2, 3)
+    assert (Matrix(1, True, (2, 3)).split(weight)[0] == weight.T).all()
+    assert (Matrix(1, True, (2, 3)).join(Matrix(1, True, (2, 3)).split(weight)) == weight).all()
+
+
+def test_a_corrected_bias_takes_the_mean_error_away() -> None:
+    real, made = [normal(4, 3, 5, seed=s) for s in (1, 2)], [normal(4, 3, 5, seed=s) + 0.25 for s in (3, 4)]
+    bias = normal(3, seed=5)
+    moved = [batch + (corrected(bias, real, made, 1) - bias)[None, :, None] for batch in made]
+    assert np.allclose(channel_means(moved, 1), channel_means(real, 1), atol=1e-6)
+
+
+def test_ranges_clip_outliers_and_leave_others_alone() -> None:
+    def on_grid(values: NDArray[np.float32], low: float, high: float) -> NDArray[np.float32]:
+        step = (high - low) / 15
+        held: NDArray[np.float32] = np.clip(np.rint(values / step) * step, low, high).astype(np.float32)
+        return held
+
+    even = np.linspace(-1, 1, 5000, dtype=np.float32)
+    looked = look([even], [even], None, 0, 0)
+    assert best_range(looked, -1.0, 1.0, symmetric=False, rounder=on_grid)[0] == (-1.0, 1.0)
+    spiked = np.append(normal(200_000, seed=3), np.float32(40.0))
+    spikes = look([spiked], [spiked], None, 0, 0)
+    (low, high), before, after = best_range(spikes, float(spiked.min()), 40.0, symmetric=False, rounder=on_grid)
+    assert high < 40.0
+    assert low <= 0
+    assert after < before
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> Path:
+    """A residual net whose channels differ by factors of up to a thousand, with everything that factors pass."""
+    spread = np.exp(np.linspace(-3.4, 3.4, 8)).astype(np.float32)
+    tensors = {
+        "w1": normal(8, 3, 3, 3, seed=1, scale=0.3) * spread[:, None, None, None],
+        "b1": normal(8, seed=2, scale=0.1) * spread,
+        "w2": normal(8, 1, 3, 3, seed=3, scale=0.3),
+        "w3": normal(8, 8, 1, 1, seed=4, scale=0.3) / spread[None, :, None, None],
+        "b3": np.full(8, 3.0, np.float32),
+        "w4": normal(4, 16, 1, 1, seed=5, scale=0.3),
+        "w5": normal(5, 4, seed=6, scale=0.3),
+    }
+    nodes = [
+        node("Conv", ["x", "w1", "b1"], ["a"], pads=[1, 1, 1, 1]),
+        node("Relu", ["a"], ["ar"]),
+        node("Conv", ["ar", "w2"], ["d"], pads=[1, 1, 1, 1], group=8),
+        node("Add", ["ar", "d"], ["s"]),
+        node("MaxPool", ["s"], ["p"], kernel_shape=[2, 2], strides=[2, 2]),
+        node("Conv", ["p", "w3", "b3"], ["e"]),
+        node("Relu", ["e"], ["er"]),
+        node("Concat", ["p", "er"], ["c"], axis=1),
+        node("Conv", ["c", "w4"], ["f"]),
+        node("GlobalAveragePool", ["f"], ["g"]),
+        node("Flatten", ["g"], ["h"]),
+        node("Gemm", ["h", "w5"], ["y"], transB=1),
+    ]
+    return save(tmp_path / "uneven.onnx", nodes, {"x": ["N", 3, 8, 8]}, {"y": None}, tensors)
+
+
+def outputs(model: ir.Model, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = Runner(model_bytes(model)).run({"x": x})["y"]
+    return found
+
+
+def test_equalization_keeps_the_function_and_evens_the_weights(uneven: Path) -> None:
+    model, x = loaded(uneven), normal(6, 3, 8, 8, seed=9)
+    changed, done = equalize(model, [{"x": x}])
+    # Factors are exact in the algebra; each is rounded to float32 once in either weight, and sums are of at most 27 terms.
+    assert np.allclose(outputs(changed, x), outputs(model, x), rtol=1e-4, atol=1e-4)
+
+    def spread(of: ir.Model) -> float:
+        weight = np.asarray(constant(of.graph.initializers["w1"])).reshape(8, -1)
+        largest = np.abs(weight).max(axis=1)
+        return float(largest.max() / largest.min())
+
+    assert spread(model) > 300
+    assert spread(changed) < 30
+    assert done.channels > 0
+    assert {name for name, _ in done.refused} >= {"x", "y"}
+    assert all(reason for _, reason in done.refused)
+
+
+def test_equalization_absorbs_what_relu_never_cuts(tmp_path: Path) -> None:
+    tensors = {
+        "w1": normal(4, 3, 1, 1, seed=1, scale=0.1),
+        "b1": np.array([5, 0, 4, 0], np.float32),
+        "w2": normal(2, 4, 1, 1, seed=2),
+    }
+    nodes = [node("Conv", ["x", "w1", "b1"], ["a"]), node("Relu", ["a"], ["r"]), node("Conv", ["r", "w2"], ["y"])]
+    model = loaded(save(tmp_path / "m.onnx", nodes, {"x": ["N", 3, 4, 4]}, {"y": None}, tensors))
+    x = normal(8, 3, 4, 4, seed=3)
+    changed, done = equalize(model, [{"x": x}])
+    assert done.absorbed == 2
+    assert np.allclose(outputs(changed, x), outputs(model, x), atol=1e-5)
+    kept = Runner(model_bytes(changed)).run({"x": x})["y"]
+    assert np.isfinite(kept).all()
+
+
+@pytest.mark.parametrize(("bound", "may"), [(100.0, True), (0.01, False)])
+def test_a_clip_that_clips_keeps_its_channels(tmp_path: Path, bound: float, may: bool) -> None:
+    spread = np.array([1, 10, 0.1, 5], np.float32)[:, None, None, None]
+    tensors = {
+        "w1": normal(4, 3, 1, 1, seed=1) * spread,
+        "w2": normal(2, 4, 1, 1, seed=2),
+        "lo": np.array(0, np.float32),
+        "hi": np.array(bound, np.float32),
+    }
+    nodes = [node("Conv", ["x", "w1"], ["a"]), node("Clip", ["a", "lo", "hi"], ["r"]), node("Conv", ["r", "w2"], ["y"])]
+    model = loaded(save(tmp_path / "m.onnx", nodes, {"x": ["N", 3, 4, 4]}, {"y": None}, tensors))
+    x = normal(8, 3, 4, 4, seed=3)
+    changed, done = equalize(model, [{"x": x}])
+    assert bool(done.layers) == may
+    assert np.allclose(outputs(changed, x), outputs(model, x), rtol=1e-4, atol=1e-5)
+
+
+def sqnr(done: Any) -> float:
+    return float(next(iter(done.check.sqnr.values())))
+
+
+def test_tuning_loses_less_and_its_integers_verify(tmp_path: Path) -> None:
+    model, data = residual_net(tmp_path / "net.onnx"), data_for(tmp_path / "d.npz", samples=48)
+    recipe = Recipe(weight=Weight(bits=4))
+    fast = convert(
+        model, tmp_path / "fast.onnx", data=data, recipe=Recipe(weight=Weight(bits=4), tune=Tune(effort="fast"))
+    )
+    done = convert(model, tmp_path / "q.onnx", data=data, recipe=recipe, verified=True)
+    # Four bits lose some 20 dB by rounding to nearest; choosing which way to round gets a few of them back.
+    assert sqnr(done) > sqnr(fast) + 2
+    kept = next(one for one in done.tuned.tries if one.kept)
+    assert kept.sqnr > done.tuned.tries[0].sqnr
+    assert {"scales", "rounding", "bias"} <= set(kept.gains)
+    assert verify(done.sidecar_path, data).findings == []
+    assert fast.tuned.why_not == "effort fast"
+
+
+def test_the_same_data_gives_the_same_bytes(tmp_path: Path) -> None:
+    model, data = residual_net(tmp_path / "net.onnx"), data_for(tmp_path / "d.npz", samples=24)
+    recipe = Recipe(tune=Tune(effort="best"), weight=Weight(per_channel=False))
+    first, second = (convert(model, tmp_path / name, data=data, recipe=recipe) for name in ("a.onnx", "b.onnx"))
+    assert first.model.read_bytes() == second.model.read_bytes()
+    assert len(first.tuned.tries) > 4
+
+
+def test_each_step_can_be_left_out(tmp_path: Path) -> None:
+    model, data = residual_net(tmp_path / "net.onnx"), data_for(tmp_path / "d.npz", samples=24)
+    wishes = Tune(ranges=False, scales=False, rounding=False, compensation=False, equalize=False, bias=True)
+    done = convert(model, tmp_path / "a.onnx", data=data, recipe=Recipe(tune=wishes))
+    assert [one.name for one in done.tuned.tries] == ["as calibrated", "bias"]
+    stored = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(done.model).graph.initializer}
+    fast = convert(model, tmp_path / "b.onnx", data=data, recipe=Recipe(tune=Tune(effort="fast")))
+    plain = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(fast.model).graph.initializer}
+    assert (stored["w1_quantized"] == plain["w1_quantized"]).all()
+
+
+def test_statistics_alone_are_not_tuned_and_say_so(tmp_path: Path) -> None:
+    model, data = residual_net(tmp_path / "net.onnx"), data_for(tmp_path / "d.npz", samples=24)
+    seen = calibrate(model, data)
+    alone = convert(model, tmp_path / "a.onnx", seen)
+    assert "--data" in alone.tuned.why_not
+    both, direct = convert(model, tmp_path / "b.onnx", seen, data), convert(model, tmp_path / "c.onnx", data=data)
+    assert both.tuned.why_not == ""
+    assert both.model.read_bytes() == direct.model.read_bytes()
