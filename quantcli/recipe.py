@@ -96,7 +96,8 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``effort`` says how much is tried (`quantcli.tune.effort`), over ``samples`` calibration samples. Each step can be switched on
     or off by itself: ``ranges`` by output error, ``equalize`` the channels of neighbouring layers, ``compensation`` of what the
-    layers before have changed, weight ``scales`` and ``rounding`` by output error, and ``bias`` correction.
+    layers before have changed, weight ``scales`` and ``rounding`` by output error, ``bias`` correction, and regard to what
+    ``activations`` cut.
 
     With ``max_drop`` widths are searched that keep ``metric`` within so many points of float's (`quantcli.tune.search`).
     ``optimize`` times candidate plans on this machine and keeps the fastest (`quantcli.tune.latency`). ``smooth`` evens the columns
@@ -114,6 +115,7 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scales: bool | None = None
     rounding: bool | None = None
     bias: bool | None = None
+    activations: bool | None = None
     optimize: Literal["latency"] | None = None
     smooth: bool | None = None
     smooth_alpha: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.6

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # The operators whose bias is an operand of their own.
+# How much an error counts that an activation cuts, and how near to the bound, in standard deviations, one is that it may not.
+OUTSIDE, ROOM = 0.3, 0.2
 BIASED = frozenset({"Conv", "ConvTranspose", "Gemm"})
 
 
@@ -37,7 +39,11 @@ def biased(node: ir.Node, channels: int, graph: ir.Graph) -> NDArray[np.float32]
 
 
 def corrected(
-    bias: NDArray[np.float32], real: Sequence[NDArray[np.float32]], made: Sequence[NDArray[np.float32]], axis: int
+    bias: NDArray[np.float32],
+    real: Sequence[NDArray[np.float32]],
+    made: Sequence[NDArray[np.float32]],
+    axis: int,
+    bounds: tuple[float, float] | None = None,
 ) -> NDArray[np.float32]:
     """Return a bias with the mean error of every channel taken from it.
 
@@ -46,8 +52,24 @@ def corrected(
         real: Batches of the float layer's outputs, before any activation.
         made: The same of the quantized layer.
         axis: The channel axis of both.
+        bounds: What the activation behind cuts: what lies outside counts for less. None for no activation.
     """
-    return (bias + channel_means(real, axis) - channel_means(made, axis)).astype(np.float32)
+    if bounds is None:
+        return (bias + channel_means(real, axis) - channel_means(made, axis)).astype(np.float32)
+    weights = [within(values, bounds, axis) for values in real]
+    lost = [(a - b) * weight for a, b, weight in zip(real, made, weights, strict=True)]
+    return (bias + channel_means(lost, axis) / channel_means(weights, axis)).astype(np.float32)
+
+
+def within(values: NDArray[np.float32], bounds: tuple[float, float], axis: int) -> NDArray[np.float32]:
+    """Return how much errors of values count before an activation that cuts what lies outside of bounds.
+
+    What is cut anyway counts for a little: it must not come back over the bound.
+    """
+    others = tuple(a for a in range(values.ndim) if a != axis)
+    room = values.std(axis=others, keepdims=True) * np.float32(ROOM)
+    inside = (values > np.float32(bounds[0]) - room) & (values < np.float32(bounds[1]) + room)
+    return np.where(inside, np.float32(1), np.float32(OUTSIDE))
 
 
 def channel_means(batches: Sequence[NDArray[np.float32]], axis: int) -> NDArray[np.float64]:

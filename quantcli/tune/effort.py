@@ -8,23 +8,23 @@ fast     nothing: ranges as calibration gives them, weights rounded to nearest
 default  one sweep over 64 samples: ranges and weight scales by error, rounding by second moments, bias correction;
          compensation where weights have less than 8 bits, one scale per tensor or scales of powers of two; with one scale
          per tensor also on the equalized model
-best     sweeps over 256 samples, with and without ranges by error, compensation and equalization
+best     sweeps over 256 samples: the above, and then each of compensation, ranges by error, regard to activations and
+         equalization the other way, kept where that is better
 ======== ================================================================================================================
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calibration.hooks.onnxruntime import Runner
+from calibration.hooks.onnxruntime import Runner, first_line
 from quantcli.cost import values_of
 from quantcli.evaluation.metrics import Comparison
 from quantcli.placement import place
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from quantcli.placement import Placement
     from quantcli.plan import Plan
     from quantcli.progress import Progress
-    from quantcli.recipe import Recipe, Tune
+    from quantcli.recipe import Recipe
 
     Feeds = dict[str, NDArray[Any]]
 
@@ -202,20 +202,13 @@ def tune(
     if not tunable(final, seen, recipe):
         plan = make_plan(final, seen, recipe, start.tuning)
         return Tuned(final, plan, evened, why_not="no layer has a weight to tune")
-    equal: Candidate | None = None
-    plans = candidates(recipe, observe is not None)
-    for number, (even, steps) in enumerate(plans):
-        stage = f"tune {number + 1}/{len(plans)}"
-        begun = time.perf_counter()
-        base = start
-        if even and observe is not None:
-            equal = equal or equalized(model, recipe, samples, observe, bits)
-            if equal is None:
-                continue
-            base = equal
-        candidate, gains = swept(base, recipe, steps, samples, functools.partial(progress, stage))
-        seconds = time.perf_counter() - begun
-        found.append((Try(named(even, steps), judge.sqnr(candidate), seconds, gains), candidate))
+    trying = Trying(start, recipe, samples, observe, progress, judge)
+    for choice in first_choices(recipe, observe is not None):
+        trying.attempt(choice)
+    if recipe.tune.effort == "best" and trying.found:
+        for step in open_steps(recipe, observe is not None):
+            trying.attempt(trying.best.toggled(step))
+    found += trying.found
     best = max(range(len(found)), key=lambda place: (round(found[place][0].sqnr / MARGIN), -place))
     tries = tuple(replace(one, kept=place == best) for place, (one, _) in enumerate(found))
     kept = found[best][1]
@@ -224,42 +217,101 @@ def tune(
     )
 
 
-def candidates(recipe: Recipe, may_equalize: bool) -> list[tuple[bool, Steps]]:
-    """Return what to try: on the equalized model or not, and the steps of the sweep."""
+@dataclass(frozen=True)
+class Choice:
+    """What a candidate is made by.
+
+    Attributes:
+        equalize: Whether it is the equalized model.
+        steps: The steps of the sweep.
+    """
+
+    equalize: bool
+    steps: Steps
+
+    def toggled(self, step: str) -> Choice:
+        """Return the choice with one step the other way."""
+        if step == "equalize":
+            return replace(self, equalize=not self.equalize)
+        return replace(self, steps=replace(self.steps, **{step: not getattr(self.steps, step)}))
+
+    @property
+    def name(self) -> str:
+        """What was done, in words."""
+        parts = ["equalization"] if self.equalize else []
+        parts += [
+            step for step in ("ranges", "compensation", "scales", "rounding", "bias") if getattr(self.steps, step)
+        ]
+        parts += ["activations"] if self.steps.activations else []
+        return ", ".join(parts) or "nothing"
+
+
+@dataclass(eq=False)
+class Trying:
+    """The candidates of one model, as they are made."""
+
+    start: Candidate
+    recipe: Recipe
+    samples: Samples
+    observe: Callable[[ir.Model], Statistics] | None
+    progress: Progress
+    judge: Judge
+    found: list[tuple[Try, Candidate]] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+    equal: Candidate | None = None
+
+    @property
+    def best(self) -> Choice:
+        """The best choice so far."""
+        return self.choices[max(range(len(self.found)), key=lambda place: (self.found[place][0].sqnr, -place))]
+
+    def attempt(self, choice: Choice) -> None:
+        """Make a candidate and judge it, unless it has been; one that cannot be made is left out, and said so."""
+        if choice in self.choices:
+            return
+        begun = time.perf_counter()
+        base = self.start
+        if choice.equalize and self.observe is not None:
+            bits = dict(self.start.tuning.bits)
+            self.equal = self.equal or equalized(self.judge.model, self.recipe, self.samples, self.observe, bits)
+            if self.equal is None:
+                return
+            base = self.equal
+        stage = f"tune {len(self.choices) + 1}"
+        try:
+            candidate, gains = swept(
+                base, self.recipe, choice.steps, self.samples, functools.partial(self.progress, stage)
+            )
+            worth = self.judge.sqnr(candidate)
+        except Exception as error:  # noqa: BLE001 - the plan as calibrated is there in any case
+            logger.warning("tuning (%s) failed and is left out: %s", choice.name, first_line(error))
+            return
+        self.choices.append(choice)
+        self.found.append((Try(choice.name, worth, time.perf_counter() - begun, gains), candidate))
+
+
+def first_choices(recipe: Recipe, may_equalize: bool) -> list[Choice]:
+    """Return what is tried in any case."""
     wishes, target = recipe.tune, resolve_target(recipe)
     coarse = target.weight.bits < 8 or not target.weight.per_channel or target.weight.power_of_two
-    best = wishes.effort == "best"
-    compensations = choices(wishes.compensation, [True, False] if best else [coarse])
-    ranges = choices(wishes.ranges, [True, False] if best else [True])
-    evens = choices(wishes.equalize, [False, True] if not target.weight.per_channel or best else [False])
-    basis = steps_of(wishes, recipe.calibration.seed)
-    return [
-        (even, replace(basis, compensation=compensation, ranges=by_error))
-        for even, compensation, by_error in itertools.product(evens, compensations, ranges)
-        if may_equalize or not even
-    ]
-
-
-def choices(wish: bool | None, tried: list[bool]) -> list[bool]:
-    """Return what is tried of a step: what the recipe says, or all that the effort does."""
-    return tried if wish is None else [wish]
-
-
-def steps_of(wishes: Tune, seed: int) -> Steps:
-    """Return the steps that a recipe leaves in."""
-    return Steps(
+    steps = Steps(
+        ranges=wishes.ranges is not False,
+        compensation=coarse if wishes.compensation is None else wishes.compensation,
         scales=wishes.scales is not False,
         rounding=wishes.rounding is not False,
         bias=wishes.bias is not False,
-        seed=seed,
+        activations=wishes.activations is True,
+        seed=recipe.calibration.seed,
     )
+    evens = [False, True] if not target.weight.per_channel else [False]
+    evens = evens if wishes.equalize is None else [wishes.equalize]
+    return [Choice(even, steps) for even in evens if may_equalize or not even]
 
 
-def named(even: bool, steps: Steps) -> str:
-    """Return what a candidate did, in words."""
-    parts = ["equalization"] if even else []
-    parts += [name for name in ("ranges", "compensation", "scales", "rounding", "bias") if getattr(steps, name)]
-    return ", ".join(parts) or "nothing"
+def open_steps(recipe: Recipe, may_equalize: bool) -> list[str]:
+    """Return the steps that are tried both ways, as far as the recipe leaves them open."""
+    names = ["compensation", "ranges", "activations", *(["equalize"] if may_equalize else [])]
+    return [name for name in names if getattr(recipe.tune, name) is None]
 
 
 def tunable(model: ir.Model, statistics: Statistics, recipe: Recipe) -> bool:
@@ -316,7 +368,7 @@ class Judge:
     """
 
     def __init__(self, model: ir.Model, batches: Sequence[Feeds], recipe: Recipe) -> None:
-        self.batches, self.recipe = batches, recipe
+        self.model, self.batches, self.recipe = model, batches, recipe
         runner = Runner(runnable(model), what="the folded model")
         self.expected = [runner.run(feeds) for feeds in batches]
 

@@ -170,3 +170,35 @@ def moments_of(real: NDArray[np.float32] | None, made: NDArray[np.float32], cent
             difference -= difference.mean(axis=1, keepdims=True)
         cross = (difference.transpose(0, 2, 1) @ rows).astype(np.float64) / count
     return Moments(covariance, mean, cross)
+
+
+def weighted_moments(
+    real: NDArray[np.float32] | None, made: NDArray[np.float32], weights: NDArray[np.float32], centred: bool
+) -> Moments:
+    """Return the moments of rows as each output weighs them: a group per output.
+
+    Args:
+        real: The float model's rows, (groups, rows, inputs); None where they are those of ``made``.
+        made: The rows that the quantized layer meets.
+        weights: How much a row counts for an output, (groups, rows, outputs), above zero.
+        centred: Whether (weighted) means are taken out, because the layer's bias makes up for them.
+    """
+    groups, _, inputs = made.shape
+    outputs = weights.shape[2]
+    covariance = np.empty((groups * outputs, inputs, inputs))
+    cross = np.empty_like(covariance) if real is not None else None
+    means = np.empty((groups * outputs, inputs))
+    for group in range(groups):
+        for output in range(outputs):
+            place = group * outputs + output
+            weight = weights[group, :, output] / weights[group, :, output].sum(dtype=np.float64).astype(np.float32)
+            means[place] = weight @ made[group]
+            rows = made[group] - (means[place].astype(np.float32) if centred else np.float32(0))
+            scaled = rows * weight[:, None]
+            covariance[place] = scaled.T @ rows
+            if real is not None and cross is not None:
+                difference = real[group] - made[group]
+                if centred:
+                    difference -= weight @ difference
+                cross[place] = difference.T @ scaled
+    return Moments(covariance, means, cross)

@@ -17,10 +17,10 @@ from quantcli.arithmetic.affine import IntegerType, fixed_parameters, scales_wid
 from quantcli.arithmetic.affine import power_of_two as to_power_of_two
 from quantcli.fold import constant
 from quantcli.island import captured, single_node
-from quantcli.plan import activation_parameters
+from quantcli.plan import activation_bounds, activation_parameters
 from quantcli.rules import Arithmetic, Operand
-from quantcli.tune.bias import biased, corrected
-from quantcli.tune.moments import drawn_rows, matrix_of, moments_of
+from quantcli.tune.bias import biased, corrected, within
+from quantcli.tune.moments import drawn_rows, matrix_of, moments_of, weighted_moments
 from quantcli.tune.ranges import best_range, look
 from quantcli.tune.rounding import best_scales, compensated, damped, nearest, output_error, rounded
 from quantcli.tuning import Tuning
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 # A layer of more inputs has second moments that take too long to be worth it.
 MOST_INPUTS = 2304
+# Nor are second moments by output, of so many numbers together.
+MOST_WEIGHTED = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Steps:
         rounding: Round weights by second moments, not to nearest.
         compensation: Let weights make up for what the layers before have changed.
         bias: Correct biases.
+        activations: Errors that the activation behind a layer cuts count for less, in rounding and in biases.
         inputs: A layer of more inputs to an output than this is rounded to nearest.
         seed: Of everything that is drawn.
     """
@@ -59,6 +62,7 @@ class Steps:
     rounding: bool = True
     compensation: bool = True
     bias: bool = True
+    activations: bool = False
     inputs: int = MOST_INPUTS
     seed: int = 0
 
@@ -325,6 +329,13 @@ class Sweep:
             self.made[value] = [grid.round(array) for array in self.made[value]]
             self.integers.add(str(value.name))
 
+    def bounds(self, layer: PlacedLayer) -> tuple[float, float] | None:
+        """Return what a layer's activation cuts; None where it has none, or that is to be left out."""
+        if not self.steps.activations or not layer.absorbed:
+            return None
+        low, high = zip(*(activation_bounds(node) for node in layer.absorbed), strict=True)
+        return max(low), min(high)
+
     def correct_bias(self, layer: PlacedLayer, real: Batches, made: Batches) -> Batches:
         """Correct a layer's bias, and return its outputs with the new one."""
         node = layer.node
@@ -332,7 +343,7 @@ class Sweep:
         bias = biased(node, real[0].shape[axis], self.model.graph)
         if bias is None or not all(array.size for array in real):
             return made
-        found = corrected(bias, real, made, axis)
+        found = corrected(bias, real, made, axis, self.bounds(layer))
         change = found - bias
         before = float(np.square(made[0] - real[0]).sum(dtype=np.float64))
         shaped = change.reshape([-1 if a == axis else 1 for a in range(real[0].ndim)])
@@ -409,7 +420,19 @@ class Sweep:
         differs = steps.compensation and any(a is not b for a, b in zip(real, made, strict=True))
         rows = drawn_rows(node, matrix, [made, real] if differs else [made], original.shape[2], steps.seed)
         centred = steps.bias and node.op_type in {"Conv", "Gemm"}
-        moments = moments_of(rows[1] if differs else None, rows[0], centred)
+        bounds = self.bounds(layer)
+        if bounds is not None and original.size * original.shape[2] <= MOST_WEIGHTED:
+            before_rows = rows[1] if differs else rows[0]
+            results = before_rows @ original.transpose(0, 2, 1).astype(np.float32)
+            bias = constant(node.inputs[2]) if node.op_type != "MatMul" and len(node.inputs) > 2 else None
+            if bias is not None:
+                results += bias.reshape(original.shape[0], 1, -1)
+            by_output = results.transpose(1, 0, 2).reshape(results.shape[1], -1)
+            weights = within(by_output, bounds, 1).reshape(results.shape[1], *original.shape[:2]).transpose(1, 0, 2)
+            moments = weighted_moments(rows[1] if differs else None, rows[0], weights, centred)
+            original = original.reshape(-1, 1, original.shape[2])
+        else:
+            moments = moments_of(rows[1] if differs else None, rows[0], centred)
         del rows
         wanted = compensated(original, moments) if steps.compensation else original
         stable = damped(moments.covariance)
