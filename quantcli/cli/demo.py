@@ -47,12 +47,12 @@ def demo(context: click.Context, /, output: Path) -> None:
     recipe = read_recipe(recipe_file)
     with terminal.progress() as progress:
         pipeline.calibrate(model, calibration, statistics, recipe, progress=progress)
-        pipeline.convert(model, quantized, statistics, recipe=recipe, progress=progress)
+        pipeline.convert(model, quantized, statistics, calibration, recipe, progress=progress)
         found = pipeline.evaluate(quantized, evaluation, model, "top1", recipe, layers=True, progress=progress)
     spelled = ["--recipe", recipe_file]
     commands = [
         shell("calibrate", model, "--data", calibration, *spelled, "-o", statistics),
-        shell("convert", model, "--stats", statistics, *spelled, "-o", quantized),
+        shell("convert", model, "--stats", statistics, "--data", calibration, *spelled, "-o", quantized),
         shell("eval", quantized, "--float", model, "--data", evaluation, *spelled, "--layers", "--max-drop", MAX_DROP),
     ]
     document = {**as_document(found), "verdict": verdict_of(found, MAX_DROP), "commands": commands}

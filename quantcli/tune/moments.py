@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Rows beyond so many per input change a second moment by little; they are drawn evenly.
-ROWS_PER_INPUT, FEWEST_ROWS = 24, 8192
+ROWS_PER_INPUT, FEWEST_ROWS = 12, 8192
 
 
 @dataclass(frozen=True)
