@@ -7,7 +7,7 @@ plan is always one of them, so that tuning never makes a model worse by that mea
 fast     nothing: ranges as calibration gives them, weights rounded to nearest
 default  one sweep over 64 samples: ranges and weight scales by error, rounding by second moments, bias correction;
          compensation where weights have less than 8 bits, one scale per tensor or scales of powers of two; with one scale
-         per tensor also on the equalized model
+         per tensor also on the equalized model; without ranges by error, where that was no better than nothing
 best     sweeps over 256 samples: the above, and then each of compensation, ranges by error, regard to activations and
          equalization the other way, kept where that is better
 ======== ================================================================================================================
@@ -205,9 +205,11 @@ def tune(
     trying = Trying(start, recipe, samples, observe, progress, judge)
     for choice in first_choices(recipe, observe is not None):
         trying.attempt(choice)
-    if recipe.tune.effort == "best" and trying.found:
-        for step in open_steps(recipe, observe is not None):
-            trying.attempt(trying.best.toggled(step))
+    again = open_steps(recipe, observe is not None) if recipe.tune.effort == "best" else []
+    if not again and recipe.tune.ranges is None and all(one.sqnr <= found[0][0].sqnr for one, _ in trying.found):
+        again = ["ranges"]
+    for step in again if trying.found else []:
+        trying.attempt(trying.best.toggled(step))
     found += trying.found
     best = max(range(len(found)), key=lambda place: (round(found[place][0].sqnr / MARGIN), -place))
     tries = tuple(replace(one, kept=place == best) for place, (one, _) in enumerate(found))

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 # A layer of more inputs has second moments that take too long to be worth it.
 MOST_INPUTS = 2304
 # Nor are second moments by output, of so many numbers together.
-MOST_WEIGHTED = 1 << 25
+MOST_WEIGHTED = 1 << 24
 
 
 @dataclass(frozen=True)
