@@ -61,13 +61,20 @@ class Runner:
         model: A model's bytes, the path of its file, a bundle, or a function that makes bytes or a bundle, again where needed.
         threads: Threads within an operator; 0 lets ONNX Runtime choose.
         what: What to call the model in errors.
+        profile: What the file of ONNX Runtime's profiler is to begin with; None for no profile.
 
     Raises:
         RunError: If ONNX Runtime refuses the model.
     """
 
-    def __init__(self, model: Source | Callable[[], bytes | Bundle], threads: int = 0, what: str = "the model") -> None:
-        self.what, self.threads = what, threads
+    def __init__(
+        self,
+        model: Source | Callable[[], bytes | Bundle],
+        threads: int = 0,
+        what: str = "the model",
+        profile: Path | None = None,
+    ) -> None:
+        self.what, self.threads, self.profile = what, threads, profile
         self.again = model if callable(model) else None
         self.loaded: Any = self.load(model() if callable(model) else model)
 
@@ -82,6 +89,9 @@ class Runner:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 4
+        if self.profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(self.profile)
         try:
             if isinstance(model, Bundle):
                 values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in model.weights.values()]

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 )
 @click.option("--max-drop", type=float, help="Fail (exit code 4) where float minus quantized is above this, in points.")
 @click.option("--layers", is_flag=True, help="Show the SQNR of every layer (over the first batch).")
+@click.option("--kernels", is_flag=True, help="Show what each operator takes as ONNX Runtime runs the models.")
 @click.option(
     "--latency/--no-latency", default=True, show_default=True, help="Measure float and quantized latency in turn."
 )
@@ -83,6 +84,7 @@ def evaluate(
             options["latency"],
             options["layers"],
             options["threads"],
+            options["kernels"],
             progress,
         )
     if max_drop is not None and found.drop is None:
@@ -132,6 +134,7 @@ def show(terminal: Terminal, found: Evaluation) -> None:
         rows.append((label, *cells))
     rows.extend((f"SQNR of '{name}' (dB)", "", f"{value:.2f}", "") for name, value in found.sqnr.items())
     terminal.table(f"{found.samples} samples", ("", ">float", ">quantized", ">"), rows)
+    show_kernels(terminal, found)
     if found.layers:
         terminal.table(
             "SQNR layer by layer",
@@ -141,6 +144,24 @@ def show(terminal: Terminal, found: Evaluation) -> None:
                 for layer in found.layers
             ],
         )
+
+
+def show_kernels(terminal: Terminal, found: Evaluation) -> None:
+    """Print what each operator takes in both models."""
+    for what, kernels in (("float", found.reference_kernels), ("quantized", found.kernels)):
+        total = sum(kernel.seconds for kernel in kernels)
+        rows = [
+            (
+                kernel.operator,
+                str(kernel.nodes),
+                f"{kernel.seconds * 1e3:.3f}",
+                f"{kernel.seconds / max(total, 1e-12):.0%}",
+            )
+            for kernel in kernels
+        ]
+        if rows:
+            title = f"Kernels of the {what} model ({total * 1e3:.3f} ms, profiled)"
+            terminal.table(title, ("operator", ">nodes", ">ms per run", ">share"), rows)
 
 
 def pace(ratio: float) -> str:
@@ -168,6 +189,10 @@ def as_document(found: Evaluation) -> dict[str, Any]:
             "ratio": timing.ratio,
             "batch": timing.batch,
             "threads": timing.threads,
+        },
+        "kernels": {
+            what: [{"operator": k.operator, "nodes": k.nodes, "ms": k.seconds * 1e3} for k in kernels]
+            for what, kernels in (("float", found.reference_kernels), ("quantized", found.kernels))
         },
         "layers": [
             {

@@ -14,6 +14,7 @@ from calibration.hooks.onnxruntime import Runner
 from quantcli import sidecar as sidecar_file
 from quantcli.errors import ModelError, UsageError
 from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs
+from quantcli.evaluation.kernels import Kernel, kernels
 from quantcli.evaluation.latency import Latency, measure
 from quantcli.evaluation.metrics import LABEL_METRICS, METRICS, Comparison, TopK
 from quantcli.load import LoadedModel, load
@@ -40,6 +41,8 @@ class Evaluation:
         size: The quantized model's bytes.
         reference_size: The float model's bytes; None without one.
         layers: Every layer's SQNR, in graph order; empty where it was not asked for.
+        kernels: What each operator takes in the quantized model as the runtime runs it; empty where it was not asked for.
+        reference_kernels: The same of the float model.
     """
 
     metric: str
@@ -51,6 +54,8 @@ class Evaluation:
     size: int
     reference_size: int | None
     layers: tuple[LayerSqnr, ...]
+    kernels: tuple[Kernel, ...] = ()
+    reference_kernels: tuple[Kernel, ...] = ()
 
     @property
     def drop(self) -> float | None:
@@ -71,6 +76,7 @@ def evaluate(
     latency: bool = True,
     layers: bool = False,
     threads: int = 1,
+    profiled: bool = False,
     progress: Progress = silent,
 ) -> Evaluation:
     """Evaluate a quantized model on data, beside the float model it came from.
@@ -88,6 +94,7 @@ def evaluate(
         latency: Whether to measure latency.
         layers: Whether to compare layer by layer (the sidecar must stand beside the model).
         threads: Threads within an operator while latency is measured.
+        profiled: Whether to measure what each operator takes.
         progress: Called with the stage, the samples done and their total.
 
     Raises:
@@ -127,9 +134,9 @@ def evaluate(
     else:
         value, reference_value = getattr(next(iter(comparison.outputs.values())), metric), None
     timing = None
+    one = first if fixes_batch(runner.inputs) else {k: v[:1] for k, v in first.items()}
     if latency and source is not None:
         progress("latency", 0, 1)
-        one = first if fixes_batch(runner.inputs) else {k: v[:1] for k, v in first.items()}
         timing = measure(Runner(source.runnable, threads), Runner(candidate.runnable, threads), one, threads)
     found: list[LayerSqnr] = []
     if layers and source is not None:
@@ -145,6 +152,8 @@ def evaluate(
         candidate.size,
         source.size if source is not None else None,
         tuple(found),
+        kernels(candidate.runnable, one, threads) if profiled else (),
+        kernels(source.runnable, one, threads) if profiled and source is not None else (),
     )
 
 

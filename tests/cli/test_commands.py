@@ -113,6 +113,32 @@ def test_converting_from_statistics_and_from_data_is_the_same(here: Path) -> Non
     assert pair("stats/q.onnx") == pair("data/q.onnx")
 
 
+@pytest.mark.usefixtures("here")
+def test_kernels_show_what_the_runtime_really_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["convert", "kit/model.onnx", "--data", "kit/cal.npz", *PIXELS, "-o", "q.onnx", "-q"]) == 0
+    command = [
+        "eval",
+        "q.onnx",
+        "--float",
+        "kit/model.onnx",
+        "--data",
+        "kit/eval.npz",
+        *PIXELS,
+        "--kernels",
+        "--no-latency",
+    ]
+    assert run([*command, "--json"]) == 0
+    found = strict_json(capsys.readouterr().out)["kernels"]
+    integers = {kernel["operator"]: kernel["nodes"] for kernel in found["quantized"]}
+    assert integers["QLinearConv"] == 2
+    assert "QLinearConv" not in {kernel["operator"] for kernel in found["float"]}
+    times = [kernel["ms"] for kernel in found["quantized"]]
+    assert times == sorted(times, reverse=True)
+    assert run(command) == 0
+    assert "Kernels of the quantized model" in capsys.readouterr().out
+    assert not list(Path().glob("*profile*"))
+
+
 def test_another_process_writes_the_same_bytes(here: Path) -> None:
     command = ["convert", "kit/model.onnx", "--data", "kit/cal.npz", *PIXELS, "--samples", "9", "-o", "q.onnx"]
     assert run(command) == 0
