@@ -198,7 +198,7 @@ class Search:
         if best is None:
             tightest = min(attempts.values(), key=lambda attempt: attempt.score.worst)
             raise PlanError(
-                f"no widths keep the drop within {max_drop:g} points for certain (at best {tightest.score.drop:+.2f} ± "
+                f"no widths keep the drop and its standard error within {max_drop:g} points (at best {tightest.score.drop:+.2f} ± "
                 f"{tightest.score.uncertainty:.2f} over {tightest.score.samples} samples)",
                 "allow more, or judge on more samples (--validate)",
             )
