@@ -31,7 +31,7 @@ from calibration.errors import ReportedError
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Conversion, Recipe, calibrate, convert
 from quantcli.load import load
-from quantcli.recipe import Tune, Weight
+from quantcli.recipe import Activation, Tune, Weight
 
 SAMPLES = 256
 RECIPES = {
@@ -44,6 +44,8 @@ RECIPES = {
     "w4-best": Recipe(weight=Weight(bits=4), tune=Tune(effort="best")),
     "w4-fast": Recipe(weight=Weight(bits=4), tune=Tune(effort="fast")),
     "w2": Recipe(weight=Weight(bits=2)),
+    "w4a4": Recipe(weight=Weight(bits=4), activation=Activation(bits=4)),
+    "w8a4": Recipe(activation=Activation(bits=4)),
     "pow2": Recipe(target="npu-pow2"),
     "pow2-best": Recipe(target="npu-pow2", tune=Tune(effort="best")),
 }

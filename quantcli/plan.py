@@ -188,7 +188,7 @@ def plan_activations(
     placement: Placement, statistics: Statistics, recipe: Recipe, target: Target, tuning: Tuning = UNTUNED
 ) -> dict[str, TensorPlan]:
     """Return the parameters of every activation and constant operand."""
-    integer = IntegerType(target.activation.dtype)
+    integer = IntegerType(target.activation.grid)
     spec, grid = range_spec(statistics, recipe), Grid(integer.qmax - integer.qmin, target.activation.symmetric)
     constants = {
         str(value.name): values
@@ -228,7 +228,7 @@ def plan_activations(
 
 def activation_parameters(lo: float, hi: float, target: Target) -> tuple[np.float32, int]:
     """Return scale and zero point of an activation that is to cover [lo, hi]."""
-    integer = IntegerType(target.activation.dtype)
+    integer = IntegerType(target.activation.grid)
     parameters = symmetric_parameters if target.activation.symmetric else affine_parameters
     scale, zero_point = parameters(lo, hi, integer)
     if target.activation.power_of_two:

@@ -48,6 +48,7 @@ class Activation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     range: str | None = None
     dtype: ActivationType | None = None
+    bits: Annotated[int, msgspec.Meta(ge=2, le=16)] | None = None
     symmetric: bool | None = None
 
     def __post_init__(self) -> None:
@@ -189,7 +190,8 @@ def resolve_target(recipe: Recipe) -> Target:
         RecipeError: If there is no such target, or the wishes contradict each other.
     """
     target = load_target(recipe.target)
-    activation = overlaid(target.activation, dtype=recipe.activation.dtype, symmetric=recipe.activation.symmetric)
+    wishes = recipe.activation
+    activation = overlaid(target.activation, dtype=wishes.dtype, symmetric=wishes.symmetric, bits=wishes.bits)
     if activation.symmetric and activation.dtype.startswith("u"):
         raise RecipeError(
             f"symmetric activations of {activation.dtype} have no zero point 0", "use int8, or make them affine"

@@ -17,8 +17,8 @@ from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe, calibrate, convert, verify
 from quantcli.fold import constant, fold
 from quantcli.load import load
-from quantcli.probe import model_bytes
-from quantcli.recipe import Tune, Weight
+from quantcli.probe import model_bytes, with_outputs
+from quantcli.recipe import Activation, Layers, Tune, Weight
 from quantcli.tune.bias import channel_means, corrected
 from quantcli.tune.equalize import equalize
 from quantcli.tune.moments import Matrix, drawn_rows, matrix_of, moments_of
@@ -296,3 +296,32 @@ def test_statistics_alone_are_not_tuned_and_say_so(tmp_path: Path) -> None:
     both, direct = convert(model, tmp_path / "b.onnx", seen, data), convert(model, tmp_path / "c.onnx", data=data)
     assert both.tuned.why_not == ""
     assert both.model.read_bytes() == direct.model.read_bytes()
+
+
+NARROW = [
+    (4, Activation(bits=4), (0, 15)),
+    (8, Activation(bits=2), (0, 3)),
+    (8, Activation(bits=6, dtype="int8", symmetric=True), (-32, 31)),
+    (8, Activation(bits=12, dtype="int16", symmetric=True), (-2048, 2047)),
+]
+
+
+@pytest.mark.parametrize("form", ["qdq", "qoperator"])
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize(("bits", "activation", "grid"), NARROW, ids=lambda value: str(getattr(value, "bits", value)))
+def test_activations_stay_on_narrow_grids(
+    tmp_path: Path, bits: int, activation: Activation, grid: tuple[int, int], everywhere: bool, form: str
+) -> None:
+    model, data = residual_net(tmp_path / "net.onnx"), data_for(tmp_path / "d.npz", samples=32)
+    recipe = Recipe(weight=Weight(bits=bits), activation=activation, layers=Layers(everywhere=everywhere))
+    done = convert(model, tmp_path / "q.onnx", data=data, recipe=recipe, form=form, verified=True)
+    assert verify(done.sidecar_path, data).findings == []
+    tensors = [entry for entry in done.sidecar.tensors.values() if entry.role == "activation"]
+    assert {(entry.qmin, entry.qmax) for entry in tensors} == {grid}
+    wide = normal(16, 3, 8, 8, seed=4, scale=50.0)  # far beyond what was calibrated
+    written = ir.from_proto(onnx.load(done.model))
+    found = Runner(with_outputs(written, [entry.integers for entry in tensors])).run({"x": wide})
+    for entry in tensors:
+        assert found[entry.integers].min() >= grid[0]
+        assert found[entry.integers].max() <= grid[1]
+    assert any(found[entry.integers].max() == grid[1] for entry in tensors)

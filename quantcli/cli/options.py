@@ -209,6 +209,11 @@ quantization_options = together(
         help="Type of activations.  [default: the target's]",
     ),
     click.option(
+        "--activation-bits",
+        type=click.IntRange(2, 16),
+        help="Width of activations' grids, where less than their type's.  [default: the target's]",
+    ),
+    click.option(
         "--range",
         "range_",
         type=Range(),
@@ -286,6 +291,7 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
         "activation": {
             "range": options.get("range_"),
             "dtype": options.get("activation_dtype"),
+            "bits": options.get("activation_bits"),
             "symmetric": options.get("symmetric"),
         },
         "weight": {

@@ -299,6 +299,7 @@ def compare_edge(
     """Compare the quantization of a real tensor: equation 5 against the runtime's float32 division."""
     scale, zero_point = np.array(tensor.scale, dtype=np.float32), np.array(tensor.zero_point)
     found = quantize(reals, scale, zero_point, IntegerType(tensor.dtype), None).astype(np.int64)
+    found = np.clip(found, tensor.qmin, tensor.qmax)
     steps = reals.astype(np.float64) / tensor.scale[0] + tensor.zero_point[0]
     error = (np.abs(steps) + abs(tensor.zero_point[0]) + 1) * FLOAT32_ERROR
     report(layer, f"tensor '{name}'", found, runtime.astype(np.int64), on_a_tie(steps, error), result)

@@ -20,13 +20,21 @@ MultiplierBits = Literal[8, 16, 32]
 class ActivationFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How activations are quantized: per tensor, affine or symmetric.
 
+    ``bits`` is the width of the grid, where that is less than the type's: a Clip stands before its QuantizeLinear then.
     ``same_scale`` lists the operators (of AveragePool, GlobalAveragePool, ReduceMean) whose output has the parameters of its input.
     """
 
     dtype: ActivationType
     symmetric: bool
     power_of_two: bool = False
+    bits: Annotated[int, msgspec.Meta(ge=2, le=16)] | None = None
     same_scale: tuple[Literal["AveragePool", "GlobalAveragePool", "ReduceMean"], ...] = ()
+
+    @property
+    def grid(self) -> str:
+        """The integer type of the grid: ``uint4`` of 4 bits in uint8."""
+        sign, width = ("u", 8) if self.dtype == "uint8" else ("", int(self.dtype.removeprefix("int")))
+        return f"{sign}int{min(self.bits or width, width)}"
 
     @property
     def opset(self) -> int:

@@ -205,7 +205,7 @@ class Sweep:
         """Return the grid of an activation; its range is chosen where that has not been done."""
         owner = self.placement.owner[name]
         if owner not in self.grids:
-            integer = IntegerType(self.target.activation.dtype)
+            integer = IntegerType(self.target.activation.grid)
             if owner in self.placement.fixed:
                 lo, hi = self.placement.fixed[owner]
                 scale, zero_point = fixed_parameters(lo, hi, integer, self.target.activation.symmetric)
@@ -233,7 +233,7 @@ class Sweep:
 
         def on_grid(values: NDArray[np.float32], low: float, high: float) -> NDArray[np.float32]:
             scale, zero_point = activation_parameters(low, high, self.target)
-            return Grid(scale, zero_point, IntegerType(self.target.activation.dtype)).round(values)
+            return Grid(scale, zero_point, IntegerType(self.target.activation.grid)).round(values)
 
         halved = (0.5,) if self.target.activation.power_of_two else ()
         best, before, after = best_range(looked, lo, hi, self.target.activation.symmetric, on_grid, halved)

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 FENCE = "_float"
 # What ends the name of the integers that a lookup gives.
 LOOKED_UP = "_looked_up"
-SUFFIXES = ("_quantized", "_dequantized", "_unrounded", "_scale", "_zero_point", FENCE, LOOKED_UP)
+# What ends the name of a Clip that keeps reals on a narrow grid.
+ON_GRID = "_on_grid"
+ENDS = ("_lowest", "_highest")
+SUFFIXES = ("_quantized", "_dequantized", "_unrounded", "_scale", "_zero_point", FENCE, LOOKED_UP, ON_GRID, *ENDS)
 
 
 def write(quantized: QuantizedModel) -> ir.Model:
@@ -207,24 +210,42 @@ class Writer:
         stored = to_integer.outputs[0]
         stored.name = names["integers"]
         to_real = self.dequantize_node(tensor, stored, names["reals"])
+        onto = self.onto_grid(tensor, value) if is_narrow(tensor) else None
+        first = to_integer if onto is None else onto
+        if onto is not None:
+            to_integer.replace_input_with(0, onto.outputs[0])
         if for_all:
             if value.is_graph_output():
                 to_real.outputs[0].shape, to_real.outputs[0].type = value.shape, value.type
                 value.name = f"{tensor.name}_unrounded{self.mark}"
             ir.convenience.replace_all_uses_with(value, to_real.outputs[0], replace_graph_outputs=True)
-            to_integer.replace_input_with(0, value)
+            first.replace_input_with(0, value)
         else:
             for node, position in list(value.uses()):
-                if str(node.name) in self.layers and node is not to_integer:
+                if str(node.name) in self.layers and node is not first:
                     node.replace_input_with(position, to_real.outputs[0])
+        nodes = [*([] if onto is None else [onto]), to_integer, to_real]
         producer = value.producer()
         if producer is not None and self.may_be_fused(producer):
-            producer = self.fence(producer, value, to_integer)
+            producer = self.fence(producer, value, first)
         if producer is None:
-            first = self.graph[0]
-            self.graph.insert_before(first, [to_integer, to_real])
+            self.graph.insert_before(self.graph[0], nodes)
         else:
-            self.graph.insert_after(producer, [to_integer, to_real])
+            self.graph.insert_after(producer, nodes)
+
+    def onto_grid(self, tensor: TensorPlan, value: ir.Value) -> ir.Node:
+        """Return the Clip that keeps reals on a grid narrower than its type, whose saturation would let more through."""
+        ends = (np.array([tensor.integer.qmin, tensor.integer.qmax]) - tensor.zero_point[0]) * np.float64(
+            tensor.scale[0]
+        )
+        bounds = [
+            add_constant(self.graph, f"{tensor.name}{end}{self.mark}", np.array(bound, dtype=np.float32))
+            for end, bound in zip(ENDS, ends, strict=True)
+        ]
+        name = f"{tensor.name}{ON_GRID}{self.mark}"
+        node = ir.node("Clip", [value, *bounds], name=name)
+        node.outputs[0].name = name
+        return node
 
     def may_be_fused(self, node: ir.Node) -> bool:
         """Tell whether a float operator that a QuantizeLinear follows has dequantized operands, or stands behind one that has.
@@ -294,3 +315,8 @@ class Writer:
         if tensor.integer.bits == 4:
             array = array.astype(ml_dtypes.uint4)
         return scale, add_constant(self.graph, f"{tensor.name}_zero_point{self.mark}", array)
+
+
+def is_narrow(tensor: TensorPlan) -> bool:
+    """Tell whether an activation's grid is narrower than its type, and its values are not on it already."""
+    return tensor.same_as is None and tensor.integer.bits < 8 * tensor.integer.dtype.itemsize

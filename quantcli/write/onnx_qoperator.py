@@ -36,7 +36,10 @@ def write(quantized: QuantizedModel) -> ir.Model:
         node = nodes[layer.name]
         targets = [quantizer_of(value) for value in node.outputs if value.uses() or value.is_graph_output()]
         if layer.accumulator_scale is not None:
-            replace_real(model, node)
+            if (
+                quantized.plan.tensors[layer.inputs[0]].integer.dtype.itemsize == 1
+            ):  # there is no such kernel for 16 bits
+                replace_real(model, node)
         elif all(target is not None for target in targets):
             replace(model, node, [target for target in targets if target is not None])
     passes.RemoveUnusedNodesPass()(model)
