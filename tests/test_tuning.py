@@ -20,6 +20,7 @@ from quantcli.load import load
 from quantcli.probe import model_bytes, with_outputs
 from quantcli.recipe import Activation, Layers, Tune, Weight
 from quantcli.tune.bias import channel_means, corrected
+from quantcli.tune.effort import is_distribution, logarithms
 from quantcli.tune.equalize import equalize
 from quantcli.tune.moments import Matrix, drawn_rows, matrix_of, moments_of
 from quantcli.tune.ranges import best_range, look
@@ -296,6 +297,19 @@ def test_statistics_alone_are_not_tuned_and_say_so(tmp_path: Path) -> None:
     both, direct = convert(model, tmp_path / "b.onnx", seen, data), convert(model, tmp_path / "c.onnx", data=data)
     assert both.tuned.why_not == ""
     assert both.model.read_bytes() == direct.model.read_bytes()
+
+
+def test_probabilities_are_judged_by_their_logarithms() -> None:
+    scores = normal(4, 5, seed=1)
+    exponentials = np.exp(scores)
+    rows = exponentials / exponentials.sum(axis=1, keepdims=True)
+    ours, theirs = logarithms({"p": rows, "s": scores}, {"p": rows[::-1], "s": scores})
+    assert (ours["s"] == scores).all()
+    expected = np.log(rows.astype(np.float64) + 1e-4)
+    assert np.allclose(ours["p"], expected - expected.mean(axis=1, keepdims=True))
+    assert np.allclose(theirs["p"], ours["p"][::-1])
+    assert not is_distribution(rows[:, :1])
+    assert not is_distribution(rows * 2)
 
 
 NARROW = [

@@ -66,6 +66,8 @@ LARGEST = 1 << 30
 # A candidate is kept only where it is better by so many dB.
 MARGIN = 0.05
 UNTOUCHED = "as calibrated"
+# Probabilities far below this are all the same.
+FAINTEST = 1e-4
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Try:
 
     Attributes:
         name: What was done.
-        sqnr: What is left of the outputs, in dB, averaged over the outputs, on samples that it has not seen.
+        sqnr: What is left of the outputs (of probabilities, of their logarithms), in dB, averaged over the outputs, on samples
+            that it has not seen.
         seconds: How long it took to make.
         gains: By step: how many layers or tensors it looked at, and by how many dB it lowered their error on average.
         kept: Whether this is what is written.
@@ -391,5 +394,27 @@ class Judge:
         runner = Runner(model_bytes(WRITERS["qdq"](quantize(candidate.model, plan))), what="a candidate")
         comparison = Comparison()
         for feeds, expected in zip(self.batches, self.expected, strict=True):
-            comparison.update(expected, runner.run(feeds))
+            comparison.update(*logarithms(expected, runner.run(feeds)))
         return list(comparison.outputs.values())
+
+
+def logarithms(expected: Feeds, found: Feeds) -> tuple[Feeds, Feeds]:
+    """Return outputs to compare; of probabilities their logarithms about their mean.
+
+    Probabilities hide what a model has lost where it is sure of itself, and show little else where it is not.
+    """
+    ours, theirs = {}, {}
+    for name, values in expected.items():
+        pair = values, found[name]
+        if is_distribution(values):
+            both = [np.log(np.maximum(array, 0.0).astype(np.float64) + FAINTEST) for array in pair]
+            pair = both[0] - both[0].mean(axis=-1, keepdims=True), both[1] - both[1].mean(axis=-1, keepdims=True)
+        ours[name], theirs[name] = pair
+    return ours, theirs
+
+
+def is_distribution(values: NDArray[Any]) -> bool:
+    """Tell whether every row along the last axis holds probabilities."""
+    if values.dtype.kind != "f" or values.ndim < 2 or values.shape[-1] < 2 or not values.size:
+        return False
+    return bool(values.min() >= 0) and bool(np.abs(values.sum(axis=-1) - 1).max() < 1e-3)
