@@ -30,7 +30,19 @@ from tests import graphs
 PIXELS = ["--scale", "0.00392156862745098", "--mean", "0.1307", "--std", "0.3081", "--layout", "NCHW"]
 COMMANDS = ["calibrate", "convert", "eval", "demo"]
 # What eval prints, but for the latency, which differs from run to run.
-FIELDS = ["metric", "samples", "quantized", "float", "drop", "sqnr_db", "bytes", "float_bytes", "latency", "layers"]
+FIELDS = [
+    "metric",
+    "samples",
+    "quantized",
+    "float",
+    "drop",
+    "sqnr_db",
+    "bytes",
+    "float_bytes",
+    "latency",
+    "kernels",
+    "layers",
+]
 
 
 def normalized(images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -601,5 +613,6 @@ def test_progress_is_drawn_where_someone_is_watching(here: Path) -> None:
     told, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     assert b"calibrate" in seen
-    assert b"calibrate" not in told
+    assert b"tune 1" in seen
+    assert b"\x1b" not in told
     assert b"q.onnx" in told
