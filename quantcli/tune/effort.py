@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
     from calibration.statistics import Statistics
     from quantcli.evaluation.metrics import Difference
-    from quantcli.placement import Placement
     from quantcli.plan import Plan
     from quantcli.progress import Progress
     from quantcli.recipe import Recipe
@@ -117,11 +116,6 @@ class Samples:
 
     swept: tuple[Feeds, ...]
     judging: tuple[Feeds, ...]
-
-    @property
-    def count(self) -> int:
-        """How many samples sweeps run."""
-        return sum(len(next(iter(feeds.values()))) for feeds in self.swept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,14 +316,8 @@ def open_steps(recipe: Recipe, may_equalize: bool) -> list[str]:
 def tunable(model: ir.Model, statistics: Statistics, recipe: Recipe) -> bool:
     """Tell whether a plan has a layer that accumulates with a constant weight."""
     placement = place(model, recipe, unresolvable(statistics.tensors))
-    return any(has_weight(placement, number) for number in range(len(placement.layers)))
-
-
-def has_weight(placement: Placement, number: int) -> bool:
-    """Tell whether a layer accumulates with a constant weight."""
-    layer = placement.layers[number]
-    weighted = any(kind is Operand.WEIGHT for _, _, kind in layer.operands())
-    return layer.rule.arithmetic is Arithmetic.ACCUMULATE and weighted
+    accumulating = [layer for layer in placement.layers if layer.rule.arithmetic is Arithmetic.ACCUMULATE]
+    return any(kind is Operand.WEIGHT for layer in accumulating for _, _, kind in layer.operands())
 
 
 def equalized(
