@@ -229,8 +229,8 @@ def test_equalization_absorbs_what_relu_never_cuts(tmp_path: Path) -> None:
     changed, done = equalize(model, [{"x": x}])
     assert done.absorbed == 2
     assert np.allclose(outputs(changed, x), outputs(model, x), atol=1e-5)
-    kept = Runner(model_bytes(changed)).run({"x": x})["y"]
-    assert np.isfinite(kept).all()
+    # What was absorbed is out of the bias: 5 and 4 are what a Relu never cut, but for the spread of the products.
+    assert (np.asarray(constant(changed.graph.initializers["b1"]))[[0, 2]] < [2, 2]).all()
 
 
 @pytest.mark.parametrize(("bound", "may"), [(100.0, True), (0.01, False)])

@@ -121,15 +121,11 @@ class Found:
 
     Attributes:
         tuned: The model and its plan.
-        recipe: The recipe with the layers that stay float.
         attempts: Everything that was tried, in order.
-        order: The steps.
     """
 
     tuned: Tuned
-    recipe: Recipe
     attempts: tuple[Attempt, ...]
-    order: tuple[Step, ...]
 
 
 @dataclass(eq=False)
@@ -204,7 +200,7 @@ class Search:
             )
         tuned = last[1] if last is not None and last[0] == best else self.tuned(order[:best])
         attempts[best] = replace(attempts[best], kept=True)
-        return Found(tuned, self.narrowed(order[:best]), tuple(attempts.values()), tuple(order))
+        return Found(tuned, tuple(attempts.values()))
 
     def bisected(self, tried: Callable[[int], bool], count: int) -> int | None:
         """Return the smallest number of steps that keeps the metric, taking more steps to be no worse; None if none does."""
@@ -267,13 +263,10 @@ class Search:
         floats = tuple(step.layer for step in steps if step.bits == 0)
         return {step.weight: step.bits for step in steps if step.bits}, floats
 
-    def narrowed(self, steps: Sequence[Step]) -> Recipe:
-        """Return the recipe with the layers that stay float."""
-        return keeping(self.recipe, self.widths(steps)[1])
-
     def tuned(self, steps: Sequence[Step]) -> Tuned:
         """Return the tuned model of an assignment."""
-        bits, recipe = self.widths(steps)[0], self.narrowed(steps)
+        bits, floats = self.widths(steps)
+        recipe = keeping(self.recipe, floats)
         if self.samples is None:
             return untuned(self.model, self.statistics, recipe, "effort fast", Tuning(bits=bits))
         return tune(self.model, self.statistics, recipe, self.samples, self.observe, lambda *_: None, bits)

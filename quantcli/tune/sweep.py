@@ -17,7 +17,7 @@ from quantcli.arithmetic.affine import IntegerType, fixed_parameters, scales_wid
 from quantcli.arithmetic.affine import power_of_two as to_power_of_two
 from quantcli.fold import constant
 from quantcli.island import captured, single_node
-from quantcli.plan import activation_bounds, activation_parameters
+from quantcli.plan import activation_bounds, activation_parameters, bias_of
 from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.bias import biased, corrected, within
 from quantcli.tune.moments import drawn_rows, matrix_of, moments_of, weighted_moments
@@ -235,8 +235,8 @@ class Sweep:
             scale, zero_point = activation_parameters(low, high, self.target)
             return Grid(scale, zero_point, IntegerType(self.target.activation.grid)).round(values)
 
-        halved = (0.5,) if self.target.activation.power_of_two else ()
-        best, before, after = best_range(looked, lo, hi, self.target.activation.symmetric, on_grid, halved)
+        more = (0.5,) if self.target.activation.power_of_two else ()
+        best, before, after = best_range(looked, lo, hi, self.target.activation.symmetric, on_grid, more)
         self.gains.count("ranges", before, after)
         if best != (lo, hi):
             self.chosen[name] = best
@@ -397,10 +397,10 @@ class Sweep:
 
     def final_scales(self, layer: PlacedLayer, scales: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return weight scales as the plan will have them: wide enough for the bias, and powers of two where asked."""
-        bias = constant(layer.node.inputs[2]) if layer.node.op_type != "MatMul" and len(layer.node.inputs) > 2 else None
+        bias = bias_of(layer)
         if bias is not None:
             x = str(layer.node.inputs[0].name)  # type: ignore[union-attr]
-            scales = scales_wide_enough_for_bias(scales, bias.reshape(-1), self.grid(x, None).scale)
+            scales = scales_wide_enough_for_bias(scales, bias, self.grid(x, None).scale)
         return to_power_of_two(scales) if self.target.weight.power_of_two else scales
 
     def solve(
@@ -424,7 +424,7 @@ class Sweep:
         if bounds is not None and original.size * original.shape[2] <= MOST_WEIGHTED:
             before_rows = rows[1] if differs else rows[0]
             results = before_rows @ original.transpose(0, 2, 1).astype(np.float32)
-            bias = constant(node.inputs[2]) if node.op_type != "MatMul" and len(node.inputs) > 2 else None
+            bias = bias_of(layer)
             if bias is not None:
                 results += bias.reshape(original.shape[0], 1, -1)
             by_output = results.transpose(1, 0, 2).reshape(results.shape[1], -1)
