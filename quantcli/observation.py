@@ -49,6 +49,8 @@ LARGEST_BATCH = 32
 # A run below so many batches is over before a second session is loaded.
 WORTH_A_SHORTCUT = 4
 CHECKPOINT_SECONDS = 30.0
+# Operators whose output holds what their first input holds.
+RESHAPING = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity"})
 
 
 @dataclass(frozen=True)
@@ -218,8 +220,21 @@ class Observation:
         if self.run.runtime == "torch":
             from calibration.hooks.torch import ProgramHook
 
-            return ProgramHook(self.source.files[0], names, self.run.device, self.source.name)
+            return ProgramHook(self.source.program, names, self.run.device, self.source.name, self.aliases(names))
         return Runner(lambda: with_outputs(self.folded, names), self.threads[0], self.source.name)
+
+    def aliases(self, names: Sequence[str]) -> dict[str, str]:
+        """Return what the program calls the tensors: of one that folding made, the one that holds its values in another shape."""
+        found = dict(self.source.aliases)
+        if self.source.program is None or self.recipe.calibration.channels:
+            return found
+        known = {node.name for node in self.source.program.graph.nodes}
+        values = {str(value.name): value for node in self.folded.graph for value in node.outputs}
+        for name in names:
+            if name not in known and name not in found and name in values:
+                reshaped = [str(value.name) for value in holders(values[name]) if value.name in known]
+                found.update({name: reshaped[0]} if reshaped else {})
+        return found
 
     def batch(self, hook: Hook, names: Sequence[str], dataset: Dataset, indices: NDArray[np.intp]) -> int:
         """Return the batch size: the model's or the user's, or what fits into the caches; less where memory is short.
@@ -394,6 +409,20 @@ class Observation:
                     seen.infinite,
                     seen.elements + seen.nan + seen.infinite,
                 )
+
+
+def holders(value: ir.Value) -> list[ir.Value]:
+    """Return the tensors that hold the same elements as one, in another shape or order."""
+    found, waiting = [value], [value]
+    while waiting:
+        one = waiting.pop()
+        producer = one.producer()
+        around = [producer.inputs[0]] if producer is not None and producer.op_type in RESHAPING else []
+        around += [user.outputs[0] for user in one.consumers() if user.op_type in RESHAPING and user.inputs[0] is one]
+        new = [other for other in around if other is not None and other not in found]
+        found += new
+        waiting += new
+    return found
 
 
 def known_floors(placement: Placement) -> dict[str, float]:

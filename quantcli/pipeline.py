@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration import statistics as statistics_file
-from calibration.datasets import Selection, batches, boundaries, fitted_batch, fixes_batch, open_dataset, select
+from calibration.datasets import (
+    Selection,
+    batches,
+    boundaries,
+    first_samples,
+    fitted_batch,
+    fixes_batch,
+    open_dataset,
+    select,
+)
 from calibration.errors import DataError, ReportedError, RunError, StatisticsError
 from calibration.hooks.onnxruntime import Runner
 from calibration.statistics import Statistics
@@ -30,7 +39,7 @@ from quantcli.fold import fold
 from quantcli.integer.verify import Verification, random_inputs
 from quantcli.integer.verify import verify as compare_integers
 from quantcli.integer.weights import verify_weights as compare_weights
-from quantcli.load import LoadedModel, load, shown_name
+from quantcli.load import LoadedModel, Opening, load, shown_name
 from quantcli.memory import give_back
 from quantcli.modes import plan_without_data
 from quantcli.observation import Data, Run, check_counted, observe
@@ -53,6 +62,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
+    from quantcli.load import Example
     from quantcli.quantize import QuantizedModel
 
 logger = logging.getLogger(__name__)
@@ -100,12 +110,13 @@ def calibrate(
     function: str | None = None,
     synthetic: int | None = None,
     run: Run | None = None,
+    opening: Opening | None = None,
     progress: Progress = silent,
 ) -> Statistics:
     """Run calibration data through a float model and return (and save) the statistics of the tensors that a plan needs.
 
     Args:
-        model: An ``.onnx`` or ``.pt2`` file.
+        model: An ``.onnx`` file, or one that torch wrote (`quantcli.load`).
         data: A file or folder that `calibration.datasets` reads; None where ``function`` or ``synthetic`` takes its place.
         output: Where to save the statistics; None to only return them. Checkpoints stand beside it, as ``NAME.partial``.
         recipe: What the user wants; None for the defaults.
@@ -114,6 +125,7 @@ def calibrate(
         function: A callable ``module:function`` that yields batches as dicts by input name.
         synthetic: So many random samples instead of data.
         run: A shard of the samples, how much memory, going on from a checkpoint, the runtime; None for the defaults.
+        opening: How a PyTorch model is opened that does not say all of itself.
         progress: Called with the stage, the samples done and their total.
 
     Raises:
@@ -127,7 +139,7 @@ def calibrate(
     outputs = [path] if path is not None else []
     check_outputs(outputs, [model, recipe.target_file, *given.files])
     target = resolve_target(recipe)
-    source = load(model)
+    source = load(model, opening, shown_by(given, recipe))
     check_outputs(outputs, source.files)
     with blamed_on(source):
         folded = fold(source.graph, target.activation.opset, recipe.requantize)
@@ -138,6 +150,20 @@ def calibrate(
         if run.partial is not None:
             remove_checkpoints(run.partial)
     return statistics
+
+
+def shown_by(data: Data | None, recipe: Recipe, statistics: Statistics | Path | str | None = None) -> Example | None:
+    """Return what shows a model's inputs: the first samples of the data, or those that statistics keep."""
+    if data is not None:
+        return lambda names: first_samples(data.path, names, recipe.preprocess, data.function)
+    if statistics is None:
+        return None
+    return lambda _: loaded_statistics(statistics).check_inputs
+
+
+def loaded_statistics(statistics: Statistics | Path | str) -> Statistics:
+    """Return statistics, or those of a file."""
+    return statistics if isinstance(statistics, Statistics) else statistics_file.load(Path(str(statistics)))
 
 
 def remove_checkpoints(partial: Path) -> None:
@@ -181,12 +207,13 @@ def convert(
     explained: Sequence[str] = (),
     validate: Path | str | None = None,
     validate_split: str | None = None,
+    opening: Opening | None = None,
     progress: Progress = silent,
 ) -> Conversion:
     """Quantize a float model and write the quantized model and its sidecar (same name, ``.json``).
 
     Args:
-        model: An ``.onnx`` or ``.pt2`` file.
+        model: An ``.onnx`` file, or one that torch wrote (`quantcli.load`).
         output: The quantized model, ``.onnx``.
         statistics: What `calibrate` returned or saved.
         data: Calibration data, where there are no statistics.
@@ -202,6 +229,7 @@ def convert(
         explained: Names of operators (patterns, or ``op:NAME``) to explain.
         validate: Labelled data that ``[tune] max_drop`` is judged on; None for the calibration data.
         validate_split: Keep only those of its CSV's rows.
+        opening: How a PyTorch model is opened that does not say all of itself.
         progress: Called with the stage, the samples done and their total.
 
     Raises:
@@ -220,10 +248,10 @@ def convert(
     sources = [model, recipe.target_file, *(Path(path) if path else None for path in files)]
     check_outputs([output, sidecar_path], sources)
     target = resolve_target(recipe)
-    source = load(model)
-    check_outputs([output, sidecar_path], source.files)
     given = any(place is not None for place in (data, function, synthetic)) or recipe.mode != "static"
     places = Data(path_or_none(data), path_or_none(labels), split, function, synthetic) if given else None
+    source = load(model, opening, shown_by(places, recipe, statistics))
+    check_outputs([output, sidecar_path], source.files)
     with blamed_on(source):
         folded = fold(source.graph, max(target.activation.opset, opset_for(recipe)), recipe.requantize)
         log = output.with_name(f"{output.name}.search") if recipe.tune.max_drop is not None else None
@@ -448,7 +476,8 @@ def statistics_of(
     if statistics is None and data is not None:
         check_counted(recipe)
         return observe(source, folded, data, recipe, run, progress)
-    found = statistics if isinstance(statistics, Statistics) else statistics_file.load(Path(str(statistics)))
+    assert statistics is not None  # noqa: S101 - check_places has seen to it
+    found = loaded_statistics(statistics)
     check_belongs(found, source)
     return found
 
@@ -584,6 +613,7 @@ def verify(
 __all__ = [
     "Conversion",
     "Evaluation",
+    "Opening",
     "SelfCheck",
     "calibrate",
     "convert",

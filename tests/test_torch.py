@@ -90,11 +90,3 @@ def test_what_is_no_exported_program_is_refused(tmp_path: Path) -> None:
     for name in ("text.pt2", "zip.pt2"):
         with pytest.raises(ModelError, match="not an exported program"):
             convert(tmp_path / name, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz"))
-
-
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".pkl"])
-def test_a_pickle_is_never_opened(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"m{suffix}"
-    torch.save(Residual(), path)
-    with pytest.raises(ModelError, match="pickle"):
-        convert(path, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz"))

@@ -15,6 +15,7 @@ from calibration.datasets.dataset import (
     fixes_batch,
     select,
 )
+from calibration.datasets.example import first_samples
 from calibration.datasets.preprocess import Preprocess
 from calibration.errors import DataError
 
@@ -28,6 +29,7 @@ __all__ = [
     "Selection",
     "batches",
     "boundaries",
+    "first_samples",
     "fitted_batch",
     "fixes_batch",
     "open_dataset",

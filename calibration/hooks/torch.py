@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from calibration.datasets.dataset import InputSpec
 from calibration.errors import RunError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
     from numpy.typing import NDArray
@@ -51,37 +50,41 @@ class ProgramHook(TorchHook):
     Values are called as the program's nodes are, which is what the ONNX exporter calls them too.
 
     Args:
-        path: The ``.pt2`` file.
+        program: The program (`torch.export.ExportedProgram`); None where there is none, which is an error.
         names: The tensors that will be asked for.
         device: ``cpu`` or ``cuda``.
         what: What to call the model in errors.
+        aliases: The program's own names of values that are called otherwise here.
 
     Raises:
-        RunError: If the file is no exported program, the device is not there, or a name is unknown to the program.
+        RunError: If there is no program, the device is not there, or a name is unknown to the program.
     """
 
-    def __init__(self, path: Path, names: Sequence[str], device: str = "cpu", what: str = "the model") -> None:
-        torch = torch_on(device, what)
-        if Path(path).suffix != ".pt2":
+    def __init__(
+        self,
+        program: Any,
+        names: Sequence[str],
+        device: str = "cpu",
+        what: str = "the model",
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
+        torch_on(device, what)
+        if program is None:
             raise RunError(
-                f"{what} is no exported program, and only those run in torch", "leave out --runtime and --device"
+                f"{what} is no PyTorch model, and only those run in torch", "leave out --runtime and --device"
             )
-        try:
-            with quiet():
-                program = torch.export.load(path)
-        except Exception as error:
-            raise RunError(
-                f"torch cannot load {what} ({first_line(error)})", "save it with torch.export.save"
-            ) from error
         self.what, self.device = what, device
         given = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
         placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-        self.specs = tuple(spec_of(name, placeholders[name].meta["val"]) for name in given)
+        self.aliases = dict(aliases or {})
+        called = {node: name for name, node in self.aliases.items()}
+        self.specs = tuple(spec_of(called.get(node, node), placeholders[node].meta["val"]) for node in given)
+        nodes = [self.aliases.get(name, name) for name in names]
         self.module = program.module()
-        if missing := unknown_to(self.module, names):
+        if missing := unknown_to(self.module, nodes):
             # The exporter's graph is a decomposed one (a pool became a mean, say), but for what ONNX has operators for.
-            self.module = decomposed(program, self.module, set(names))
-            missing = unknown_to(self.module, names)
+            self.module = decomposed(program, self.module, set(nodes))
+            missing = unknown_to(self.module, nodes)
         if missing:
             raise RunError(
                 f"torch's graph of {what} has no value '{missing[0]}'"
@@ -112,13 +115,14 @@ class ProgramHook(TorchHook):
                     self.found[n.name] = value.detach().cpu().numpy()
                 return value
 
-        recorder = Recorder(self.module, set(outputs or ()))
+        nodes = {name: self.aliases.get(name, name) for name in outputs or ()}
+        recorder = Recorder(self.module, set(nodes.values()))
         try:
             with torch.no_grad():
                 recorder.run(*self.fed(feeds))
         except Exception as error:
             raise RunError(f"torch fails while running {self.what} ({first_line(error)})") from error
-        return recorder.found
+        return {name: recorder.found[node] for name, node in nodes.items()}
 
 
 class ModuleHook(TorchHook):

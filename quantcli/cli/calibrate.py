@@ -15,12 +15,14 @@ from quantcli.cli.options import (
     data_options,
     keep_apart,
     label_options,
+    opening_of,
     preprocess_options,
     quantization_options,
     recipe_of,
     recipe_option,
     run_of,
     sample_options,
+    torch_options,
 )
 from quantcli.cli.terminal import Terminal, output_options, terminal_of
 
@@ -44,10 +46,11 @@ if TYPE_CHECKING:
 @label_options
 @recipe_option
 @quantization_options
+@torch_options
 @output_options
 @click.pass_context
 def calibrate(context: click.Context, /, model: Path, output: Path, **options: Any) -> None:
-    """Run data through MODEL (.onnx or .pt2) and save the statistics of its activations.
+    """Run data through MODEL (.onnx, or what torch wrote) and save the statistics of its activations.
 
     One statistics file serves any number of conversions of the same model. A run that is stopped, by Ctrl-C or worse, goes on
     with --resume.
@@ -68,6 +71,7 @@ def calibrate(context: click.Context, /, model: Path, output: Path, **options: A
             options["function"],
             options["synthetic"],
             run,
+            opening_of(options),
             progress,
         )
     show(terminal, found, output)

@@ -16,12 +16,14 @@ from quantcli.cli.options import (
     data_options,
     keep_apart,
     label_options,
+    opening_of,
     preprocess_options,
     quantization_options,
     recipe_of,
     recipe_option,
     run_of,
     sample_options,
+    torch_options,
 )
 from quantcli.cli.terminal import Terminal, output_options, terminal_of
 
@@ -91,13 +93,14 @@ if TYPE_CHECKING:
 @counting_options
 @recipe_option
 @quantization_options
+@torch_options
 @sample_options
 @preprocess_options
 @label_options
 @output_options
 @click.pass_context
 def convert(context: click.Context, /, model: Path, output: Path, strict: bool, **options: Any) -> None:
-    """Quantize MODEL (.onnx or .pt2) and write the quantized model with its sidecar.
+    """Quantize MODEL (.onnx, or what torch wrote) and write the quantized model with its sidecar.
 
     Give either statistics (--stats) or calibration data (--data), or neither with --mode dynamic or weights. The last act is a
     self-check: what was written is loaded, run on calibration samples, and compared with float.
@@ -125,6 +128,7 @@ def convert(context: click.Context, /, model: Path, output: Path, strict: bool, 
             options["explain"],
             options["validate"],
             options["validate_split"],
+            opening_of(options),
             progress,
         )
     show(terminal, done)

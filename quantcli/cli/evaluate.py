@@ -12,10 +12,12 @@ from quantcli.cli.options import (
     EXISTING_FILE,
     KINDS_OF_DATA,
     label_options,
+    opening_of,
     preprocess_options,
     recipe_of,
     recipe_option,
     sample_options,
+    torch_options,
 )
 from quantcli.cli.terminal import Terminal, output_options, terminal_of
 
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 
 @click.command("eval")
 @click.argument("quantized", type=EXISTING_FILE)
-@click.option("--float", "reference", type=EXISTING_FILE, help="The float model (.onnx or .pt2) to stand beside it.")
+@click.option(
+    "--float", "reference", type=EXISTING_FILE, help="The float model (.onnx, or what torch wrote) to stand beside it."
+)
 @click.option("--data", type=EXISTING, required=True, help=f"{KINDS_OF_DATA}.")
 @click.option(
     "--metric",
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
 @sample_options
 @preprocess_options
 @label_options
+@torch_options
 @recipe_option
 @output_options
 @click.pass_context
@@ -85,6 +90,7 @@ def evaluate(
             options["layers"],
             options["threads"],
             options["kernels"],
+            opening_of(options),
             progress,
         )
     if max_drop is not None and found.drop is None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from quantcli.load import Opening
     from quantcli.observation import Run
     from quantcli.recipe import Recipe
 
@@ -19,6 +20,7 @@ EXISTING = click.Path(exists=True, path_type=Path)
 OUTPUT = click.Path(dir_okay=False, path_type=Path)
 
 
+INPUT_TYPES = ("float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 KINDS_OF_DATA = ".npz, .npy, .safetensors, .pt, .csv, .jsonl, a folder of images, or of test_data_set_*/input_*.pb"
 
 
@@ -106,6 +108,42 @@ class Range(click.ParamType[Any]):
         return str(value)
 
 
+class Input(click.ParamType[Any]):
+    """An input of a PyTorch model: its name, its shape with the batch, and its dtype."""
+
+    name = "NAME:SHAPE[:DTYPE]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, list[int], str]:
+        """Return name, sizes and dtype."""
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]
+        name, _, rest = value.partition(":")
+        shape, _, dtype = rest.partition(":")
+        sizes = shape.lower().split("x")
+        if not name or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+            self.fail(f"'{value}' is no input; write x:1x3x224x224 or ids:1x128:int64", param, ctx)
+        if dtype and dtype not in INPUT_TYPES:
+            self.fail(f"'{dtype}' is no type of an input; known: {', '.join(INPUT_TYPES)}", param, ctx)
+        return name, [int(size) for size in sizes], dtype or "float32"
+
+
+class Axis(click.ParamType[Any]):
+    """An axis of an input."""
+
+    name = "NAME:AXIS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
+        """Return name and axis."""
+        if not isinstance(value, str):
+            return value  # type: ignore[no-any-return]
+        name, _, axis = value.rpartition(":")
+        if not name or not axis.isdecimal():
+            self.fail(f"'{value}' is no axis; write x:2", param, ctx)
+        return name, int(axis)
+
+
 def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """Return a decorator that adds options in the order in which they are to be shown."""
 
@@ -184,7 +222,7 @@ counting_options = together(
     click.option(
         "--runtime",
         type=click.Choice(["onnxruntime", "torch"]),
-        help="What runs the float model (torch: .pt2 only).  [default: onnxruntime]",
+        help="What runs the float model (torch: PyTorch models only).  [default: onnxruntime]",
     ),
     click.option(
         "--device",
@@ -196,6 +234,33 @@ counting_options = together(
 label_options = together(
     click.option("--labels", type=EXISTING_FILE, help="Labels: CSV (file,label) for images, .npy for arrays."),
     click.option("--split", help="Use only the CSV's rows whose column split says so."),
+)
+
+torch_options = together(
+    click.option(
+        "--factory",
+        metavar="MODULE:CALLABLE|FILE.py:CALLABLE",
+        help="What builds the module of a state dict. This code is imported and called.",
+    ),
+    click.option(
+        "--trust-pickle",
+        "trusted",
+        is_flag=True,
+        help="Load a pickled module. This runs whatever code the file holds, with your rights: only for files that you trust.",
+    ),
+    click.option(
+        "--input",
+        "inputs",
+        multiple=True,
+        type=Input(),
+        help="What a PyTorch model takes, where the data does not show it: x:1x3x224x224, ids:1x128:int64.",
+    ),
+    click.option(
+        "--dynamic",
+        multiple=True,
+        type=Axis(),
+        help="Leave this axis of a PyTorch model's input free, besides the batch: x:2.",
+    ),
 )
 
 quantization_options = together(
@@ -313,6 +378,17 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
         },
     }
     return read_recipe(options.get("recipe"), overrides)
+
+
+def opening_of(options: dict[str, Any]) -> Opening:
+    """Return how the options ask for a PyTorch model to be opened."""
+    import numpy as np
+
+    from calibration.datasets.dataset import InputSpec
+    from quantcli.load import Opening
+
+    inputs = tuple(InputSpec(name, np.dtype(dtype), tuple(sizes)) for name, sizes, dtype in options.get("inputs") or ())
+    return Opening(options.get("factory"), bool(options.get("trusted")), inputs, tuple(options.get("dynamic") or ()))
 
 
 def keep_apart(options: dict[str, Any], *outputs: Path) -> None:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calibration.datasets import Dataset, Selection, batches, fitted_batch, fixes_batch, open_dataset, select
+from calibration.datasets import (
+    Dataset,
+    Selection,
+    batches,
+    first_samples,
+    fitted_batch,
+    fixes_batch,
+    open_dataset,
+    select,
+)
 from calibration.errors import DataError
 from calibration.hooks.onnxruntime import Runner
 from quantcli import sidecar as sidecar_file
@@ -17,11 +26,13 @@ from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs
 from quantcli.evaluation.kernels import Kernel, kernels
 from quantcli.evaluation.latency import Latency, measure
 from quantcli.evaluation.metrics import LABEL_METRICS, METRICS, Comparison, TopK
-from quantcli.load import LoadedModel, load
+from quantcli.load import LoadedModel, Opening, load
 from quantcli.progress import Progress, silent
 from quantcli.recipe import Recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from quantcli.sidecar import Sidecar
@@ -77,6 +88,7 @@ def evaluate(
     layers: bool = False,
     threads: int = 1,
     profiled: bool = False,
+    opening: Opening | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
     """Evaluate a quantized model on data, beside the float model it came from.
@@ -84,7 +96,7 @@ def evaluate(
     Args:
         quantized: The quantized model, ``.onnx``.
         data: Evaluation data.
-        reference: The float model, ``.onnx`` or ``.pt2``.
+        reference: The float model, ``.onnx`` or what torch wrote.
         metric: A key of `METRICS`; None for top1 where there are labels, else sqnr.
         recipe: Where the preprocessing stands; None for the defaults.
         labels: Labels, where the data does not carry them.
@@ -95,6 +107,7 @@ def evaluate(
         layers: Whether to compare layer by layer (the sidecar must stand beside the model).
         threads: Threads within an operator while latency is measured.
         profiled: Whether to measure what each operator takes.
+        opening: How a float PyTorch model is opened that does not say all of itself.
         progress: Called with the stage, the samples done and their total.
 
     Raises:
@@ -104,7 +117,12 @@ def evaluate(
     quantized, data = Path(quantized), Path(data)
     candidate = load(quantized)
     runner = Runner(candidate.runnable, what=candidate.name)
-    source = load(Path(reference)) if reference is not None else None
+    preprocess = recipe.preprocess
+
+    def example(names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        return first_samples(data, names, preprocess)
+
+    source = load(Path(reference), opening, example) if reference is not None else None
     float_runner = Runner(source.runnable, what=source.name) if source is not None else None
     dataset = open_dataset(data, runner.inputs, recipe.preprocess, Path(labels) if labels else None, split)
     if source is not None and float_runner is not None and float_runner.outputs != runner.outputs:

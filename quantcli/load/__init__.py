@@ -4,16 +4,45 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from quantcli.errors import ModelError
+from quantcli.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
+    from collections.abc import Callable, Sequence
 
-PICKLES = frozenset({".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin"})
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from calibration.datasets.dataset import InputSpec
+
+    # Called with the names of a module's arguments; gives the first samples of the data under those that it has arrays for.
+    Example = Callable[[Sequence[str]], dict[str, NDArray[Any]]]
+
+# What torch writes: state dicts, whole modules, TorchScript.
+TORCH_FILES = frozenset(
+    {".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin", ".ts", ".jit", ".torchscript", ".safetensors"}
+)
+KINDS = ".onnx, .pt2, TorchScript (.pt, .ts), or a state dict (.pt, .pth, .safetensors) with --factory"
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a PyTorch model is opened that does not say all of itself.
+
+    Attributes:
+        factory: What builds the module that a state dict belongs to: ``module:callable`` or ``file.py:callable``.
+        trusted: Whether a file may run what code it holds.
+        inputs: Example inputs, by the module's arguments; without any, the data shows what they look like.
+        dynamic: Axes besides the batch that stay free: (argument, axis).
+    """
+
+    factory: str | None = None
+    trusted: bool = False
+    inputs: tuple[InputSpec, ...] = ()
+    dynamic: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,10 +52,12 @@ class LoadedModel:
     Attributes:
         graph: The model. It is not changed after loading.
         runnable: What ONNX Runtime is given to run it: its file, or the bytes of its exported form.
-        sha256: The digest of the file (and of its external data).
+        sha256: The digest of the file (and of its external data, and of the factory's source).
         size: The bytes of the file (and of its external data).
         name: The file's name, without its folder.
         files: The files that it is made of.
+        program: The exported program of a PyTorch model; None of an ONNX one.
+        aliases: The program's own names of inputs and outputs that the graph calls otherwise.
     """
 
     graph: ir.Model
@@ -35,40 +66,58 @@ class LoadedModel:
     size: int
     name: str
     files: tuple[Path, ...]
+    program: Any = field(default=None, repr=False)
+    aliases: dict[str, str] = field(default_factory=dict)
 
 
-def load(path: Path) -> LoadedModel:
-    """Load an ``.onnx`` or ``.pt2`` file.
+def load(path: Path, opening: Opening | None = None, example: Example | None = None) -> LoadedModel:
+    """Load a model.
+
+    Args:
+        path: An ``.onnx`` file, or one that torch wrote.
+        opening: How it is opened; None for the defaults.
+        example: Shows what the inputs look like, of a model that does not say.
 
     Raises:
         ModelError: If there is no such file, it is of no known kind, or it cannot be loaded.
+        UsageError: If the opening asks for what has no meaning for this kind.
     """
-    path = Path(path)
+    path, opening = Path(path), opening or Opening()
     if not path.is_file():
-        raise ModelError(f"there is no model at {path}", "give a .onnx or .pt2 file")
+        raise ModelError(f"there is no model at {path}", f"give {KINDS}")
     if path.suffix == ".onnx":
         from quantcli.load import onnx
 
+        if opening.factory or opening.inputs or opening.dynamic:
+            raise UsageError(f"{path} is ONNX, which says all of itself", "leave out --factory, --input and --dynamic")
         graph, files = onnx.load_onnx(path)
-        return LoadedModel(
-            graph, path, digest_of(files), sum(f.stat().st_size for f in files), shown_name(path), tuple(files)
-        )
-    if path.suffix == ".pt2":
+        return LoadedModel(graph, path, digest_of(files), bytes_of(files), shown_name(path), tuple(files))
+    if path.suffix == ".pt2" or path.suffix in TORCH_FILES:
         from quantcli.load import torch
 
-        graph, exported = torch.load_pt2(path)
-        return LoadedModel(graph, exported, digest_of([path]), path.stat().st_size, shown_name(path), (path,))
-    if path.suffix in PICKLES:
-        raise ModelError(
-            f"{path} is a pickle, which runs code when it is loaded, and no consent to that can be given yet",
-            "save the model with torch.export.save (.pt2) or torch.onnx.export (.onnx)",
+        opened = torch.load_torch(path, opening, example)
+        files = [path, *opened.sources]
+        return LoadedModel(
+            opened.graph,
+            opened.exported,
+            digest_of(files),
+            bytes_of([path]),
+            shown_name(path),
+            tuple(files),
+            opened.program,
+            opened.aliases,
         )
-    raise ModelError(f"{path} is of no known kind of model", "give a .onnx or .pt2 file")
+    raise ModelError(f"{path} is of no known kind of model", f"give {KINDS}")
 
 
 def shown_name(path: Path) -> str:
     """Return a file's name as text; bytes of it that are no UTF-8 become a replacement character."""
     return os.fsencode(path.name).decode("utf-8", "replace")
+
+
+def bytes_of(files: list[Path]) -> int:
+    """Return how many bytes files hold."""
+    return sum(file.stat().st_size for file in files)
 
 
 def digest_of(files: list[Path]) -> str:

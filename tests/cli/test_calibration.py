@@ -234,9 +234,9 @@ def test_options_that_mean_nothing_are_usage_errors(capsys: pytest.CaptureFixtur
     assert not Path("s.stats").exists()
 
 
-def test_torch_runs_exported_programs_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_torch_runs_pytorch_models_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*CALIBRATE.split(), "-o", "s.stats", "--runtime", "torch"]) == 1
-    assert "no exported program" in capsys.readouterr().err
+    assert "no PyTorch model" in capsys.readouterr().err
 
 
 def test_inspect_shows_ranges_clips_and_histograms(capsys: pytest.CaptureFixture[str]) -> None:

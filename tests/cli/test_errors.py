@@ -224,7 +224,7 @@ MODELS: list[Row] = [
     ),
     ("text for a model", "convert bad.onnx --data data.npz -o new.onnx", 1, "bad.onnx", text("bad.onnx", "hello\n")),
     ("empty model", "convert bad.onnx --data data.npz -o new.onnx", 1, "bad.onnx", text("bad.onnx", "")),
-    ("pickled model", "convert bad.pt --data data.npz -o new.onnx", 1, "pickle", pickled("bad.pt")),
+    ("pickled model", "convert bad.pt --data data.npz -o new.onnx", 1, "--trust-pickle", pickled("bad.pt")),
     ("pickle named .onnx", "convert bad.onnx --data data.npz -o new.onnx", 1, "bad.onnx", pickled("bad.onnx")),
     ("unknown kind", "convert bad.h5 --data data.npz -o new.onnx", 1, "bad.h5", text("bad.h5", "hello")),
     ("nothing to quantize", "convert exp.onnx --data rows.npz -o new.onnx", 1, "nothing to quantize", nothing),
