@@ -50,12 +50,15 @@ ORDER = [
     {"quantcli.review", "quantcli.explain"},
     {"quantcli.evaluation"},
     {"quantcli.tune.effort", "quantcli.tune.search", "quantcli.tune.data"},
+    {"quantcli.decision", "quantcli.delivery"},
     {"quantcli.pipeline"},
     {"quantcli", "quantcli.demo"},
     {"quantcli.cli", "quantcli.__main__"},
     {"quantcli.reference"},
 ]
 HEAVY = {"torch", "onnxruntime", "ray"}
+# Rooms for PyTorch alone; who enters them imports them where a torch model is handled.
+TORCH_ROOMS = {"quantcli.write.torch_operators", "quantcli.write.torch_pt2"}
 DRAWERS = {"utils", "util", "common", "helpers", "helper", "base", "core", "manager", "misc"}
 
 
@@ -111,7 +114,8 @@ def test_imports_run_one_way(file: Path) -> None:
 @pytest.mark.parametrize("file", SOURCES, ids=module_name)
 def test_no_room_is_a_drawer_and_no_import_is_heavy_or_a_star(file: Path) -> None:
     assert not DRAWERS & set(module_name(file).split("."))
-    assert not HEAVY & {name.split(".")[0] for name in imports(file, at_top=True)}
+    heavy = HEAVY - {"torch"} if module_name(file) in TORCH_ROOMS else HEAVY
+    assert not heavy & {name.split(".")[0] for name in imports(file, at_top=True)}
     assert "import *" not in file.read_text()
 
 

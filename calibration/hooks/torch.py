@@ -125,6 +125,72 @@ class ProgramHook(TorchHook):
         return {name: recorder.found[node] for name, node in nodes.items()}
 
 
+class ProgramRunner(TorchHook):
+    """An exported program, run for its outputs.
+
+    Args:
+        program: The program.
+        what: What to call it in errors.
+        inputs: What to call its inputs; None for its own names.
+        outputs: What to call its outputs; None for its own names.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        RunError: If it has another number of inputs or outputs than there are names.
+    """
+
+    def __init__(
+        self,
+        program: Any,
+        what: str = "the model",
+        inputs: Sequence[str] | None = None,
+        outputs: Sequence[str] | None = None,
+        device: str = "cpu",
+    ) -> None:
+        torch_on(device, what)
+        self.what, self.device = what, device
+        given, made = program.graph_signature.user_inputs, program.graph_signature.user_outputs
+        placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+        names, self.outputs = tuple(inputs or given), tuple(outputs or map(str, made))
+        if (len(names), len(self.outputs)) != (len(given), len(made)):
+            raise RunError(
+                f"{what} has {len(given)} inputs and {len(made)} outputs", "give the models that belong together"
+            )
+        self.specs = tuple(
+            spec_of(name, placeholders[node].meta["val"]) for name, node in zip(names, given, strict=True)
+        )
+        self.module = program.module().to(device)
+
+    def run(self, feeds: dict[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+        """Run one batch and return the asked outputs (all of them by default) by name.
+
+        Raises:
+            RunError: If torch fails.
+        """
+        import torch
+        from torch.utils._pytree import tree_leaves
+
+        try:
+            with torch.no_grad():
+                found = tree_leaves(self.module(*self.fed(feeds)))
+        except Exception as error:
+            raise RunError(f"torch fails while running {self.what} ({first_line(error)})") from error
+        values = {name: value.cpu().numpy() for name, value in zip(self.outputs, found, strict=True)}
+        return values if outputs is None else {name: values[name] for name in outputs}
+
+
+def register_operators() -> None:
+    """Register the decomposed quantize and dequantize operators, which torch knows only after their module is imported.
+
+    Raises:
+        RunError: If this torch has none.
+    """
+    try:
+        import torch.ao.quantization.fx._decomposed  # noqa: F401
+    except ImportError as error:
+        raise RunError("this torch has no decomposed quantization operators", "use the .onnx output") from error
+
+
 class ModuleHook(TorchHook):
     """A module in eager mode, watched by forward hooks: the value called ``a.b`` is what the submodule ``a.b`` returns.
 

@@ -54,7 +54,11 @@ if TYPE_CHECKING:
 @click.option("--stats", type=EXISTING_FILE, help="Statistics that quantcli calibrate saved.")
 @data_options
 @click.option(
-    "-o", "--output", type=OUTPUT, required=True, help="The quantized model to write (.onnx; .json beside it)."
+    "-o",
+    "--output",
+    type=OUTPUT,
+    required=True,
+    help="The quantized model to write (.onnx, or .pt2 for a PyTorch program; .json beside it).",
 )
 @click.option(
     "--format",

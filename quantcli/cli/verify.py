@@ -41,6 +41,7 @@ def verify(context: click.Context, /, sidecar: Path, data: Path | None, **option
     """
     from calibration.datasets import Selection
     from quantcli import pipeline
+    from quantcli.delivery import require_verified
 
     terminal = terminal_of(context)
     recipe = recipe_of(
@@ -63,7 +64,7 @@ def verify(context: click.Context, /, sidecar: Path, data: Path | None, **option
         terminal.result(as_document(found))
     elif terminal.verbose:
         terminal.table("Differences", ("layer", "what"), [(finding.layer, finding.what) for finding in found.findings])
-    pipeline.require_verified(found)
+    require_verified(found)
     terminal.say(
         f"{found.elements:,} integers of {found.layers} layers are as the sidecar states; {found.ties} ties explained"
     )

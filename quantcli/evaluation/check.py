@@ -59,8 +59,21 @@ class SelfCheck:
         return any(value < LOW_SQNR for value in self.sqnr.values())
 
 
-def self_check(source: LoadedModel, written: bytes, sidecar: Sidecar, statistics: Statistics) -> SelfCheck:
+def self_check(
+    source: LoadedModel,
+    written: bytes,
+    sidecar: Sidecar,
+    statistics: Statistics,
+    program: bytes | None = None,
+) -> SelfCheck:
     """Load what was written, run it on calibration samples, and compare it with the float model.
+
+    Args:
+        source: The float model.
+        written: The quantized model, ONNX.
+        sidecar: Its sidecar.
+        statistics: Where the samples stand.
+        program: The exported PyTorch program that is written in its place; None where it is the ONNX model itself.
 
     Raises:
         OutputError: If an output that is finite in float is not finite any more.
@@ -71,9 +84,13 @@ def self_check(source: LoadedModel, written: bytes, sidecar: Sidecar, statistics
     reference = runner.run(feeds)
     if source.size > LARGEST:
         del runner
-    quantized = Runner(written, what="the quantized model")
-    result = quantized.run(feeds)
-    speed = measured(runner, quantized, feeds) if source.size <= LARGEST else None
+    if program is None:
+        quantized = Runner(written, what="the quantized model")
+        result = quantized.run(feeds)
+        speed = measured(runner, quantized, feeds) if source.size <= LARGEST else None
+    else:  # it is not compiled here, and its speed says nothing
+        given = {str(value.name): feeds[str(value.name)] for value in source.graph.graph.inputs}
+        result, speed = outputs_of_program(program, given, tuple(reference)), None
     for name, values in result.items():
         real = values.dtype.kind == "f"
         if real and np.isfinite(reference[name]).all() and not np.isfinite(values).all():
@@ -87,6 +104,20 @@ def self_check(source: LoadedModel, written: bytes, sidecar: Sidecar, statistics
     if any(value < LOW_SQNR for value in sqnr.values()):
         suspects = tuple(worst(layer_sqnrs(source.graph, written, sidecar, [feeds])))
     return SelfCheck(len(next(iter(feeds.values()))), sqnr, suspects, speed)
+
+
+def outputs_of_program(
+    program: bytes, feeds: dict[str, NDArray[Any]], outputs: tuple[str, ...]
+) -> dict[str, NDArray[Any]]:
+    """Return what an exported program makes of some samples, under the names of the float model's outputs."""
+    import io
+
+    import torch
+
+    from calibration.hooks.torch import ProgramRunner
+
+    loaded = torch.export.load(io.BytesIO(program))
+    return ProgramRunner(loaded, "the quantized program", tuple(feeds), outputs).run(feeds)
 
 
 def measured(reference: Runner, quantized: Runner, feeds: dict[str, NDArray[Any]]) -> float | None:

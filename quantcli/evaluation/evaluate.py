@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from calibration.hooks.torch import ProgramRunner
     from quantcli.sidecar import Sidecar
 
 
@@ -94,7 +95,7 @@ def evaluate(
     """Evaluate a quantized model on data, beside the float model it came from.
 
     Args:
-        quantized: The quantized model, ``.onnx``.
+        quantized: The quantized model: ``.onnx``, or ``.pt2``.
         data: Evaluation data.
         reference: The float model, ``.onnx`` or what torch wrote.
         metric: A key of `METRICS`; None for top1 where there are labels, else sqnr.
@@ -103,7 +104,7 @@ def evaluate(
         split: Keep only the labels' rows of this split.
         selection: Which samples; all by default.
         batch: The batch size; None for the model's own, or 32.
-        latency: Whether to measure latency.
+        latency: Whether to measure latency (of ONNX models).
         layers: Whether to compare layer by layer (the sidecar must stand beside the model).
         threads: Threads within an operator while latency is measured.
         profiled: Whether to measure what each operator takes.
@@ -115,8 +116,6 @@ def evaluate(
     """
     recipe = recipe or Recipe()
     quantized, data = Path(quantized), Path(data)
-    candidate = load(quantized)
-    runner = Runner(candidate.runnable, what=candidate.name)
     preprocess = recipe.preprocess
 
     def example(names: Sequence[str]) -> dict[str, NDArray[Any]]:
@@ -124,10 +123,15 @@ def evaluate(
 
     source = load(Path(reference), opening, example) if reference is not None else None
     float_runner = Runner(source.runnable, what=source.name) if source is not None else None
+    candidate, runner = opened(quantized, source)
+    if candidate is None and (layers or profiled):
+        raise UsageError(
+            f"{quantized.name} is a PyTorch program, and --layers and --kernels look into ONNX", "leave them out"
+        )
     dataset = open_dataset(data, runner.inputs, recipe.preprocess, Path(labels) if labels else None, split)
     if source is not None and float_runner is not None and float_runner.outputs != runner.outputs:
         theirs, ours = ", ".join(float_runner.outputs), ", ".join(runner.outputs)
-        what = f"{source.name} has the outputs {theirs}, {candidate.name} has {ours}"
+        what = f"{source.name} has the outputs {theirs}, {quantized.name} has {ours}"
         raise ModelError(what, "give the float model that it came from")
     metric = metric or ("top1" if dataset.labels is not None else "sqnr")
     check_metric(metric, dataset, source)
@@ -153,11 +157,11 @@ def evaluate(
         value, reference_value = getattr(next(iter(comparison.outputs.values())), metric), None
     timing = None
     one = first if fixes_batch(runner.inputs) else {k: v[:1] for k, v in first.items()}
-    if latency and source is not None:
+    if latency and source is not None and candidate is not None:
         progress("latency", 0, 1)
         timing = measure(Runner(source.runnable, threads), Runner(candidate.runnable, threads), one, threads)
     found: list[LayerSqnr] = []
-    if layers and source is not None:
+    if layers and source is not None and candidate is not None:
         beside = sidecar_beside(candidate, quantized, source)
         found = layer_sqnrs(source.graph, quantized.read_bytes(), beside, [first])
     return Evaluation(
@@ -167,12 +171,33 @@ def evaluate(
         reference_value,
         {name: difference.sqnr for name, difference in comparison.outputs.items()},
         timing,
-        candidate.size,
+        quantized.stat().st_size if candidate is None else candidate.size,
         source.size if source is not None else None,
         tuple(found),
-        kernels(candidate.runnable, one, threads) if profiled else (),
+        kernels(candidate.runnable, one, threads) if profiled and candidate is not None else (),
         kernels(source.runnable, one, threads) if profiled and source is not None else (),
     )
+
+
+def opened(quantized: Path, source: LoadedModel | None) -> tuple[LoadedModel | None, Runner | ProgramRunner]:
+    """Return a quantized model and what runs it: ONNX Runtime, or torch for a program that convert wrote, which is no ONNX model.
+
+    Raises:
+        ReportedError: If it cannot be loaded.
+    """
+    if quantized.suffix == ".pt2" and quantized.is_file():
+        from calibration.hooks.torch import ProgramRunner
+        from quantcli.load.torch import is_quantized, program_at
+
+        program = program_at(quantized)
+        if is_quantized(program):
+            graph = source.graph.graph if source is not None else None
+            names = (
+                [[str(v.name) for v in values] for values in (graph.inputs, graph.outputs)] if graph else [None, None]
+            )
+            return None, ProgramRunner(program, quantized.name, *names)
+    candidate = load(quantized)
+    return candidate, Runner(candidate.runnable, what=candidate.name)
 
 
 def sidecar_beside(candidate: LoadedModel, path: Path, source: LoadedModel) -> Sidecar:
@@ -206,7 +231,7 @@ def check_metric(metric: str, dataset: Dataset, source: LoadedModel | None) -> N
         raise UsageError(f"the metric {metric} compares with the float model and none was given", "add --float MODEL")
 
 
-def run_padded(runner: Runner, feeds: dict[str, NDArray[Any]], batch: int) -> dict[str, NDArray[Any]]:
+def run_padded(runner: Runner | ProgramRunner, feeds: dict[str, NDArray[Any]], batch: int) -> dict[str, NDArray[Any]]:
     """Run a batch; where the model fixes its batch size and the last batch is short, fill it up and cut the outputs again."""
     count = len(next(iter(feeds.values())))
     if not fixes_batch(runner.inputs) or count == batch:

@@ -21,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calibration.errors import ReportedError
+from calibration.hooks.torch import register_operators
 from quantcli.errors import ModelError, UsageError
 from quantcli.load import trust
 
@@ -152,6 +153,7 @@ def program_at(path: Path, trusted: bool = False) -> Any:
         if not trusted:
             trust.check_program(path)
         with quiet(), contextlib.nullcontext() if trusted else trust.UNPICKLING.forbidden():
+            register_operators()
             return torch.export.load(path)
     except ReportedError:
         raise
@@ -163,6 +165,11 @@ def program_at(path: Path, trusted: bool = False) -> Any:
         raise ModelError(
             f"{path} is not an exported program, or is cut short", "save it with torch.export.save"
         ) from error
+
+
+def is_quantized(program: Any) -> bool:
+    """Tell whether a program holds quantized integers."""
+    return any("quantized_decomposed" in str(node.target) for node in program.graph.nodes)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

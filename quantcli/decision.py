@@ -1,0 +1,257 @@
+"""What is decided of a model before anything is written: its statistics, its plan, and how it is tuned."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calibration import statistics as statistics_file
+from calibration.datasets import boundaries, fitted_batch, fixes_batch, open_dataset
+from calibration.errors import DataError, RunError, StatisticsError
+from calibration.hooks.onnxruntime import Runner
+from calibration.statistics import Statistics
+from quantcli.errors import PlanError, StrictError, UsageError
+from quantcli.modes import plan_without_data
+from quantcli.observation import Data, Run, check_counted, observe
+from quantcli.plan import Plan, make_plan
+from quantcli.probe import model_bytes
+from quantcli.quantize import quantize
+from quantcli.recipe import Recipe, keeping
+from quantcli.tune.data import scorer, tuning_samples
+from quantcli.tune.effort import Tuned, tune, untuned, why_untuned
+from quantcli.tune.latency import Trial, candidates, timed
+from quantcli.tune.search import Attempt, Search
+from quantcli.tune.smooth import smooth
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from quantcli.load import LoadedModel
+    from quantcli.progress import Progress
+    from quantcli.quantize import QuantizedModel
+
+logger = logging.getLogger(__name__)
+
+# How many samples the self-check runs where nothing was calibrated.
+CHECKED = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What was decided before anything is written.
+
+    Attributes:
+        statistics: What calibration saw.
+        tuned: The tuned model and its plan.
+        trials: The plans that were timed.
+        attempts: The widths that were tried.
+    """
+
+    statistics: Statistics
+    tuned: Tuned
+    trials: tuple[Trial, ...] = ()
+    attempts: tuple[Attempt, ...] = ()
+
+
+def decided(
+    source: LoadedModel,
+    folded: ir.Model,
+    statistics: Statistics | Path | str | None,
+    places: Data | None,
+    recipe: Recipe,
+    run: Run,
+    writer: Callable[[QuantizedModel], ir.Model],
+    validation: Data | None,
+    log: Path | None,
+    progress: Progress,
+) -> Decision:
+    """Return everything that is decided of a model."""
+    if recipe.mode != "static":
+        if recipe.tune.max_drop is not None:
+            raise UsageError(
+                f"--max-drop searches widths of static models, not of --mode {recipe.mode}", "leave one out"
+            )
+        plan = plan_without_data(folded, recipe)
+        return Decision(unobserved(source, places, recipe), Tuned(folded, plan, (), why_not=f"mode {recipe.mode}"))
+    found = statistics_of(source, folded, statistics, places, recipe, run, progress)
+    trials: tuple[Trial, ...] = ()
+    if recipe.tune.optimize == "latency":
+        trials = raced(folded, found, recipe, writer, run.threads, progress)
+        best = next(trial for trial in trials if trial.kept)
+        recipe = keeping(recipe, best.layers)
+    tuned, attempts = tuned_by(source, folded, found, places, recipe, run, validation, log, progress)
+    if trials:
+        tuned = replace(tuned, plan=with_reasons(tuned.plan, trials))
+    return Decision(found, tuned, trials, attempts)
+
+
+def tuned_by(
+    source: LoadedModel,
+    folded: ir.Model,
+    found: Statistics,
+    places: Data | None,
+    recipe: Recipe,
+    run: Run,
+    validation: Data | None,
+    log: Path | None,
+    progress: Progress,
+) -> tuple[Tuned, tuple[Attempt, ...]]:
+    """Tune a model as far as its recipe and its data allow, at the widths that keep its metric where that is asked."""
+    why_not = why_untuned(folded, found, recipe)
+    real = places if places is not None and places.synthetic is None else None
+    samples = None
+    if not why_not and real is None:
+        why_not = "there are statistics alone, and tuning runs samples (--data)"
+    if not why_not and real is not None:
+        samples = tuning_samples(source, folded, real, recipe)
+        why_not = "" if samples is not None else "there are too few samples: some tune, and others judge"
+    again = replace(run, partial=None, resume=False, shard=(0, 1))
+
+    def observed(changed: ir.Model) -> Statistics:
+        assert places is not None  # noqa: S101 - there are samples only where there is data
+        return observe(source, changed, places, recipe, again, progress)
+
+    may_observe = observed if run.runtime == "onnxruntime" and samples is not None else None
+    if recipe.tune.max_drop is not None:
+        judged = validation or real
+        if judged is None:
+            raise UsageError(
+                "--max-drop needs labelled data to judge by", "give --validate DATA, or --data with labels"
+            )
+        score, digest = scorer(source, judged, recipe)
+        key = "\n".join([source.sha256, found.data_sha256, digest, repr(recipe), str(found.samples)])
+        search = Search(folded, found, recipe, samples, may_observe, score, progress, log, key)
+        widths = search.run(recipe.tune.max_drop)
+        return widths.tuned, widths.attempts
+    if samples is None:
+        return untuned(folded, found, recipe, why_not), ()
+    return tune(folded, found, recipe, samples, may_observe, progress), ()
+
+
+def raced(
+    folded: ir.Model,
+    found: Statistics,
+    recipe: Recipe,
+    writer: Callable[[QuantizedModel], ir.Model],
+    threads: int,
+    progress: Progress,
+) -> tuple[Trial, ...]:
+    """Write and time every candidate that the statistics suffice for."""
+    layers = candidates(folded, recipe)
+    written = {}
+    for number, (name, floats) in enumerate(layers.items()):
+        progress("candidates", number, len(layers))
+        try:
+            final, seen, _ = smooth(folded, found, keeping(recipe, floats))
+            written[name] = model_bytes(writer(quantize(final, make_plan(final, seen, keeping(recipe, floats)))))
+        except PlanError as error:
+            logger.info("the candidate '%s' is left out: %s", name, error)
+    return timed(written, layers, found.check_inputs, threads or 1)
+
+
+def with_reasons(plan: Plan, trials: tuple[Trial, ...]) -> Plan:
+    """Return a plan whose float layers say by how much they run faster, where that is why they stay float."""
+    best = next(trial for trial in trials if trial.kept)
+    by_rule = next(trial for trial in trials if not trial.layers)
+    reason = (
+        f"float runs faster here ({best.seconds * 1e3:.3f} ms for the model, {by_rule.seconds * 1e3:.3f} ms otherwise)"
+    )
+    floats = tuple(replace(layer, reason=reason) if layer.name in best.layers else layer for layer in plan.floats)
+    return replace(plan, floats=floats)
+
+
+def statistics_of(
+    source: LoadedModel,
+    folded: ir.Model,
+    statistics: Statistics | Path | str | None,
+    data: Data | None,
+    recipe: Recipe,
+    run: Run,
+    progress: Progress,
+) -> Statistics:
+    """Return the statistics that were given, or those of the data.
+
+    Raises:
+        ReportedError: If they cannot be used, or belong to another model.
+    """
+    if statistics is None and data is not None:
+        check_counted(recipe)
+        return observe(source, folded, data, recipe, run, progress)
+    assert statistics is not None  # noqa: S101 - check_places has seen to it
+    found = loaded_statistics(statistics)
+    check_belongs(found, source)
+    return found
+
+
+def loaded_statistics(statistics: Statistics | Path | str) -> Statistics:
+    """Return statistics, or those of a file."""
+    return statistics if isinstance(statistics, Statistics) else statistics_file.load(Path(str(statistics)))
+
+
+def unobserved(source: LoadedModel, data: Data | None, recipe: Recipe) -> Statistics:
+    """Return statistics of nothing, with some samples for the self-check: of the data, or random ones."""
+    runner = Runner(source.runnable, what=source.name)
+    given = data if data is not None and (data.path or data.function) else Data(synthetic=CHECKED)
+    dataset = open_dataset(
+        given.path,
+        runner.inputs,
+        recipe.preprocess,
+        given.labels,
+        given.split,
+        function=given.function,
+        synthetic=given.synthetic,
+    )
+    size = fitted_batch(runner.inputs, None) if fixes_batch(runner.inputs) else min(CHECKED, len(dataset))
+    spans = boundaries(dataset, np.arange(len(dataset), dtype=np.intp), size, fixes_batch(runner.inputs))
+    if not spans:
+        raise DataError(f"the model takes batches of {size} and there are {len(dataset)} samples", "give more samples")
+    inputs = dataset.read(np.arange(*spans[0], dtype=np.intp))
+    if given.synthetic is not None:
+        inputs = with_ones(runner, inputs)
+    return Statistics(source.sha256, "", {}, 0, "minmax", {}, inputs, synthetic=given.synthetic is not None)
+
+
+def with_ones(runner: Runner, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Return random inputs whose integers are ones (a mask of zeros would hide the model), where the model takes that."""
+    ones = {name: values if values.dtype.kind == "f" else np.ones_like(values) for name, values in inputs.items()}
+    try:
+        runner.run(ones)
+    except RunError:
+        return inputs
+    return ones
+
+
+def check_belongs(statistics: Statistics, source: LoadedModel) -> None:
+    """Raise StatisticsError where the statistics were made from another model."""
+    if statistics.model_sha256 != source.sha256:
+        raise StatisticsError(
+            f"the statistics belong to another model (sha256 {statistics.model_sha256[:12]}…, "
+            f"{source.name} has {source.sha256[:12]}…)",
+            "calibrate this model",
+        )
+
+
+def check_strict(plan: Plan, statistics: Statistics) -> None:
+    """Raise StrictError for ranges of random data, operators that stay float, and weight channels of nothing but zeros."""
+    if statistics.synthetic and statistics.tensors:
+        raise StrictError("the ranges come from random data (--synthetic)", "calibrate with real data")
+    if plan.floats:
+        first = plan.floats[0]
+        more = f" and {len(plan.floats) - 1} more" if len(plan.floats) > 1 else ""
+        raise StrictError(
+            f"{first.operator} '{first.name}'{more} would stay float: {first.reason}", "exit code 5 is --strict"
+        )
+    for name, channels in plan.dead_channels.items():
+        raise StrictError(f"the weight '{name}' has dead channels: {', '.join(map(str, channels))}", "prune them")
+
+
+def opset_for(recipe: Recipe) -> int:
+    """Return the oldest operator set that holds what a mode writes: 21 for weights in blocks and of 4 bits."""
+    return 21 if recipe.mode == "weights" and (recipe.weight.block_size or recipe.weight.bits == 4) else 13
