@@ -75,7 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     bed = load_bed()
-    print(f"{machine()}; torch {torch.__version__}; batch 1, {options.threads} thread(s), medians of {options.runs} runs in turn\n")
+    print(
+        f"{machine()}; torch {torch.__version__}; batch 1, {options.threads} thread(s), medians of {options.runs} runs in turn\n"
+    )
     print(
         "| entry | size, % of float | top-1 float | .onnx | .pt2 | float ms | compiled | .pt2 ms | compiled | compiled, × float |"
     )
