@@ -14,18 +14,23 @@ from calibration.datasets import boundaries, fitted_batch, fixes_batch, open_dat
 from calibration.errors import DataError, RunError, StatisticsError
 from calibration.hooks.onnxruntime import Runner
 from calibration.statistics import Statistics
+from quantcli.arithmetic.affine import IntegerType
 from quantcli.errors import PlanError, StrictError, UsageError
+from quantcli.fold import constant
 from quantcli.modes import plan_without_data
 from quantcli.observation import Data, Run, check_counted, observe
-from quantcli.plan import Plan, make_plan
+from quantcli.placement import place
+from quantcli.plan import Plan, make_plan, unresolvable
 from quantcli.probe import model_bytes
 from quantcli.quantize import quantize
-from quantcli.recipe import Recipe, keeping
+from quantcli.recipe import Recipe, keeping, resolve_target
+from quantcli.rules import Operand
 from quantcli.tune.data import scorer, tuning_samples
 from quantcli.tune.effort import Tuned, tune, untuned, why_untuned
 from quantcli.tune.latency import Trial, candidates, timed
 from quantcli.tune.search import Attempt, Search
 from quantcli.tune.smooth import smooth
+from quantcli.tuning import Tuning
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +39,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from quantcli.load import LoadedModel
+    from quantcli.load.learned import Learned, LearnedWeight
+    from quantcli.placement import PlacedLayer
     from quantcli.progress import Progress
     from quantcli.quantize import QuantizedModel
 
@@ -41,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 # How many samples the self-check runs where nothing was calibrated.
 CHECKED = 4
+# The widest grid of a weight that can be written.
+WIDEST_WEIGHT = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +113,11 @@ def tuned_by(
     progress: Progress,
 ) -> tuple[Tuned, tuple[Attempt, ...]]:
     """Tune a model as far as its recipe and its data allow, at the widths that keep its metric where that is asked."""
+    if source.learned is not None:
+        if recipe.tune.max_drop is not None:
+            raise UsageError("--max-drop searches widths, and a prepared model has its own", "leave it out")
+        recipe, tuning = as_learned(source.learned, folded, found, recipe)
+        return untuned(folded, found, recipe, "the model was prepared: its ranges and weights are learned", tuning), ()
     why_not = why_untuned(folded, found, recipe)
     real = places if places is not None and places.synthetic is None else None
     samples = None
@@ -133,6 +147,71 @@ def tuned_by(
     if samples is None:
         return untuned(folded, found, recipe, why_not), ()
     return tune(folded, found, recipe, samples, may_observe, progress), ()
+
+
+def as_learned(learned: Learned, folded: ir.Model, found: Statistics, recipe: Recipe) -> tuple[Recipe, Tuning]:
+    """Return the recipe and the tuning that give a prepared model as it was trained.
+
+    Raises:
+        PlanError: If a width does not fit the target's types.
+    """
+    recipe, target = keeping(recipe, learned.floats), resolve_target(recipe)
+    widest = max(learned.grids.values(), default=0)
+    if widest > IntegerType(target.activation.dtype).bits:
+        raise PlanError(
+            f"activations of {widest} bits do not fit {target.activation.dtype}", "choose --activation-dtype int16"
+        )
+    placement = place(folded, recipe, unresolvable(found.tensors))
+    ranges: dict[str, tuple[float, float]] = {}
+    grids: dict[str, int] = {}
+    for name, (lo, hi) in learned.ranges.items():
+        owner = placement.owner.get(name)
+        if owner is None:
+            logger.info("the learned range of '%s' has no place: nothing is quantized there", name)
+            continue
+        if name in learned.shared and owner in found.tensors:
+            lo, hi = min(lo, found.tensors[owner].minimum), max(hi, found.tensors[owner].maximum)  # noqa: PLW2901
+        low, high = ranges.get(owner, (lo, hi))
+        ranges[owner] = min(lo, low), max(hi, high)
+        grids[owner] = max(grids.get(owner, 2), learned.grids[name])
+    scales: dict[str, NDArray[np.float32]] = {}
+    bits: dict[str, int] = {}
+    for layer in placement.layers:
+        weight = next((value for _, value, kind in layer.operands() if kind is Operand.WEIGHT), None)
+        taught = learned.weights.get(str(layer.node.name))
+        if weight is None or taught is None:
+            continue
+        if taught.bits > WIDEST_WEIGHT:
+            logger.warning(
+                "the weight '%s' was trained on %d bits, and is rounded anew to %d",
+                weight.name,
+                taught.bits,
+                WIDEST_WEIGHT,
+            )
+            continue
+        bits[str(weight.name)] = taught.bits
+        stretched = stretched_scales(layer, weight, taught, target.weight.per_channel)
+        if stretched is None:
+            logger.warning("the weight '%s' was trained on other scales than the target has", weight.name)
+        else:
+            scales[str(weight.name)] = stretched
+    return recipe, Tuning(ranges, scales, bits, grids)
+
+
+def stretched_scales(
+    layer: PlacedLayer, weight: ir.Value, taught: LearnedWeight, per_channel: bool
+) -> NDArray[np.float32] | None:
+    """Return learned scales, stretched as folding has stretched the weight's channels; None where the target has other ones."""
+    values = np.asarray(constant(weight), dtype=np.float64)
+    axis = layer.rule.weight_axis(layer.node)
+    if axis is None or len(taught.largest) != values.shape[axis]:
+        return taught.scale.astype(np.float32) if taught.scale.size == 1 else None
+    largest = np.abs(np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)).max(axis=1)
+    stretch = np.divide(largest, taught.largest, out=np.ones_like(largest), where=taught.largest > 0)
+    scales: NDArray[np.float32] = (taught.scale * stretch).astype(np.float32)
+    if per_channel:
+        return scales
+    return scales[:1] if np.ptp(scales) <= 1e-6 * scales.max() else None
 
 
 def raced(

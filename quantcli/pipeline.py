@@ -176,7 +176,7 @@ def data_of(
 
 
 def convert(
-    model: Path | str,
+    model: LoadedModel | Path | str,
     output: Path | str,
     statistics: Statistics | Path | str | None = None,
     data: Path | str | None = None,
@@ -198,7 +198,7 @@ def convert(
     """Quantize a float model and write the quantized model and its sidecar (same name, ``.json``).
 
     Args:
-        model: An ``.onnx`` file, or one that torch wrote (`quantcli.load`).
+        model: An ``.onnx`` file, or one that torch wrote (`quantcli.load`); or a model that is loaded already.
         output: The quantized model: ``.onnx``, or ``.pt2`` for an exported PyTorch program.
         statistics: What `calibrate` returned or saved.
         data: Calibration data, where there are no statistics.
@@ -221,18 +221,21 @@ def convert(
         ReportedError: If anything given cannot be used, or the written model does not work; nothing is written then.
     """
     recipe, run = recipe or Recipe(), run or Run()
-    model, output = Path(model), Path(output)
+    output = Path(output)
     check_places(recipe, statistics, data, function, synthetic)
     check_form(output, form, recipe)
     writer = WRITERS[form]
     sidecar_path = output.with_suffix(".json")
     files = [data, labels, validate, statistics if isinstance(statistics, (str, Path)) else None]
-    sources = [model, recipe.target_file, *(Path(path) if path else None for path in files)]
+    given_model = None if isinstance(model, LoadedModel) else Path(model)
+    sources = [given_model, recipe.target_file, *(Path(path) if path else None for path in files)]
     check_outputs([output, sidecar_path], sources)
     target = resolve_target(recipe)
     given = any(place is not None for place in (data, function, synthetic)) or recipe.mode != "static"
     places = Data(path_or_none(data), path_or_none(labels), split, function, synthetic) if given else None
-    source = load(model, opening, shown_by(places, recipe, statistics))
+    source = (
+        model if isinstance(model, LoadedModel) else load(Path(model), opening, shown_by(places, recipe, statistics))
+    )
     check_outputs([output, sidecar_path], source.files)
     with blamed_on(source):
         folded = fold(source.graph, max(target.activation.opset, opset_for(recipe)), recipe.requantize)

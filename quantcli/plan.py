@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from calibration.ranges import Grid, RangeSpec, parse_range, range_of
@@ -188,8 +189,7 @@ def plan_activations(
     placement: Placement, statistics: Statistics, recipe: Recipe, target: Target, tuning: Tuning = UNTUNED
 ) -> dict[str, TensorPlan]:
     """Return the parameters of every activation and constant operand."""
-    integer = IntegerType(target.activation.grid)
-    spec, grid = range_spec(statistics, recipe), Grid(integer.qmax - integer.qmin, target.activation.symmetric)
+    spec = range_spec(statistics, recipe)
     constants = {
         str(value.name): values
         for layer in placement.layers
@@ -201,6 +201,8 @@ def plan_activations(
     tensors: dict[str, TensorPlan] = {}
     for name in dict.fromkeys(placement.owner.values()):
         role, samples = "activation", 0
+        integer = IntegerType(narrowed(target, tuning.grids.get(name)))
+        grid = Grid(integer.qmax - integer.qmin, target.activation.symmetric)
         if name in placement.fixed:
             lo, hi = placement.fixed[name]
             scale, zero_point = fixed_parameters(lo, hi, integer, target.activation.symmetric)
@@ -215,20 +217,38 @@ def plan_activations(
                     f"the statistics hold nothing about tensor '{name}'",
                     "calibrate again with this recipe, or check that the data reaches that part of the model",
                 )
-            scale, zero_point = activation_parameters(lo, hi, target)
+            scale, zero_point = activation_parameters(lo, hi, target, integer)
         tensors[name] = TensorPlan(name, role, integer, (float(scale),), (zero_point,), None, (lo,), (hi,), samples)
     for name, source in placement.owner.items():
         if name != source:
             root = tensors[source]
             tensors[name] = TensorPlan(
-                name, "activation", integer, root.scale, root.zero_point, None, root.lo, root.hi, root.samples, source
+                name,
+                "activation",
+                root.integer,
+                root.scale,
+                root.zero_point,
+                None,
+                root.lo,
+                root.hi,
+                root.samples,
+                source,
             )
     return tensors
 
 
-def activation_parameters(lo: float, hi: float, target: Target) -> tuple[np.float32, int]:
-    """Return scale and zero point of an activation that is to cover [lo, hi]."""
-    integer = IntegerType(target.activation.grid)
+def narrowed(target: Target, bits: int | None) -> str:
+    """Return the grid of activations of a width; None for the target's."""
+    if bits is None:
+        return target.activation.grid
+    return msgspec.structs.replace(target.activation, bits=bits).grid
+
+
+def activation_parameters(
+    lo: float, hi: float, target: Target, integer: IntegerType | None = None
+) -> tuple[np.float32, int]:
+    """Return scale and zero point of an activation that is to cover [lo, hi] on a grid; None for the target's."""
+    integer = integer or IntegerType(target.activation.grid)
     parameters = symmetric_parameters if target.activation.symmetric else affine_parameters
     scale, zero_point = parameters(lo, hi, integer)
     if target.activation.power_of_two:

@@ -20,11 +20,13 @@ class Tuning:
         ranges: The real range (lo, hi) of activations, by name.
         scales: The scales of weights, float32, one or one per channel as the target has it, by name.
         bits: The widths of weights, by name; the others have the target's.
+        grids: The widths of activations' grids, by name; the others have the target's.
     """
 
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     scales: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     bits: Mapping[str, int] = field(default_factory=dict)
+    grids: Mapping[str, int] = field(default_factory=dict)
 
 
 UNTUNED = Tuning()

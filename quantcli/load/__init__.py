@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from calibration.datasets.dataset import InputSpec
+    from quantcli.load.learned import Learned
 
     # Called with the names of a module's arguments; gives the first samples of the data under those that it has arrays for.
     Example = Callable[[Sequence[str]], dict[str, NDArray[Any]]]
@@ -58,6 +59,7 @@ class LoadedModel:
         files: The files that it is made of.
         program: The exported program of a PyTorch model; None of an ONNX one.
         aliases: The program's own names of inputs and outputs that the graph calls otherwise.
+        learned: What a prepared model has learned; None of any other.
     """
 
     graph: ir.Model
@@ -68,6 +70,7 @@ class LoadedModel:
     files: tuple[Path, ...]
     program: Any = field(default=None, repr=False)
     aliases: dict[str, str] = field(default_factory=dict)
+    learned: Learned | None = None
 
 
 def load(path: Path, opening: Opening | None = None, example: Example | None = None) -> LoadedModel:
@@ -106,6 +109,7 @@ def load(path: Path, opening: Opening | None = None, example: Example | None = N
             tuple(files),
             opened.program,
             opened.aliases,
+            opened.learned,
         )
     raise ModelError(f"{path} is of no known kind of model", f"give {KINDS}")
 

@@ -13,7 +13,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +23,16 @@ import onnx_ir as ir
 from calibration.errors import ReportedError
 from calibration.hooks.torch import register_operators
 from quantcli.errors import ModelError, UsageError
-from quantcli.load import trust
+from quantcli.load import Opening, trust
+from quantcli.load.learned import learned_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
-    from quantcli.load import Example, Opening
+    from quantcli.load import Example
+    from quantcli.load.learned import Learned, LearnedLayer
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class Opened:
         program: The exported program (`torch.export.ExportedProgram`).
         sources: The files besides its own that say what it is: the factory's source.
         aliases: The program's own names of inputs and outputs that the graph calls otherwise.
+        learned: What a prepared model has learned; None of any other.
     """
 
     graph: ir.Model
@@ -60,6 +63,7 @@ class Opened:
     program: Any
     sources: tuple[Path, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
+    learned: Learned | None = None
 
 
 def load_torch(path: Path, opening: Opening, example: Example | None) -> Opened:
@@ -81,8 +85,14 @@ def load_torch(path: Path, opening: Opening, example: Example | None) -> Opened:
         program, names = script_at(path, opening, example)
         return opened(path, program, names)
     module, sources = module_at(path, opening)
+    from quantcli.torch.floats import floated, is_prepared
+
+    layers: tuple[LearnedLayer, ...] = ()
+    if is_prepared(module):
+        module, layers = floated(module)
     names = tuple(inspect.signature(module.forward).parameters)
-    return opened(path, exported(module, path, names, opening, example), None, sources)
+    made = opened(path, exported(module, path, names, opening, example), None, sources)
+    return replace(made, learned=learned_of(made.graph.graph, layers)) if layers else made
 
 
 def opened(path: Path, program: Any, names: Sequence[str] | None = None, sources: tuple[Path, ...] = ()) -> Opened:
@@ -387,12 +397,15 @@ def importing(folder: Path) -> Iterator[None]:
 # ---- export --------------------------------------------------------------------------------------------------------------------
 
 
-def exported(module: Any, path: Path, names: Sequence[str], opening: Opening, example: Example | None) -> Any:
+def exported(
+    module: Any, path: Path, names: Sequence[str], opening: Opening | None = None, example: Example | None = None
+) -> Any:
     """Return a module as an exported program.
 
     Raises:
         ModelError: If it cannot be exported.
     """
+    opening = opening or Opening()
     parameters = inspect.signature(module.forward).parameters
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     taken = [name for name in names if parameters[name].kind in kinds]

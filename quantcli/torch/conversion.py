@@ -1,0 +1,99 @@
+"""From a live model to integers: through the same plan and writers as a saved one."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from calibration.errors import DataError
+from quantcli.load import LoadedModel
+from quantcli.load.learned import learned_of
+from quantcli.load.torch import exported, opened
+from quantcli.pipeline import convert as convert_file
+from quantcli.torch.floats import floated
+from quantcli.torch.prepare import arguments_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from quantcli.pipeline import Conversion
+    from quantcli.recipe import Recipe
+    from quantcli.sidecar import Sidecar
+
+
+def convert(
+    model: nn.Module, output: Path | str, loader: Iterable[Any], recipe: Recipe | None = None, **options: Any
+) -> Conversion:
+    """Quantize a live model, prepared or not, and write the quantized model and its sidecar.
+
+    What a prepared model has learned stands: its ranges, its widths, and its weights on their grids. Activations that no quantizer
+    rounds get ranges from the data; layers that were not prepared stay float.
+
+    Args:
+        model: The module; it stays as it is.
+        output: The quantized model, ``.onnx`` or ``.pt2``.
+        loader: Calibration batches, as `quantcli.torch.calibrate` takes them.
+        recipe: What the user wants; None for the defaults.
+        options: Further options of `quantcli.convert`.
+
+    Raises:
+        ReportedError: If the model cannot be exported or converted; nothing is written then.
+    """
+    plain, layers = floated(model)
+    samples = samples_of(plain, loader)
+    name = type(model).__name__
+    program = exported(plain, Path(name), tuple(samples), example=lambda _: samples)
+    made = opened(Path(name), program)
+    digest = hashlib.sha256(made.exported).hexdigest()
+    learned = learned_of(made.graph.graph, layers) if any(layer.prepared for layer in layers) else None
+    source = LoadedModel(
+        made.graph, made.exported, digest, len(made.exported), name, (), program, made.aliases, learned
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "samples.npz"
+        np.savez(data, **samples)  # type: ignore[arg-type]
+        return convert_file(source, output, data=data, recipe=recipe, **options)
+
+
+def to_sidecar(model: nn.Module, loader: Iterable[Any], recipe: Recipe | None = None, **options: Any) -> Sidecar:
+    """Return every integer of a live model, without writing a model.
+
+    Args:
+        model: The module, prepared or not.
+        loader: Calibration batches.
+        recipe: What the user wants; None for the defaults.
+        options: Further options of `quantcli.convert`.
+
+    Raises:
+        ReportedError: If the model cannot be exported or converted.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return convert(model, Path(folder) / f"{type(model).__name__}.onnx", loader, recipe, **options).sidecar
+
+
+def samples_of(model: nn.Module, loader: Iterable[Any]) -> dict[str, NDArray[Any]]:
+    """Return everything that a loader yields, by the names of a module's arguments.
+
+    Raises:
+        DataError: If it yields nothing, or batches that do not fit together.
+    """
+    first = next(iter(inspect.signature(model.forward).parameters), "x")
+    parts: dict[str, list[NDArray[Any]]] = {}
+    for batch in loader:
+        arguments, keywords = arguments_of(batch)
+        for name, value in {**dict(zip([first], arguments, strict=False)), **keywords}.items():
+            parts.setdefault(name, []).append(value.detach().cpu().numpy())
+    if not parts:
+        raise DataError("the loader yields no batch", "give at least one")
+    try:
+        return {name: np.concatenate(values) for name, values in parts.items()}
+    except ValueError as error:
+        raise DataError(f"the loader's batches do not fit together ({error})", "give samples of one shape") from error

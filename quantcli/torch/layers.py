@@ -1,0 +1,226 @@
+"""Twins of PyTorch's layers that quantize their input and their weight."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Add(nn.Module):
+    """A sum that can be prepared; a bare ``+`` is no module, and cannot."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return a + b."""
+        return a + b
+
+
+class Quantizing(nn.Module):
+    """What all twins share.
+
+    Attributes:
+        activation_quantizer: Rounds the input.
+        weight_quantizer: Rounds the weight.
+    """
+
+    activation_quantizer: nn.Module
+    weight_quantizer: nn.Module
+    weight: Tensor
+
+    def rounded_operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return input and weight on their grids."""
+        return self.activation_quantizer(x), self.weight_quantizer(self.weight)
+
+
+class QuantLinear(Quantizing, nn.Linear):
+    """Linear with quantized operands."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x·wᵀ + b."""
+        x, weight = self.rounded_operands(x)
+        return F.linear(x, weight, self.bias)
+
+
+class QuantConv1d(Quantizing, nn.Conv1d):
+    """Conv1d with quantized operands."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution."""
+        x, weight = self.rounded_operands(x)
+        found: Tensor = self._conv_forward(x, weight, self.bias)
+        return found
+
+
+class QuantConv2d(Quantizing, nn.Conv2d):
+    """Conv2d with quantized operands."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution."""
+        x, weight = self.rounded_operands(x)
+        found: Tensor = self._conv_forward(x, weight, self.bias)
+        return found
+
+
+class QuantConv3d(Quantizing, nn.Conv3d):
+    """Conv3d with quantized operands."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution."""
+        x, weight = self.rounded_operands(x)
+        found: Tensor = self._conv_forward(x, weight, self.bias)
+        return found
+
+
+class Transposed(Quantizing):
+    """What the transposed convolutions share."""
+
+    stride: Any
+    padding: Any
+    output_padding: Any
+    kernel_size: Any
+    dilation: Any
+    groups: int
+    bias: Tensor | None
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Return the transposed convolution."""
+        x, weight = self.rounded_operands(x)
+        rank = len(self.kernel_size)
+        extra = self._output_padding(  # type: ignore[operator]
+            x, output_size, self.stride, self.padding, self.kernel_size, rank, self.dilation
+        )
+        function: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
+        found: Tensor = function(x, weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
+        return found
+
+
+class QuantConvTranspose1d(Transposed, nn.ConvTranspose1d):
+    """ConvTranspose1d with quantized operands."""
+
+
+class QuantConvTranspose2d(Transposed, nn.ConvTranspose2d):
+    """ConvTranspose2d with quantized operands."""
+
+
+class QuantConvTranspose3d(Transposed, nn.ConvTranspose3d):
+    """ConvTranspose3d with quantized operands."""
+
+
+class QuantAdd(nn.Module):
+    """A sum of quantized operands.
+
+    Args:
+        first: Rounds the first operand.
+        second: Rounds the second.
+    """
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first_quantizer, self.second_quantizer = first, second
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return a + b."""
+        found: Tensor = self.first_quantizer(a) + self.second_quantizer(b)
+        return found
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return a + b, as PyTorch's FloatFunctional calls it."""
+        found: Tensor = self(a, b)
+        return found
+
+
+# The twin of every layer that is swapped, and the axis of its weight's output channels.
+TWINS: dict[type[nn.Module], type[Quantizing]] = {
+    nn.Linear: QuantLinear,
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+    nn.Conv3d: QuantConv3d,
+    nn.ConvTranspose1d: QuantConvTranspose1d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
+    nn.ConvTranspose3d: QuantConvTranspose3d,
+}
+FLOATS = {twin: layer for layer, twin in TWINS.items()}
+
+
+def channel_axis(layer: nn.Module) -> int | None:
+    """Return the axis of a weight's output channels; None where groups put them apart."""
+    if isinstance(layer, Transposed) or type(layer) in {nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}:
+        return 1 if layer.groups == 1 else None
+    return 0
+
+
+def twin_of(layer: nn.Module, activation: nn.Module, weight: nn.Module) -> Quantizing:
+    """Return the twin of a layer, with the layer's own parameters."""
+    made = TWINS[type(layer)].__new__(TWINS[type(layer)])
+    made.__dict__ = {**layer.__dict__, "_modules": dict(layer.__dict__["_modules"])}
+    made.activation_quantizer, made.weight_quantizer = activation, weight
+    return made
+
+
+def float_of(twin: Quantizing, weight: Tensor) -> nn.Module:
+    """Return the plain layer of a twin, with another weight."""
+    kind = FLOATS[type(twin)]
+    made = kind.__new__(kind)
+    kept = {"activation_quantizer", "weight_quantizer"}
+    modules = {name: module for name, module in twin.__dict__["_modules"].items() if name not in kept}
+    made.__dict__ = {**twin.__dict__, "_modules": modules, "_parameters": dict(twin.__dict__["_parameters"])}
+    made.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    return made
+
+
+def addition_modules() -> tuple[type[nn.Module], ...]:
+    """Return the modules that add: ours, and PyTorch's FloatFunctional where there is one."""
+    try:
+        from torch.ao.nn.quantized import FloatFunctional
+    except ImportError:
+        return (Add,)
+    return Add, FloatFunctional
+
+
+class Sum(nn.Module):
+    """A float sum, in the place of a `QuantAdd` whichever way it is called.
+
+    Args:
+        first: The DoReFa quantizer of the first operand, which is clamped as it clamps; None to leave it as it is.
+        second: Likewise, of the second.
+    """
+
+    def __init__(self, first: Any = None, second: Any = None) -> None:
+        super().__init__()
+        self.scales = tuple(None if quantizer is None else float(quantizer.scale) for quantizer in (first, second))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return a + b."""
+        parts = [
+            x if scale is None else torch.clamp(x * scale, 0.0, 1.0)
+            for x, scale in zip((a, b), self.scales, strict=True)
+        ]
+        return parts[0] + parts[1]
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return a + b."""
+        found: Tensor = self(a, b)
+        return found
+
+
+class Clamped(nn.Module):
+    """A float layer behind the clamp of a DoReFa quantizer, without its rounding.
+
+    Args:
+        quantizer: The quantizer.
+        layer: The layer.
+    """
+
+    def __init__(self, quantizer: Any, layer: nn.Module) -> None:
+        super().__init__()
+        self.scale, self.layer = float(quantizer.scale), layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the layer makes of the clamped input."""
+        found: Tensor = self.layer(torch.clamp(x * self.scale, 0.0, 1.0))
+        return found

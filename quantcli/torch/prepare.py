@@ -1,0 +1,287 @@
+"""Prepare a live model: layers become twins that quantize, whose ranges are observed, learned, and frozen."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from calibration.errors import DataError
+from calibration.observers import Counting, TensorStatistics
+from calibration.ranges import Grid, observer_for, parse_range, range_of
+from quantcli.arithmetic.affine import IntegerType
+from quantcli.errors import PlanError, UsageError
+from quantcli.recipe import Recipe, resolve_target
+from quantcli.torch.layers import TWINS, QuantAdd, Quantizing, addition_modules, channel_axis, twin_of
+from quantcli.torch.quantizers import (
+    PASSES,
+    ActivationQuantizer,
+    DorefaActivation,
+    DorefaWeight,
+    WeightQuantizer,
+    check_bits,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch import Tensor
+
+SCHEMES = ("affine", "dorefa")
+
+
+def prepare(
+    model: nn.Module,
+    recipe: Recipe | None = None,
+    *,
+    weight_bits: int | None = None,
+    activation_bits: int | None = None,
+    scheme: str = "affine",
+    quant_inference: bool = False,
+    inplace: bool = False,
+) -> nn.Module:
+    """Swap a model's layers for twins that quantize their input and their weight.
+
+    Conv1d, 2d and 3d, ConvTranspose1d, 2d and 3d, Linear, `quantcli.torch.Add` and PyTorch's FloatFunctional are swapped. A copy
+    is prepared; the model stays as it is.
+
+    Args:
+        model: A float module.
+        recipe: Target, widths, ``[layers] include`` and ``exclude`` (patterns of the modules' names, or ``op:Linear``), and the
+            observer; None for the defaults.
+        weight_bits: Width of weights, 2 to 16; 32 leaves them float. None for the recipe's.
+        activation_bits: Width of activations, likewise.
+        scheme: ``affine`` or ``dorefa``.
+        quant_inference: Whether the weights are on their grids already, and pass through.
+        inplace: Whether to change the model itself.
+
+    Returns:
+        The prepared model. An affine one wants `calibrate` before it runs.
+
+    Raises:
+        UsageError: If a width, the scheme or a pattern has no meaning, or nothing is left to swap.
+    """
+    if scheme not in SCHEMES:
+        raise UsageError(f"there is no scheme '{scheme}'", f"known: {', '.join(SCHEMES)}")
+    making = Making(recipe or Recipe(), weight_bits, activation_bits, scheme, quant_inference)
+    prepared = model if inplace else copy.deepcopy(model)
+    chosen = making.chosen(prepared)
+    if not chosen:
+        raise UsageError("the model holds no layer that could be prepared", "look at its modules, and at the patterns")
+    for name in chosen:
+        parent = prepared.get_submodule(name.rpartition(".")[0])
+        setattr(parent, name.rpartition(".")[2], making.twin(prepared.get_submodule(name)))
+    return prepared
+
+
+class Making:
+    """How twins are made."""
+
+    def __init__(
+        self, recipe: Recipe, weight_bits: int | None, activation_bits: int | None, scheme: str, already: bool
+    ) -> None:
+        target = resolve_target(recipe)
+        self.recipe, self.scheme, self.already = recipe, scheme, already
+        grid = IntegerType(target.activation.grid)
+        self.signed, self.symmetric = grid.signed, target.activation.symmetric
+        self.per_channel = target.weight.per_channel
+        self.activation_bits = check_bits(grid.bits if activation_bits is None else activation_bits, "activations")
+        self.weight_bits = check_bits(target.weight.bits if weight_bits is None else weight_bits, "weights")
+
+    def chosen(self, model: nn.Module) -> list[str]:
+        """Return the names of the modules that are swapped.
+
+        Raises:
+            UsageError: If a pattern matches none.
+        """
+        kinds = (*TWINS, *addition_modules())
+        names = [name for name, module in model.named_modules() if type(module) in kinds and name]
+        if not names and type(model) in kinds:
+            raise UsageError(
+                "the model is a single layer, which has no place to put its twin", "wrap it in nn.Sequential"
+            )
+
+        def matching(pattern: str) -> list[str]:
+            kind = pattern.removeprefix("op:")
+            by_kind = pattern.startswith("op:")
+            found = [
+                name
+                for name in names
+                if (type(model.get_submodule(name)).__name__ == kind if by_kind else fnmatch.fnmatchcase(name, pattern))
+            ]
+            if not found:
+                raise UsageError(f"the pattern '{pattern}' matches no layer", f"layers: {', '.join(names[:8])}")
+            return found
+
+        layers = self.recipe.layers
+        included = {name for pattern in layers.include for name in matching(pattern)} if layers.include else set(names)
+        excluded = {name for pattern in layers.exclude for name in matching(pattern)}
+        return [name for name in names if name in included - excluded]
+
+    def twin(self, layer: nn.Module) -> nn.Module:
+        """Return the twin of a layer."""
+        if type(layer) in addition_modules():
+            return QuantAdd(self.activation(), self.activation())
+        return twin_of(layer, self.activation(), self.weight(layer))
+
+    def activation(self) -> nn.Module:
+        """Return a quantizer of activations."""
+        if self.activation_bits == PASSES:
+            return nn.Identity()
+        if self.scheme == "dorefa":
+            return DorefaActivation(self.activation_bits)
+        sign = "" if self.signed else "u"
+        return ActivationQuantizer(IntegerType(f"{sign}int{self.activation_bits}"), self.symmetric)
+
+    def weight(self, layer: nn.Module) -> nn.Module:
+        """Return a quantizer of a layer's weight."""
+        if self.weight_bits == PASSES:
+            return nn.Identity()
+        kind = DorefaWeight if self.scheme == "dorefa" else WeightQuantizer
+        return kind(self.weight_bits, channel_axis(layer) if self.per_channel else None, self.already)
+
+
+def quantizers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the affine quantizers of activations, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, ActivationQuantizer):
+            yield name, module
+
+
+def calibrate(model: nn.Module, loader: Iterable[Any], recipe: Recipe | None = None) -> nn.Module:
+    """Run data through a prepared model in float, and set the ranges of its activations.
+
+    Args:
+        model: What `prepare` returned; it is changed, and left in the mode (training or not) that it was in.
+        loader: Batches: tensors; tuples or lists whose first entry is the input (labels may follow); or dicts by argument.
+        recipe: The observer (``[calibration]``) and the range (``[activation]``); None for the lowest and highest value.
+
+    Returns:
+        The same model.
+
+    Raises:
+        DataError: If there is no batch, or values are not finite.
+        PlanError: If a quantizer is not reached.
+    """
+    recipe = recipe or Recipe()
+    spec = parse_range(recipe.activation.range or recipe.calibration.observer or "minmax")
+    counting = Counting(recipe.calibration.observer or observer_for(spec), momentum=recipe.calibration.momentum)
+    seen: dict[str, TensorStatistics] = {}
+    handles = []
+
+    def observing(name: str) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            del module
+            values = arguments[0].detach().float().cpu().numpy()
+            if name not in seen:
+                seen[name] = TensorStatistics.for_counting(counting)
+                seen[name].prepare(values, len(values), counting)
+            seen[name].update(values, 0, len(values), counting)
+
+        return hook
+
+    training = model.training
+    with passing(model):
+        handles = [module.register_forward_pre_hook(observing(name)) for name, module in quantizers(model)]
+        try:
+            count = sum(1 for batch in loader if run(model, batch))
+        finally:
+            for handle in handles:
+                handle.remove()
+            model.train(training)
+    if not count:
+        raise DataError("the loader yields no batch", "give at least one")
+    for name, module in quantizers(model):
+        if name not in seen:
+            raise PlanError(f"the data does not reach '{name}'", "exclude its layer, or give data that reaches it")
+        grid = Grid(module.integer.qmax - module.integer.qmin, module.symmetric)
+        lo, hi = range_of(spec, name, seen[name], grid)
+        with torch.no_grad():
+            module.lo.fill_(float(np.float32(lo)))
+            module.hi.fill_(float(np.float32(hi)))
+    return model
+
+
+class passing:  # noqa: N801 - it reads as what it does
+    """Let a prepared model run in float, in evaluation mode, while its ranges are observed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        self.model.eval()
+        for module in self.model.modules():
+            if isinstance(module, (ActivationQuantizer, WeightQuantizer)):
+                self.handles.append(Bypass(module))
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+class Bypass:
+    """Let a quantizer return what it is given."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        module.forward = lambda x: x
+
+    def remove(self) -> None:
+        """Let it quantize again."""
+        del self.module.forward
+
+
+def run(model: nn.Module, batch: Any) -> bool:
+    """Run a batch of a loader."""
+    with torch.no_grad():
+        arguments, keywords = arguments_of(batch)
+        model(*arguments, **keywords)
+    return True
+
+
+def arguments_of(batch: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Return what a loader's batch is called with: a tuple's or list's first entry, a dict by its names.
+
+    Raises:
+        DataError: If it is none of them.
+    """
+    if isinstance(batch, dict):
+        return (), batch
+    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if isinstance(first, dict):
+        return (), first
+    if not isinstance(first, torch.Tensor):
+        raise DataError(
+            f"the loader yields {type(batch).__name__}", "yield tensors, tuples that begin with one, or dicts"
+        )
+    return (first,), {}
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Fix what was learned: ranges learn no more, and weights are put onto their grids.
+
+    Args:
+        model: A prepared model; it is changed, and left in evaluation mode.
+
+    Returns:
+        The same model. It gives what it gave before, in evaluation mode.
+
+    Raises:
+        PlanError: If a quantizer has no range.
+    """
+    for name, module in quantizers(model):
+        if not module.ready:
+            raise PlanError(f"'{name}' has no range yet", "calibrate the prepared model first")
+        module.lo.requires_grad_(False)
+        module.hi.requires_grad_(False)
+    for layer in model.modules():
+        if isinstance(layer, Quantizing) and isinstance(layer.weight_quantizer, WeightQuantizer):
+            with torch.no_grad():
+                layer.weight.copy_(layer.weight_quantizer(layer.weight))
+            layer.weight_quantizer.already = True
+    return model.eval()
