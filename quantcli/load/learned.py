@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 SCOPES = "pkg.torch.onnx.name_scopes"
 PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 SUMS = frozenset({"Add"})
-# A grid of so many bits does for every reader.
+# A grid of so many bits does for every reader of a tensor.
 WHOLE = 8
+# Operators whose output, clipped, is what they make of their clipped input.
+COMMUTING = frozenset({"MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity"})
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,8 @@ class Learned:
 def learned_of(graph: ir.Graph, layers: Sequence[LearnedLayer]) -> Learned:
     """Return what modules have learned, by the names of the graph that they became.
 
-    A tensor that several layers have learned ranges of gets the widest grid, and the range that holds all of theirs. One that is
-    read elsewhere as well, on a wider grid, is clipped to the learned range for those layers first (the graph is changed): so that
-    only they see the narrow grid.
+    A tensor that several layers have learned ranges of gets the widest grid, and the range that holds all of theirs. The graph is
+    changed where a quantizer's clamp can stand higher up.
 
     Raises:
         ModelError: If a module has no node there.
@@ -123,40 +124,39 @@ def learned_of(graph: ir.Graph, layers: Sequence[LearnedLayer]) -> Learned:
     grids: dict[str, int] = {}
     shared = []
     for value, taught in readers.items():
-        bounds = [operand.range for _, _, operand in taught]
-        span, bits = (min(lo for lo, _ in bounds), max(hi for _, hi in bounds)), max(one.bits for _, _, one in taught)
-        others = len(value.uses()) > len(taught) or value.is_graph_output()
-        name = clipped(graph, value, taught, span) if others and bits < WHOLE else str(value.name)
-        if others and bits >= WHOLE:
+        name, bounds = str(value.name), [operand.range for _, _, operand in taught]
+        ranges[name] = min(lo for lo, _ in bounds), max(hi for _, hi in bounds)
+        grids[name] = max(one.bits for _, _, one in taught)
+        clip = value.producer()
+        if clip is not None and clip.op_type == "Clip":
+            hoisted(graph, clip)
+            ranges[str(clip.outputs[0].name)], grids[str(clip.outputs[0].name)] = ranges[name], grids[name]
+        elif len(value.uses()) > len(taught) or value.is_graph_output():
             shared.append(name)
-        ranges[name], grids[name] = span, bits
     return Learned(ranges, grids, weights, tuple(floats), frozenset(shared))
 
 
-def clipped(
-    graph: ir.Graph, value: ir.Value, readers: Sequence[tuple[ir.Node, int, LearnedOperand]], span: tuple[float, float]
-) -> str:
-    """Clip a tensor for some of its readers, and return the name of what they read then."""
-    import numpy as np
-    import onnx_ir as ir
+def hoisted(graph: ir.Graph, clip: ir.Node) -> None:
+    """Move a Clip up, past operators that commute with it, to where a layer can take it over as its clamp.
 
-    from quantcli.fold import add_constant
-
-    name = f"{value.name}_clipped"
-    ends = [
-        add_constant(graph, f"{name}_{end}", np.array(bound, dtype=np.float32))
-        for end, bound in zip(("lowest", "highest"), span, strict=True)
-    ]
-    node = ir.node("Clip", [value, *ends], name=name)
-    node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = name, value.shape, value.type
-    producer = value.producer()
-    if producer is None:
-        graph.insert_before(graph[0], node)
-    else:
-        graph.insert_after(producer, node)
-    for reader, position, _ in readers:
-        reader.replace_input_with(position, node.outputs[0])
-    return name
+    The largest of clipped values is the clipped largest, and what only moves values moves clipped ones.
+    """
+    value = clip.inputs[0]
+    producer = value.producer() if value is not None else None
+    while producer is not None and value is not None:
+        alone = len(value.uses()) == 1 and not value.is_graph_output()
+        if producer.op_type not in COMMUTING or not alone or clip.outputs[0].is_graph_output():
+            return
+        below, source = clip.outputs[0], producer.inputs[0]
+        assert source is not None  # noqa: S101 - what moves values has an operand
+        for reader, position in list(below.uses()):
+            reader.replace_input_with(position, value)
+        clip.replace_input_with(0, source)
+        producer.replace_input_with(0, below)
+        below.shape, below.type = source.shape, source.type
+        graph.remove(clip)
+        graph.insert_before(producer, clip)
+        value, producer = source, source.producer()
 
 
 def node_of(graph: ir.Graph, layer: LearnedLayer) -> ir.Node | None:

@@ -25,9 +25,10 @@ from quantcli.torch.layers import (
     QuantLinear,
 )
 from quantcli.torch.prepare import calibrate, freeze, prepare
-from quantcli.torch.quantizers import ActivationQuantizer, DorefaActivation, DorefaWeight, WeightQuantizer
+from quantcli.torch.quantizers import PASSES, ActivationQuantizer, DorefaActivation, DorefaWeight, WeightQuantizer
 
 __all__ = [
+    "PASSES",
     "ActivationQuantizer",
     "Add",
     "DorefaActivation",

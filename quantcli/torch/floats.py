@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from quantcli.errors import PlanError
-from quantcli.load.learned import LearnedLayer, LearnedOperand
-from quantcli.torch.layers import FLOATS, TWINS, Clamped, QuantAdd, Quantizing, Sum, channel_axis, float_of
+from quantcli.load.learned import WHOLE, LearnedLayer, LearnedOperand
+from quantcli.torch.layers import TWINS, Clamped, QuantAdd, Quantizing, Sum, channel_axis, float_of
 from quantcli.torch.quantizers import ActivationQuantizer, DorefaActivation, WeightQuantizer
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ def is_prepared(model: nn.Module) -> bool:
 def floated(model: nn.Module) -> tuple[nn.Module, tuple[LearnedLayer, ...]]:
     """Return a float module whose weights are on their grids and whose activations are not rounded, and what was learned.
 
+    Activations are clamped as their quantizers clamp them, but for those of 8 bits and more: their range may hold more than was
+    learned. What a DoReFa quantizer multiplies its input by goes into the weight.
+
     Args:
         model: A prepared model, frozen or not; it stays as it is.
 
@@ -35,20 +38,30 @@ def floated(model: nn.Module) -> tuple[nn.Module, tuple[LearnedLayer, ...]]:
     for name, layer in list(made.named_modules()):
         parent, last = made.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         if isinstance(layer, Quantizing):
-            weight, entry = learned_weight(layer)
+            quantizer: Any = layer.activation_quantizer
+            operand = learned_operand(name, quantizer)
+            bounds = clamp_of(quantizer)
+            weight, entry = learned_weight(layer, getattr(quantizer, "factor", 1.0))
             plain = float_of(layer, weight)
-            quantizer = layer.activation_quantizer
-            behind = isinstance(quantizer, DorefaActivation)
-            setattr(parent, last, Clamped(quantizer, plain) if behind else plain)
-            place = f"{name}.layer" if behind else name
-            learned.append(LearnedLayer(place, (learned_operand(name, quantizer),), *entry))
+            setattr(parent, last, plain if bounds is None else Clamped(bounds, plain))
+            learned.append(LearnedLayer(name if bounds is None else f"{name}.layer", (operand,), *entry))
         elif isinstance(layer, QuantAdd):
             both = layer.first_quantizer, layer.second_quantizer
-            setattr(parent, last, Sum(*(q if isinstance(q, DorefaActivation) else None for q in both)))
+            factor = float(getattr(both[0], "factor", 1.0))
+            setattr(parent, last, Sum((clamp_of(both[0]), clamp_of(both[1])), factor))
             learned.append(LearnedLayer(name, tuple(learned_operand(name, q) for q in both)))
-        elif type(layer) in TWINS and not name.endswith(".layer"):
+        elif type(layer) in TWINS:
             learned.append(LearnedLayer(name, (), prepared=False))
     return made, tuple(learned)
+
+
+def clamp_of(quantizer: Any) -> tuple[float, float] | None:
+    """Return what a quantizer clamps to, where its clamp has to be seen; None where its grid is wide enough for every reader."""
+    if isinstance(quantizer, DorefaActivation):
+        return quantizer.bounds()
+    if isinstance(quantizer, ActivationQuantizer) and quantizer.ready and quantizer.bits < WHOLE:
+        return quantizer.bounds()
+    return None
 
 
 def learned_operand(name: str, quantizer: Any) -> LearnedOperand | None:
@@ -64,18 +77,15 @@ def learned_operand(name: str, quantizer: Any) -> LearnedOperand | None:
     return LearnedOperand(quantizer.range(), quantizer.bits)
 
 
-def learned_weight(layer: Quantizing) -> tuple[Tensor, tuple[Any, ...]]:
-    """Return a layer's weight on its grid, and its scales, channels' largest magnitudes, and width, if it has any."""
+def learned_weight(layer: Quantizing, factor: float) -> tuple[Tensor, tuple[Any, ...]]:
+    """Return a layer's weight on its grid, times a factor, and its scales, largest magnitudes and width, if any."""
     quantizer = layer.weight_quantizer
     if not isinstance(quantizer, WeightQuantizer):
-        return layer.weight, (None, None, None)
+        return layer.weight * factor, (None, None, None)
     with torch.no_grad():
-        weight = quantizer(layer.weight)
+        weight = quantizer(layer.weight) * factor
         axis = channel_axis(layer)
         rows = weight.reshape(1, -1) if axis is None else weight.movedim(axis, 0).flatten(1)
         largest = rows.abs().amax(dim=1).double().numpy()
-        scale = quantizer.scale(layer.weight).double().numpy()
+        scale = quantizer.scale(layer.weight).double().numpy() * factor
     return weight, (scale, largest, quantizer.integer.bits)
-
-
-__all__ = ["FLOATS", "floated", "is_prepared"]

@@ -182,25 +182,27 @@ def addition_modules() -> tuple[type[nn.Module], ...]:
     return Add, FloatFunctional
 
 
+Bounds = tuple[float, float]
+
+
 class Sum(nn.Module):
     """A float sum, in the place of a `QuantAdd` whichever way it is called.
 
     Args:
-        first: The DoReFa quantizer of the first operand, which is clamped as it clamps; None to leave it as it is.
-        second: Likewise, of the second.
+        bounds: What the operands are clamped to; None to leave one as it is.
+        factor: What the sum is multiplied by.
     """
 
-    def __init__(self, first: Any = None, second: Any = None) -> None:
+    def __init__(self, bounds: tuple[Bounds | None, Bounds | None] = (None, None), factor: float = 1.0) -> None:
         super().__init__()
-        self.scales = tuple(None if quantizer is None else float(quantizer.scale) for quantizer in (first, second))
+        self.bounds, self.factor = bounds, factor
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Return a + b."""
-        parts = [
-            x if scale is None else torch.clamp(x * scale, 0.0, 1.0)
-            for x, scale in zip((a, b), self.scales, strict=True)
-        ]
-        return parts[0] + parts[1]
+        first, second = (
+            x if bounds is None else torch.clamp(x, *bounds) for x, bounds in zip((a, b), self.bounds, strict=True)
+        )
+        return first + second if self.factor == 1.0 else (first + second) * self.factor
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         """Return a + b."""
@@ -209,18 +211,18 @@ class Sum(nn.Module):
 
 
 class Clamped(nn.Module):
-    """A float layer behind the clamp of a DoReFa quantizer, without its rounding.
+    """A float layer behind the clamp of its quantizer, without the rounding.
 
     Args:
-        quantizer: The quantizer.
+        bounds: What the input is clamped to.
         layer: The layer.
     """
 
-    def __init__(self, quantizer: Any, layer: nn.Module) -> None:
+    def __init__(self, bounds: Bounds, layer: nn.Module) -> None:
         super().__init__()
-        self.scale, self.layer = float(quantizer.scale), layer
+        self.bounds, self.layer = bounds, layer
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the layer makes of the clamped input."""
-        found: Tensor = self.layer(torch.clamp(x * self.scale, 0.0, 1.0))
+        found: Tensor = self.layer(torch.clamp(x, *self.bounds))
         return found

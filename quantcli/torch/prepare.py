@@ -198,6 +198,8 @@ def calibrate(model: nn.Module, loader: Iterable[Any], recipe: Recipe | None = N
     for name, module in quantizers(model):
         if name not in seen:
             raise PlanError(f"the data does not reach '{name}'", "exclude its layer, or give data that reaches it")
+        if (histogram := seen[name].histogram) is not None:
+            histogram.flush()
         grid = Grid(module.integer.qmax - module.integer.qmin, module.symmetric)
         lo, hi = range_of(spec, name, seen[name], grid)
         with torch.no_grad():

@@ -60,7 +60,8 @@ def rounded(x: Tensor) -> Tensor:
 
 def slowed(parameter: Tensor, factor: float) -> Tensor:
     """Return a parameter whose gradient is a part of what it would be."""
-    return parameter * factor + (parameter - parameter * factor).detach()
+    part = parameter * factor
+    return parameter.detach() + (part - part.detach())  # zero is added: the value stays, to the last bit
 
 
 class ActivationQuantizer(nn.Module):
@@ -94,9 +95,18 @@ class ActivationQuantizer(nn.Module):
         """Whether there is a range."""
         return bool(torch.isfinite(self.lo) & torch.isfinite(self.hi))
 
+    # What the input is multiplied by before it is rounded.
+    factor = 1.0
+
     def range(self) -> tuple[float, float]:
-        """Return the real range; of a symmetric quantizer, as it is before it is made symmetric."""
+        """Return the real range of the input; of a symmetric quantizer, as it is before it is made symmetric."""
         return float(self.lo), float(self.hi)
+
+    def bounds(self) -> tuple[float, float]:
+        """Return the real values at the ends of the grid."""
+        with torch.no_grad():
+            scale, zero_point = (float(value) for value in self.parameters_of(self.lo, self.hi))
+        return (self.integer.qmin - zero_point) * scale, (self.integer.qmax - zero_point) * scale
 
     def parameters_of(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
         """Return scale (float32) and zero point (float64, whole) of a range (docs/arithmetic.md, equations 2 to 4)."""
@@ -109,7 +119,7 @@ class ActivationQuantizer(nn.Module):
         span = high - low
         scale = (span / (self.integer.qmax - self.integer.qmin)).float().clamp(min=smallest)
         scale = torch.where(span == 0, 1.0, scale)
-        zero_point = rounded(self.integer.qmin - low / scale.double())
+        zero_point = torch.where(span == 0, 0.0, rounded(self.integer.qmin - low / scale.double()))
         return scale, zero_point.clamp(self.integer.qmin, self.integer.qmax)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,18 +154,23 @@ class DorefaActivation(nn.Module):
         self.bits, self.scale = bits, scale
         self.ready = True
 
-    def range(self) -> tuple[float, float]:
-        """Return the real range behind the clamp."""
-        return 0.0, 1.0
+    @property
+    def factor(self) -> float:
+        """What the input is multiplied by before it is rounded."""
+        return self.scale
 
-    def clamped(self, x: Tensor) -> Tensor:
-        """Return what is rounded."""
-        return torch.clamp(x * self.scale, 0.0, 1.0)
+    def range(self) -> tuple[float, float]:
+        """Return the real range of the input: what lies outside is clamped."""
+        return 0.0, 1.0 / self.scale
+
+    def bounds(self) -> tuple[float, float]:
+        """Return the real values at the ends of the grid."""
+        return self.range()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the nearest values of the grid."""
         steps = float(2**self.bits - 1)
-        return rounded(self.clamped(x) * steps) / steps
+        return rounded(torch.clamp(x * self.scale, 0.0, 1.0) * steps) / steps
 
     def extra_repr(self) -> str:
         """Describe the grid."""

@@ -1,0 +1,438 @@
+"""Live models: prepared layers are their twins, quantizers are the plan's, gradients pass, and integers keep what was learned."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import quantcli.torch as qt
+from calibration.errors import DataError
+from calibration.hooks.onnxruntime import Runner
+from quantcli import Recipe
+from quantcli.arithmetic.affine import IntegerType, affine_parameters, quantize, symmetric_parameters, symmetric_scales
+from quantcli.errors import PlanError, UsageError
+from quantcli.load import Opening
+from quantcli.pipeline import convert
+from quantcli.recipe import Activation, Calibration, Layers
+from quantcli.torch.floats import floated
+from tests.graphs import normal
+from tests.test_torch import Residual
+
+BATCHES = list(torch.split(torch.from_numpy(normal(32, 3, 8, 8, seed=3)), 8))
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return Residual().eval()
+
+
+class Everything(nn.Module):
+    """A layer of every kind that is swapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.t1 = nn.Conv1d(3, 4, 3), nn.ConvTranspose1d(4, 3, 3, stride=2, output_padding=1)
+        self.c2, self.t2 = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.ConvTranspose2d(4, 4, 2, groups=2)
+        self.c3, self.t3 = nn.Conv3d(2, 2, 1), nn.ConvTranspose3d(2, 2, 1)
+        self.fc, self.sum = nn.Linear(9, 5), qt.Add()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = self.t1(self.c1(x.flatten(2)[:, :, :20]))[:, :, :9]
+        b = self.t2(self.c2(x))[:, :3, 0, :]
+        c = self.t3(self.c3(x[:, :2, None])).flatten(1)[:, None, :9]
+        found: torch.Tensor = self.fc(self.sum(a, b) + c)
+        return found
+
+
+def everything() -> nn.Module:
+    torch.manual_seed(2)
+    return Everything().eval()
+
+
+# ---- layers --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["affine", "dorefa"])
+@pytest.mark.parametrize("build", [network, everything])
+def test_32_bits_are_float_bit_for_bit(build: Callable[[], nn.Module], scheme: str) -> None:
+    model = build()
+    prepared = qt.prepare(model, weight_bits=32, activation_bits=32, scheme=scheme)
+    qt.calibrate(prepared, BATCHES)
+    with torch.no_grad():
+        assert all(torch.equal(prepared(batch), model(batch)) for batch in BATCHES)
+
+
+def test_every_kind_of_layer_is_swapped_in_a_copy() -> None:
+    model = everything()
+    prepared = qt.prepare(model)
+    kinds = {name: type(module).__name__ for name, module in prepared.named_children()}
+    assert kinds == {
+        "c1": "QuantConv1d", "t1": "QuantConvTranspose1d", "c2": "QuantConv2d", "t2": "QuantConvTranspose2d",
+        "c3": "QuantConv3d", "t3": "QuantConvTranspose3d", "fc": "QuantLinear", "sum": "QuantAdd",
+    }  # fmt: skip
+    assert not any(isinstance(module, qt.QuantLinear) for module in model.modules())
+    qt.calibrate(prepared, BATCHES)
+    with torch.no_grad():
+        exact, found = model(BATCHES[0]), prepared(BATCHES[0])
+    assert 0 < float((found - exact).square().sum() / exact.square().sum()) < 10**-3  # 30 dB at 8 bits
+
+
+def test_pytorchs_own_sum_is_swapped() -> None:
+    quantized = pytest.importorskip("torch.ao.nn.quantized")
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sum, self.fc = quantized.FloatFunctional(), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.fc(self.sum.add(x, x))
+            return found
+
+    prepared = qt.prepare(Net())
+    assert isinstance(prepared.sum, qt.QuantAdd)
+    qt.calibrate(prepared, BATCHES)
+    assert prepared(BATCHES[0]).shape == (8, 3, 8, 4)
+
+
+@pytest.mark.parametrize("bits", [1, 0, -1, 17, 31, 33])
+@pytest.mark.parametrize("what", ["weight_bits", "activation_bits"])
+def test_widths_that_cannot_be_made_are_refused(bits: int, what: str) -> None:
+    with pytest.raises(UsageError, match=f"{bits} bit"):
+        qt.prepare(network(), **{what: bits})  # type: ignore[arg-type]
+
+
+def test_patterns_choose_layers() -> None:
+    def swapped(**layers: Any) -> set[str]:
+        prepared = qt.prepare(network(), Recipe(layers=Layers(**layers)))
+        return {name for name, module in prepared.named_modules() if type(module).__name__.startswith("Quant")}
+
+    assert swapped() == {"stem.0", "depthwise.0", "point", "up", "head"}
+    assert swapped(exclude=("stem.*", "op:Linear")) == {"depthwise.0", "point", "up"}
+    assert swapped(include=("op:Conv2d",)) == {"stem.0", "depthwise.0", "point"}
+    with pytest.raises(UsageError, match="'nothing' matches no layer"):
+        swapped(exclude=("nothing",))
+    with pytest.raises(UsageError, match="no layer that could be prepared"):
+        qt.prepare(nn.ReLU())
+    with pytest.raises(UsageError, match=r"nn\.Sequential"):
+        qt.prepare(nn.Linear(2, 2))
+    with pytest.raises(UsageError, match="no scheme 'binary'"):
+        qt.prepare(network(), scheme="binary")
+
+
+# ---- quantizers ----------------------------------------------------------------------------------------------------------------
+
+FINITE = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
+
+
+@given(
+    lo=FINITE,
+    hi=FINITE,
+    bits=st.integers(2, 16),
+    symmetric=st.booleans(),
+    values=st.lists(FINITE, min_size=1, max_size=8),
+)
+def test_an_activation_is_rounded_as_a_plan_rounds_it(
+    lo: float, hi: float, bits: int, symmetric: bool, values: list[float]
+) -> None:
+    lo, hi = min(lo, hi), max(lo, hi)
+    integer = IntegerType(f"int{bits}")
+    quantizer = qt.ActivationQuantizer(integer, symmetric)
+    with torch.no_grad():
+        quantizer.lo.fill_(lo)
+        quantizer.hi.fill_(hi)
+        found = quantizer(torch.tensor(values)).numpy()
+    scale, zero_point = (symmetric_parameters if symmetric else affine_parameters)(lo, hi, integer)
+    q = quantize(np.array(values, dtype=np.float32), np.array(scale), np.array(zero_point), integer, None)
+    assert (found == (q.astype(np.float32) - np.float32(zero_point)) * np.float32(scale)).all()
+    ends = quantizer.bounds()
+    assert ends == ((integer.qmin - zero_point) * float(scale), (integer.qmax - zero_point) * float(scale))
+
+
+@given(values=st.lists(FINITE, min_size=4, max_size=4), bits=st.integers(2, 16), per_channel=st.booleans())
+def test_a_weight_is_rounded_as_a_plan_rounds_it(values: list[float], bits: int, per_channel: bool) -> None:
+    weight = np.array(values, dtype=np.float32).reshape(2, 2)
+    quantizer = qt.WeightQuantizer(bits, 0 if per_channel else None)
+    integer = IntegerType(f"int{bits}", narrow=True)
+    largest = np.abs(weight).max(axis=1) if per_channel else np.abs(weight).reshape(1, -1).max(axis=1)
+    scales = symmetric_scales(largest, integer)
+    assert (quantizer.scale(torch.from_numpy(weight)).numpy() == scales).all()
+    spread = scales.reshape(-1, 1) if per_channel else scales
+    expected = np.clip(np.rint(weight / spread), integer.qmin, integer.qmax).astype(np.float32) * spread
+    found = quantizer(torch.from_numpy(weight))
+    assert (found.numpy() == expected).all()
+    assert (
+        torch.equal(quantizer(found), found) or bits > 12
+    )  # on the grid, it stays; the finest scales differ by an ulp
+
+
+@given(values=st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=8), bits=st.integers(2, 16))
+def test_dorefa_gives_its_levels(values: list[float], bits: int) -> None:
+    steps = 2**bits - 1
+    x = torch.tensor(values)
+    activation = qt.DorefaActivation(bits)(x).double().numpy() * steps
+    expected = np.rint(np.clip(np.array(values, dtype=np.float32) * np.float32(0.1), 0, 1).astype(np.float32) * steps)
+    assert np.abs(activation - np.rint(activation)).max() < steps * 2.0**-22
+    assert np.abs(np.rint(activation) - expected).max() <= 1  # a tie of float32
+    weight = qt.DorefaWeight(bits)(x).double().numpy() * steps
+    odd = (np.rint(weight) % 2 == 1).all()
+    assert odd or not any(values)
+    assert np.abs(weight - np.rint(weight)).max() < steps * 2.0**-22
+    assert np.abs(weight).max() <= steps * (1 + 2.0**-22)
+
+
+def test_rounding_passes_gradients_straight_through() -> None:
+    quantizer = qt.ActivationQuantizer(IntegerType("uint4"))
+    with torch.no_grad():
+        quantizer.lo.fill_(0.0)
+        quantizer.hi.fill_(3.0)
+    x = torch.tensor([-1.0, 0.55, 1.31, 2.9, 5.0], requires_grad=True)
+    quantizer(x).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0]))
+    assert quantizer.hi.grad is not None
+    assert float(quantizer.hi.grad) > 0  # what is cut off above pulls the range up
+    weight = torch.tensor([[0.3, -0.8]], requires_grad=True)
+    qt.WeightQuantizer(3, 0)(weight).sum().backward()
+    assert weight.grad is not None
+    assert torch.allclose(weight.grad, torch.ones(1, 2))
+    squashed = torch.tensor([0.3, -0.8], requires_grad=True)
+    qt.DorefaWeight(3)(squashed).sum().backward()
+    assert squashed.grad is not None
+    slope = (1 - torch.tanh(squashed.detach()) ** 2) / torch.tanh(torch.tensor(0.8))
+    assert torch.allclose(squashed.grad, slope, rtol=1e-5)
+
+
+def test_weights_that_are_quantized_already_pass_through() -> None:
+    model = network()
+    prepared = qt.prepare(model, weight_bits=3, activation_bits=32, scheme="dorefa", quant_inference=True)
+    with torch.no_grad():
+        assert torch.equal(prepared(BATCHES[0]), model(BATCHES[0]))
+
+
+# ---- calibrate and freeze ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("observer", ["minmax", "percentile", "mean-minmax", "mse"])
+def test_ranges_come_from_observers(observer: Any) -> None:
+    recipe = Recipe(calibration=Calibration(observer=observer))
+    prepared = qt.calibrate(qt.prepare(network()), BATCHES, recipe)
+    lo, hi = dict(named_quantizers(prepared))["stem.0.activation_quantizer"].range()
+    seen = torch.cat(BATCHES)
+    if observer == "minmax":
+        assert (lo, hi) == (float(seen.min()), float(seen.max()))
+    else:
+        assert float(seen.min()) <= lo < 0 < hi <= float(seen.max())
+    assert not prepared.training
+    assert qt.calibrate(qt.prepare(network()).train(), BATCHES).training
+
+
+def test_loaders_yield_tensors_tuples_and_dicts() -> None:
+    found = []
+    for loader in (
+        BATCHES,
+        [(b, torch.zeros(8)) for b in BATCHES],
+        [{"x": b} for b in BATCHES],
+        [[{"x": b}] for b in BATCHES],
+    ):
+        prepared = qt.calibrate(qt.prepare(network()), loader)
+        found.append([quantizer.range() for _, quantizer in sorted(named_quantizers(prepared))])
+    assert all(one == found[0] for one in found)
+    with pytest.raises(DataError, match="yields no batch"):
+        qt.calibrate(qt.prepare(network()), [])
+    with pytest.raises(DataError, match="yields str"):
+        qt.calibrate(qt.prepare(network()), ["text"])
+
+
+def named_quantizers(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, qt.ActivationQuantizer)]
+
+
+def test_without_ranges_nothing_runs() -> None:
+    prepared = qt.prepare(network())
+    with pytest.raises(PlanError, match="calibrate the prepared model first"):
+        prepared(BATCHES[0])
+    with pytest.raises(PlanError, match="has no range"):
+        qt.freeze(prepared)
+    with pytest.raises(PlanError, match="has no range"):
+        floated(prepared)
+
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.used(x)
+            return found
+
+    with pytest.raises(PlanError, match="does not reach 'idle"):
+        qt.calibrate(qt.prepare(Half()), BATCHES)
+
+
+@pytest.mark.parametrize("scheme", ["affine", "dorefa"])
+def test_a_frozen_model_gives_what_it_gave_and_learns_no_more(scheme: str) -> None:
+    prepared = qt.calibrate(qt.prepare(network(), weight_bits=4, activation_bits=5, scheme=scheme), BATCHES)
+    with torch.no_grad():
+        before = prepared(BATCHES[0])
+        frozen = qt.freeze(prepared)
+        assert torch.equal(frozen(BATCHES[0]), before)
+    weight = frozen.get_parameter("head.weight").detach()
+    assert len(torch.unique(weight[0])) <= 16
+    assert not any(quantizer.hi.requires_grad for _, quantizer in named_quantizers(frozen))
+
+
+def test_training_recovers_what_narrow_grids_lose() -> None:
+    torch.manual_seed(0)
+    teacher = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4)
+    )
+    x = torch.cat(BATCHES)
+    with torch.no_grad():
+        labels = teacher.eval()(x).argmax(1)
+    prepared = qt.prepare(teacher, weight_bits=4, activation_bits=4, scheme="dorefa")
+
+    def loss() -> torch.Tensor:
+        return nn.functional.cross_entropy(prepared(x), labels)
+
+    before = float(loss().detach())
+    optimizer = torch.optim.Adam(prepared.parameters(), 2e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert float(loss().detach()) < 0.5 * before
+    assert (prepared(x).argmax(1) == labels).float().mean() > 0.9
+
+
+# ---- to integers ---------------------------------------------------------------------------------------------------------------
+
+
+def outputs(path: Path, x: torch.Tensor) -> torch.Tensor:
+    runner = Runner(path)
+    return torch.from_numpy(next(iter(runner.run({runner.inputs[0].name: x.numpy()}).values())))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits"), [("affine", 8), ("affine", 4), ("affine", 3), ("dorefa", 4), ("dorefa", 7)]
+)
+def test_integers_keep_what_was_learned(tmp_path: Path, scheme: str, bits: int) -> None:
+    torch.manual_seed(5)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3),
+        nn.Flatten(),
+        nn.Linear(8, 64),
+    ).eval()
+    prepared = qt.calibrate(qt.prepare(model, weight_bits=bits, activation_bits=bits, scheme=scheme), BATCHES)
+    done = qt.convert(prepared, tmp_path / "q.onnx", BATCHES, verified=True)
+    assert done.tuned.why_not.startswith("the model was prepared")
+    tensors = done.plan.tensors
+    for layer in done.plan.layers:
+        if layer.operator not in {"Conv", "Gemm"}:
+            continue
+        weight, x = tensors[layer.inputs[1]], tensors[layer.inputs[0]]
+        assert weight.integer.bits == (bits if scheme == "affine" else bits + 1)
+        assert x.integer.bits == bits
+        if scheme == "dorefa":
+            assert (x.lo, x.hi, x.scale) == ((0.0,), (10.0,), (float(np.float32(10 / (2**bits - 1))),))
+    with torch.no_grad():
+        plain = floated(prepared)[0].get_submodule("0.layer" if bits < 8 or scheme == "dorefa" else "0")
+        held = plain.get_parameter("weight")
+        expected, found = prepared(BATCHES[0]), outputs(done.model, BATCHES[0])
+    name = next(name for name in tensors if name.endswith(("0.weight", "0.layer.weight")))
+    stored = next(v for k, v in initializers(done.model).items() if k == f"{name}_quantized")
+    taught = torch.round(
+        held / held.abs().amax(dim=(1, 2, 3), keepdim=True) * np.abs(stored).max(axis=(1, 2, 3), keepdims=True)
+    )
+    assert (stored == taught.numpy()).all()
+    # Biases are rounded to the step of the accumulator, and a value on a tie may go the other way: that is all.
+    assert float((found - expected).square().sum() / expected.square().sum()) < {8: 1e-3, 7: 1e-3}.get(bits, 0.05)
+
+
+def initializers(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    import onnx
+    from onnx import numpy_helper
+
+    return {i.name: numpy_helper.to_array(i) for i in onnx.load(path).graph.initializer}
+
+
+def test_a_residual_is_not_narrowed_for_the_layer_beside_it(tmp_path: Path) -> None:
+    prepared = qt.calibrate(qt.prepare(network(), weight_bits=4, activation_bits=4), BATCHES)
+    done = qt.convert(prepared, tmp_path / "q.onnx", BATCHES)
+    adds = [layer for layer in done.plan.layers if layer.operator == "Add"]
+    assert adds
+    assert all(done.plan.tensors[name].integer.bits == 8 for layer in adds for name in layer.inputs)
+    convs = [layer for layer in done.plan.layers if layer.operator == "Conv"]
+    assert all(done.plan.tensors[layer.inputs[0]].integer.bits == 4 for layer in convs)
+
+
+def test_what_was_not_prepared_stays_float(tmp_path: Path) -> None:
+    recipe = Recipe(layers=Layers(exclude=("stem.*", "head")))
+    prepared = qt.calibrate(qt.prepare(network(), recipe), BATCHES)
+    done = qt.convert(prepared, tmp_path / "q.onnx", BATCHES)
+    assert {f.operator for f in done.plan.floats} >= {"Conv", "Gemm"}
+    assert sorted(layer.operator for layer in done.plan.layers if "Conv" in layer.operator) == [
+        "Conv",
+        "Conv",
+        "ConvTranspose",
+    ]
+
+
+def test_a_saved_prepared_model_converts_through_its_factory(tmp_path: Path) -> None:
+    prepared = qt.calibrate(prepared_network(), BATCHES)
+    torch.save(prepared.state_dict(), tmp_path / "tuned.pt")
+    np.savez(tmp_path / "d.npz", x=torch.cat(BATCHES).numpy())
+    opening = Opening(factory="tests.test_prepare:prepared_network")
+    done = convert(tmp_path / "tuned.pt", tmp_path / "a.onnx", data=tmp_path / "d.npz", opening=opening)
+    live = qt.convert(prepared, tmp_path / "b.onnx", BATCHES)
+    assert done.model.read_bytes() == live.model.read_bytes()
+
+
+def prepared_network() -> nn.Module:
+    return qt.prepare(network(), weight_bits=5, activation_bits=6)
+
+
+def test_the_sidecar_alone(tmp_path: Path) -> None:
+    prepared = qt.calibrate(prepared_network(), BATCHES)
+    done = qt.convert(prepared, tmp_path / "Residual.onnx", BATCHES)
+    assert qt.to_sidecar(prepared, BATCHES) == done.sidecar
+
+
+def test_a_model_that_is_not_prepared_is_tuned_as_a_file_is(tmp_path: Path) -> None:
+    done = qt.convert(network(), tmp_path / "q.pt2", BATCHES)
+    assert done.model.suffix == ".pt2"
+    assert min(done.check.sqnr.values()) > 25
+
+
+def test_widths_that_do_not_fit_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prepared = qt.calibrate(qt.prepare(network(), activation_bits=12), BATCHES)
+    with pytest.raises(PlanError, match="--activation-dtype int16"):
+        qt.convert(prepared, tmp_path / "q.onnx", BATCHES)
+    wide = qt.calibrate(qt.prepare(network(), weight_bits=12, activation_bits=8), BATCHES)
+    qt.convert(wide, tmp_path / "q.onnx", BATCHES)
+    assert "trained on 12 bits, and is rounded anew to 8" in caplog.text
+    recipe = Recipe(activation=Activation(dtype="int16"))
+    sixteen = qt.calibrate(qt.prepare(network(), recipe, activation_bits=12), BATCHES)
+    done = qt.convert(sixteen, tmp_path / "q16.onnx", BATCHES, recipe)
+    assert done.plan.tensors[done.plan.layers[0].inputs[0]].integer.name == "int12"
+
+
+def test_the_model_stays_as_it_was(tmp_path: Path) -> None:
+    prepared = qt.calibrate(prepared_network(), BATCHES)
+    before = copy.deepcopy(prepared.state_dict())
+    qt.convert(prepared, tmp_path / "q.onnx", BATCHES)
+    assert all(torch.equal(value, before[name]) for name, value in prepared.state_dict().items())
+    assert isinstance(prepared.get_submodule("head"), qt.QuantLinear)
