@@ -32,6 +32,16 @@ def test_lenet_keeps_its_accuracy_in_integers() -> None:
     assert "{'LogSoftmax': 20}" in text
 
 
+def test_dorefa_trains_and_becomes_integers() -> None:
+    text = printed(FOLDER / "dorefa.py")
+    assert "1 bit: weights of 1 bit are binary" in text
+    assert "32 bits are float bit for bit: True" in text
+    found = re.search(r"after one epoch ([\d.]+) %, its integers ([\d.]+) %", text)
+    assert found is not None
+    assert float(found[1]) > 90
+    assert text.count("int5") == 4
+
+
 def test_every_example_is_told_of() -> None:
     page = (FOLDER / "README.md").read_text()
     assert {example.name for example in EXAMPLES} == set(re.findall(r"\]\((\w+\.py)\)", page))

@@ -308,7 +308,7 @@ def test_training_recovers_what_narrow_grids_lose() -> None:
     optimizer = torch.optim.Adam(prepared.parameters(), 2e-3)
     for _ in range(60):
         optimizer.zero_grad()
-        loss().backward()
+        loss().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     assert float(loss().detach()) < 0.5 * before
     assert (prepared(x).argmax(1) == labels).float().mean() > 0.9
