@@ -62,7 +62,9 @@ with tempfile.TemporaryDirectory() as folder:
     name = runner.inputs[0].name
     integers = top1(lambda part: torch.from_numpy(next(iter(runner.run({name: part.numpy()}).values()))))
 print(f"after one epoch {after:.1f} %, its integers {integers:.1f} %")
-grids = {layer.name: done.plan.tensors[layer.inputs[1]].integer.name for layer in done.plan.layers if len(layer.inputs) > 1}
+grids = {
+    layer.name: done.plan.tensors[layer.inputs[1]].integer.name for layer in done.plan.layers if len(layer.inputs) > 1
+}
 print("weights on", grids)
 assert after > 90
 assert abs(after - integers) < 2
