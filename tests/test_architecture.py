@@ -58,6 +58,10 @@ ORDER = [
     {"quantcli.pipeline"},
     {"quantcli.torch"},
     {"quantcli", "quantcli.demo"},
+    {"quantcli.batch.manifest"},
+    {"quantcli.batch.worker"},
+    {"quantcli.batch.local"},
+    {"quantcli.batch"},
     {"quantcli.cli", "quantcli.__main__"},
     {"quantcli.reference"},
 ]

@@ -13,6 +13,7 @@ import click
 
 from calibration.errors import ReportedError
 from quantcli import __version__
+from quantcli.cli.batch import batch
 from quantcli.cli.calibrate import calibrate, merge
 from quantcli.cli.convert import convert
 from quantcli.cli.demo import demo
@@ -58,7 +59,7 @@ def cli() -> None:
     """Turn a saved float PyTorch or ONNX model into an integer one."""
 
 
-for command in (calibrate, merge, inspect, convert, evaluate, verify, lint, diff, targets, demo):
+for command in (calibrate, merge, inspect, convert, evaluate, verify, lint, diff, batch, targets, demo):
     cli.add_command(command)
 
 

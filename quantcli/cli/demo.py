@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from quantcli.cli.evaluate import as_document, show, verdict_of
+from quantcli.cli.evaluate import as_document, show
 from quantcli.cli.terminal import output_options, terminal_of
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def demo(context: click.Context, /, output: Path) -> None:
     Everything that it makes stays in the folder, with the commands that would make it again.
     """
     from quantcli import pipeline
+    from quantcli.evaluation.verdict import Thresholds, checked, figures_of
     from quantcli.files import staged
     from quantcli.recipe import read_recipe
 
@@ -55,14 +57,16 @@ def demo(context: click.Context, /, output: Path) -> None:
         shell("convert", model, "--stats", statistics, "--data", calibration, *spelled, "-o", quantized),
         shell("eval", quantized, "--float", model, "--data", evaluation, *spelled, "--layers", "--max-drop", MAX_DROP),
     ]
-    document = {**as_document(found), "verdict": verdict_of(found, MAX_DROP), "commands": commands}
+    checks = checked(figures_of(found), Thresholds(max_drop=MAX_DROP))
+    document = {**as_document(found), "verdict": "pass" if checks[0].met else "fail"}
+    document |= {"checks": [dataclasses.asdict(check) for check in checks], "commands": commands}
     with staged() as files:
         files.write(output / "evaluation.json", (json.dumps(document, indent=2) + "\n").encode())
     show(terminal, found)
     explain(terminal, output, commands)
     terminal.result(document)
     if document["verdict"] == "fail":
-        terminal.warn(f"top1 dropped by {found.drop:.2f} points, more than {MAX_DROP}")
+        terminal.warn(checks[0].said)
         context.exit(4)
 
 

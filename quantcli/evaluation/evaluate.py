@@ -25,7 +25,7 @@ from quantcli.errors import ModelError, UsageError
 from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs
 from quantcli.evaluation.kernels import Kernel, kernels
 from quantcli.evaluation.latency import Latency, measure
-from quantcli.evaluation.metrics import LABEL_METRICS, METRICS, Comparison, TopK
+from quantcli.evaluation.metrics import LABEL_METRICS, METRICS, Asked, Comparison, TopK, function_of
 from quantcli.load import LoadedModel, Opening, load
 from quantcli.progress import Progress, silent
 from quantcli.recipe import Recipe
@@ -98,7 +98,8 @@ def evaluate(
         quantized: The quantized model: ``.onnx``, or ``.pt2``.
         data: Evaluation data.
         reference: The float model, ``.onnx`` or what torch wrote.
-        metric: A key of `METRICS`; None for top1 where there are labels, else sqnr.
+        metric: A key of `METRICS`, or ``module:function`` (`quantcli.evaluation.metrics.Asked`); None for top1 where there are
+            labels, else sqnr.
         recipe: Where the preprocessing stands; None for the defaults.
         labels: Labels, where the data does not carry them.
         split: Keep only the labels' rows of this split.
@@ -137,24 +138,16 @@ def evaluate(
     check_metric(metric, dataset, source)
     indices = select(len(dataset), selection or Selection())
     batch = fitted_batch(runner.inputs, batch)
-    tops = [TopK(LABEL_METRICS.get(metric, 1)) for _ in range(2)]
-    comparison = Comparison()
+    measuring = Measuring(metric, runner.outputs[0])
     first: dict[str, NDArray[Any]] = {}
     for start, feeds in zip(range(0, len(indices), batch), batches(dataset, indices, batch), strict=True):
         rows = indices[start : start + batch]
         first = first or feeds
-        result = run_padded(runner, feeds, batch)
         expected = run_padded(float_runner, feeds, batch) if float_runner is not None else {}
-        comparison.update(expected, result)
-        if metric in LABEL_METRICS and dataset.labels is not None:
-            for top, outputs, model in ((tops[0], result, runner), (tops[1], expected, float_runner)):
-                if model is not None:
-                    top.update(outputs[model.outputs[0]], dataset.labels[rows])
+        labelled = dataset.labels[rows] if dataset.labels is not None else None
+        measuring.update(run_padded(runner, feeds, batch), expected, labelled)
         progress("evaluate", start + len(rows), len(indices))
-    if metric in LABEL_METRICS:
-        value, reference_value = tops[0].percent, tops[1].percent if source is not None else None
-    else:
-        value, reference_value = getattr(next(iter(comparison.outputs.values())), metric), None
+    value, reference_value = measuring.values(dataset.labels[indices] if dataset.labels is not None else None)
     timing = None
     one = first if fixes_batch(runner.inputs) else {k: v[:1] for k, v in first.items()}
     if latency and source is not None and candidate is not None:
@@ -169,7 +162,7 @@ def evaluate(
         len(indices),
         value,
         reference_value,
-        {name: difference.sqnr for name, difference in comparison.outputs.items()},
+        {name: difference.sqnr for name, difference in measuring.comparison.outputs.items()},
         timing,
         quantized.stat().st_size if candidate is None else candidate.size,
         source.size if source is not None else None,
@@ -177,6 +170,45 @@ def evaluate(
         kernels(candidate.runnable, one, threads) if profiled and candidate is not None else (),
         kernels(source.runnable, one, threads) if profiled and source is not None else (),
     )
+
+
+class Measuring:
+    """One metric of a quantized model and of the float model, batch by batch.
+
+    Args:
+        metric: Its name, or ``module:function``.
+        scores: The output that holds the scores of classes.
+    """
+
+    def __init__(self, metric: str, scores: str) -> None:
+        self.metric, self.scores = metric, scores
+        self.function = function_of(metric) if ":" in metric else None
+        self.tops = [TopK(LABEL_METRICS.get(metric, 1)) for _ in range(2)]
+        self.asked = Asked(metric), Asked(metric)
+        self.comparison = Comparison()
+
+    def update(
+        self,
+        result: dict[str, NDArray[Any]],
+        expected: dict[str, NDArray[Any]],
+        labels: NDArray[np.integer] | None,
+    ) -> None:
+        """Count a batch: the outputs of both models (none of float where there is none) and its labels."""
+        self.comparison.update(expected, result)
+        for place, outputs in enumerate((result, expected)):
+            if self.metric in LABEL_METRICS and labels is not None and outputs:
+                self.tops[place].update(outputs[self.scores], labels)
+            if self.function is not None:
+                self.asked[place].update(outputs)
+
+    def values(self, labels: NDArray[np.integer] | None) -> tuple[float, float | None]:
+        """Return the quantized model's metric, and the float model's: None where it has none."""
+        if self.metric in LABEL_METRICS:
+            return self.tops[0].percent, self.tops[1].percent if self.tops[1].samples else None
+        if self.function is not None:
+            reference = self.asked[1].value(self.function, labels) if self.asked[1].parts else None
+            return self.asked[0].value(self.function, labels), reference
+        return getattr(next(iter(self.comparison.outputs.values())), self.metric), None
 
 
 def opened(quantized: Path, source: LoadedModel | None) -> tuple[LoadedModel | None, Runner | ProgramRunner]:
@@ -220,8 +252,10 @@ def sidecar_beside(candidate: LoadedModel, path: Path, source: LoadedModel) -> S
 
 def check_metric(metric: str, dataset: Dataset, source: LoadedModel | None) -> None:
     """Raise where a metric is unknown or needs labels or a float model that are not there."""
+    if ":" in metric:
+        return
     if metric not in METRICS:
-        raise UsageError(f"there is no metric '{metric}'", f"known: {', '.join(METRICS)}")
+        raise UsageError(f"there is no metric '{metric}'", f"known: {', '.join(METRICS)}, or module:function")
     if metric in LABEL_METRICS and dataset.labels is None:
         raise DataError(
             f"the metric {metric} needs labels and the data has none",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +14,8 @@ import numpy as np
 from calibration.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
 LABEL_METRICS = {"top1": 1, "top5": 5}
@@ -54,6 +59,57 @@ class TopK:
     def percent(self) -> float:
         """The metric so far."""
         return 100.0 * self.hits / self.samples if self.samples else math.nan
+
+
+@dataclass
+class Asked:
+    """A metric of the user's: a function of all outputs and labels.
+
+    Attributes:
+        name: ``module:function``; it is called with the outputs by name, and the labels or None, and returns a number.
+    """
+
+    name: str
+    parts: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
+
+    def update(self, outputs: dict[str, NDArray[Any]]) -> None:
+        """Keep a batch of outputs."""
+        for name, values in outputs.items():
+            self.parts.setdefault(name, []).append(values)
+
+    def value(self, function: Callable[..., Any], labels: NDArray[np.integer] | None) -> float:
+        """Return what the function says.
+
+        Raises:
+            DataError: If it fails, or returns no number.
+        """
+        try:
+            outputs = {name: np.concatenate(values) for name, values in self.parts.items()}
+            found = float(function(outputs, labels))
+        except Exception as error:
+            raise DataError(f"the metric {self.name} fails ({type(error).__name__}: {error})", "mend it") from error
+        if math.isnan(found):
+            raise DataError(f"the metric {self.name} returns no number", "return a finite one")
+        return found
+
+
+def function_of(name: str) -> Callable[..., Any]:
+    """Import a metric, ``module:function``, from the path or the present folder.
+
+    Raises:
+        DataError: If there is none.
+    """
+    module, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    except (Exception, SystemExit) as error:
+        raise DataError(f"the metric {name} cannot be imported ({type(error).__name__}: {error})", "mend it") from error
+    finally:
+        if here in sys.path:
+            sys.path.remove(here)
+    return found
 
 
 @dataclass

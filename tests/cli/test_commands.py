@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import pty
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import onnxruntime
@@ -324,7 +326,7 @@ def test_eval_tells_what_numpy_finds(capsys: pytest.CaptureFixture[str]) -> None
     reference, result, labels = evaluation()
     expected = [100 * int((scores.argmax(axis=1) == labels).sum()) / 32 for scores in (reference, result)]
     assert 0 < expected[0] < 100
-    assert list(told) == [*FIELDS, "verdict"]
+    assert list(told) == [*FIELDS, "verdict", "checks"]
     assert (told["metric"], told["samples"], told["verdict"]) == ("top1", 32, None)
     assert [told["float"], told["quantized"]] == expected
     assert told["drop"] == expected[0] - expected[1]
@@ -393,6 +395,71 @@ def test_a_threshold_gives_a_verdict(capsys: pytest.CaptureFixture[str], allowed
     captured = capsys.readouterr()
     assert strict_json(captured.out)["verdict"] == verdict
     assert len(captured.err.splitlines()) == (code != 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "failures"),
+    [
+        ("--min-metric 0 --max-drop 100", 0, 0),
+        ("--min-metric 100.5 --max-drop 100", 4, 1),
+        ("--min-metric 100.5 --max-drop -200", 4, 2),
+        ("--min-speedup 0.001", 0, 0),
+        ("--min-speedup 1e6", 4, 1),
+    ],
+)
+def test_every_threshold_is_judged_and_written_as_junit(
+    capsys: pytest.CaptureFixture[str], options: str, code: int, failures: int
+) -> None:
+    command = [*EVAL, *options.split(), "--junit", "verdict.xml"]
+    assert run(command) == code
+    captured = capsys.readouterr()
+    assert captured.out.count("verdict: ") == len(options.split()) // 2 - failures
+    assert len(captured.err.splitlines()) == failures
+    suite = ET.parse("verdict.xml").getroot().find("testsuite")  # noqa: S314 - it is ours
+    assert suite is not None
+    assert (suite.get("tests"), suite.get("failures")) == (str(len(options.split()) // 2), str(failures))
+    assert len(suite.findall("testcase/failure")) == failures
+
+
+def test_thresholds_need_their_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    for options in ("--no-latency --min-speedup 1", "--no-latency --metric sqnr --max-drop 1"):
+        assert run([*EVAL, *options.split()]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+METRICS_OF_A_USER = """
+import numpy as np
+
+def errors(outputs, labels):
+    (scores,) = outputs.values()
+    return float((scores.argmax(1) != labels).sum())
+
+def fails(outputs, labels):
+    return 1 / 0
+
+def nothing(outputs, labels):
+    return float("nan")
+"""
+
+
+def test_a_metric_of_the_users_own(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.py").write_text(METRICS_OF_A_USER)
+    reference, result, labels = evaluation()
+    told = done(capsys, *EVAL, "--no-latency", "--metric", "mine:errors")
+    assert told["quantized"] == int((result.argmax(axis=1) != labels).sum())
+    assert told["float"] == int((reference.argmax(axis=1) != labels).sum())
+    for name, message in (("fails", "ZeroDivisionError"), ("nothing", "no number"), ("absent", "cannot be imported")):
+        assert run([*EVAL, "--no-latency", "--metric", f"mine:{name}"]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_the_worst_layers_come_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*EVAL, "--no-latency", "--layers"]) == 0
+    table = capsys.readouterr().out.partition("SQNR layer by layer")[2].splitlines()
+    rows = [re.findall(r"-?\d+\.\d(?!\d)", line) for line in table]
+    lost = [float(numbers[1]) if len(numbers) > 1 else 0.0 for numbers in rows if numbers]
+    assert len(lost) >= 3
+    assert lost == sorted(lost, reverse=True)
 
 
 def test_a_threshold_may_be_met_exactly(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,151 @@
+"""Run the entries of a zoo on this machine: each in a process of its own, within its time and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from quantcli.batch.worker import RESULT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from quantcli.batch.manifest import Entry
+
+# How often a process is looked at, in seconds.
+WATCH = 0.05
+LOG = "log.txt"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an entry's process ended.
+
+    Attributes:
+        status: ``done``, ``failed`` (with an error that is told), ``crashed``, ``timeout`` or ``memory``.
+        reason: Why, where it is not done.
+        figures: What was found.
+        seconds: How long it took.
+    """
+
+    status: str
+    reason: str
+    figures: dict[str, Any]
+    seconds: float
+
+
+def run_local(
+    entries: Sequence[Entry], workplace: Path, jobs: int, finished: Callable[[Entry, Ended, Path], None]
+) -> None:
+    """Run entries, so many at once.
+
+    Args:
+        entries: The entries.
+        workplace: Where each gets a folder while it is in flight.
+        jobs: How many run at once.
+        finished: Called in this thread as each ends, with the folder of what it has made.
+    """
+    waiting = list(entries)
+    with ThreadPoolExecutor(jobs) as pool:
+        running: dict[Future[Ended], tuple[Entry, Path]] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    entry = waiting.pop(0)
+                    folder = workplace / entry.name.replace("/", "@")
+                    running[pool.submit(run_one, entry, folder)] = entry, folder
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    entry, folder = running.pop(future)
+                    finished(entry, future.result(), folder)
+        finally:
+            stop_all()
+
+
+def run_one(entry: Entry, folder: Path) -> Ended:
+    """Run one entry in a process, and end it where it takes too long or too much memory."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "entry.json").write_bytes(msgspec.json.encode(entry))
+    place = folder.resolve()  # the process stands elsewhere
+    command = [sys.executable, "-m", "quantcli.batch.worker", str(place / "entry.json"), str(place)]
+    began = time.monotonic()
+    with (folder / LOG).open("wb") as log, watched(command, log, entry.folder) as process:
+        killed = watch(process, entry, began)
+    seconds = time.monotonic() - began
+    (folder / "entry.json").unlink(missing_ok=True)
+    if killed is not None:
+        return Ended(*killed, {}, seconds)
+    with contextlib.suppress(OSError, msgspec.DecodeError):
+        result = msgspec.json.decode((folder / RESULT).read_bytes())
+        (folder / RESULT).unlink()
+        return Ended(result["status"], result["reason"], result["figures"], seconds)
+    return Ended("crashed", died(process.returncode), {}, seconds)
+
+
+def died(code: int) -> str:
+    """Say how a process died that left no result."""
+    if code < 0:
+        name = signal.Signals(-code).name if -code in {s.value for s in signal.Signals} else str(-code)
+        return f"the process was ended by {name}" + (": the machine's memory, perhaps" if name == "SIGKILL" else "")
+    return f"the process ended with code {code} and left no result"
+
+
+RUNNING: set[subprocess.Popen[bytes]] = set()
+
+
+@contextlib.contextmanager
+def watched(command: list[str], log: Any, folder: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a process that ends with this one, and see to it that nothing of it is left."""
+    process = subprocess.Popen(  # noqa: S603 - it is ourselves
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=folder
+    )
+    RUNNING.add(process)
+    try:
+        yield process
+    finally:
+        kill(process)
+        RUNNING.discard(process)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and those that it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def stop_all() -> None:
+    """Kill what is still running."""
+    for process in list(RUNNING):
+        kill(process)
+
+
+def watch(process: subprocess.Popen[bytes], entry: Entry, began: float) -> tuple[str, str] | None:
+    """Wait for a process; return why it has to be ended, or None where it ended by itself."""
+    while process.poll() is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(WATCH)
+            return None
+        if entry.timeout and time.monotonic() - began > entry.timeout:
+            return "timeout", f"it took more than {entry.timeout:g} seconds"
+        if entry.memory and (held := resident(process.pid)) > entry.memory:
+            return "memory", f"it took {held / 1e6:.0f} MB of memory, more than {entry.memory / 1e6:.0f} MB"
+    return None
+
+
+def resident(pid: int) -> int:
+    """Return the bytes of memory that a process holds; 0 where the system does not tell."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0

@@ -1,0 +1,272 @@
+"""The manifest of a zoo: which models, with which recipes, on which data, and what they have to reach."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from calibration.errors import ReportedError
+from quantcli.errors import RecipeError
+from quantcli.recipe import Recipe, read_recipe
+
+Number = Annotated[float, msgspec.Meta(ge=0)]
+# What outputs depend on besides their inputs.
+PACKAGES = ("quantcli", "numpy", "onnx", "onnxruntime", "onnx-ir", "onnxscript", "torch")
+SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class Wishes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is wished for a model; None leaves it to the defaults of the zoo.
+
+    Attributes:
+        data: Calibration data.
+        labels: A CSV that names the image files.
+        split: Keep only those of its rows, to calibrate.
+        evaluate: Evaluation data; the calibration data where there is none.
+        evaluate_split: Keep only those rows, to evaluate.
+        samples: How many samples are evaluated; all by default.
+        recipe: A recipe file that the recipes are laid over.
+        metric: ``top1``, ``sqnr``, …, or ``module:function``.
+        max_drop, min_metric, min_speedup: What has to be reached.
+        timeout: Seconds that an entry may take.
+        memory: Memory that it may take: ``4GB``.
+        format: ``qdq`` or ``qoperator``.
+        output: ``onnx`` or ``pt2``.
+        factory: What builds the module of a state dict.
+        trust_pickle: Whether the file may run what code it holds.
+        strict, verify: As `quantcli.convert` has them.
+    """
+
+    data: str | None = None
+    labels: str | None = None
+    split: str | None = None
+    evaluate: str | None = None
+    evaluate_split: str | None = None
+    samples: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    recipe: str | None = None
+    metric: str | None = None
+    max_drop: float | None = None
+    min_metric: float | None = None
+    min_speedup: Number | None = None
+    timeout: Number | None = None
+    memory: str | None = None
+    format: str | None = None
+    output: str | None = None
+    factory: str | None = None
+    trust_pickle: bool | None = None
+    strict: bool | None = None
+    verify: bool | None = None
+
+
+class Model(Wishes, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One model, or those that a pattern finds.
+
+    Attributes:
+        path: A file, or a pattern (``models/*.onnx``).
+        name: Its name in reports; the file's by default.
+        recipes: Which of the zoo's recipes; all by default.
+    """
+
+    path: str
+    name: str | None = None
+    recipes: tuple[str, ...] | None = None
+
+
+class Zoo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A manifest as it is written."""
+
+    models: tuple[Model, ...]
+    defaults: Wishes = Wishes()
+    recipes: dict[str, dict[str, Any]] = {}
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One model with one recipe, whole.
+
+    Attributes:
+        name: ``model/recipe``.
+        path: The model.
+        recipe: The recipe.
+        wishes: Everything else; paths are absolute.
+        folder: The manifest's folder: where functions are imported from.
+        timeout: Seconds; 0 for no limit.
+        memory: Bytes; 0 for no limit.
+    """
+
+    name: str
+    path: str
+    recipe: Recipe
+    wishes: Wishes
+    folder: str = "."
+    timeout: float = 0.0
+    memory: int = 0
+
+    def inputs(self) -> list[Path | None]:
+        """Return the files and folders that the entry reads: model, data, labels, evaluation data, metric, factory, target."""
+        wishes = self.wishes
+        factory = (wishes.factory or "").rpartition(":")[0]
+        module = (wishes.metric or "").partition(":")[0] if ":" in (wishes.metric or "") else ""
+        metric = Path(self.folder) / f"{module}.py"
+        named = [Path(self.path), *(Path(p) if p else None for p in (wishes.data, wishes.labels, wishes.evaluate))]
+        named += [metric if module and metric.is_file() else None, Path(factory) if factory.endswith(".py") else None]
+        return [*named, self.recipe.target_file]
+
+    def key(self, digests: dict[Path, str]) -> str:
+        """Return what the entry's output and figures follow from, as a digest: contents, recipe, versions.
+
+        Neither thresholds nor limits are part of it, nor where files stand.
+
+        Args:
+            digests: Digests of files and folders that were read already; new ones are added.
+        """
+        contents = []
+        for path in self.inputs():
+            if path is not None and path not in digests:
+                digests[path] = digest_at(path)
+            contents.append(digests[path] if path is not None else "")
+        named = {"data", "labels", "evaluate", "recipe", "factory"}
+        aside = {"max_drop", "min_metric", "min_speedup", "timeout", "memory"} | named
+        wishes = {name: getattr(self.wishes, name) for name in Wishes.__struct_fields__ if name not in aside}
+        factory = (self.wishes.factory or "").rpartition(":")
+        recipe = msgspec.to_builtins(self.recipe) | {"target": Path(self.recipe.target).name}
+        timed = self.wishes.min_speedup is not None
+        told = [contents, Path(self.path).name, Path(factory[0]).name, factory[2], recipe, wishes, versions(), timed]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def digest_at(path: Path) -> str:
+    """Return the sha256 of a file (and of a model's external data), or of a folder's files, with their names."""
+    digest = hashlib.sha256()
+    for file in files_of(path):
+        digest.update(file.name.encode(errors="surrogateescape") + b"\0")
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files that a path stands for; none where there is nothing."""
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    if path.suffix == ".onnx":
+        from quantcli.load.onnx import load_onnx
+
+        with contextlib.suppress(ReportedError):  # what is no model is what it is
+            return load_onnx(path)[1]
+    return [path] if path.is_file() else []
+
+
+def read_zoo(path: Path) -> list[Entry]:
+    """Return the entries of a manifest: every model with every one of its recipes.
+
+    Paths in it are relative to its folder.
+
+    Raises:
+        RecipeError: If it cannot be read, a pattern finds nothing, or two entries have one name.
+    """
+    try:
+        zoo = msgspec.toml.decode(path.read_bytes(), type=Zoo)
+    except (msgspec.DecodeError, OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not a manifest ({error})", "it is a TOML file: docs/batch.md") from error
+    entries: list[Entry] = []
+    for model in zoo.models:
+        for file in found_at(path, model):
+            names = model.recipes if model.recipes is not None else tuple(zoo.recipes) or ("default",)
+            for recipe in names:
+                if recipe not in zoo.recipes and (zoo.recipes or recipe != "default"):
+                    raise RecipeError(
+                        f"{path} has no recipe '{recipe}'", f"recipes: {', '.join(zoo.recipes) or 'none'}"
+                    )
+                entries.append(entry_of(path, zoo, model, file, recipe))
+    if not entries:
+        raise RecipeError(f"{path} names no model", "add [[models]] with a path")
+    seen: set[str] = set()
+    for entry in entries:
+        if entry.name in seen:
+            raise RecipeError(f"{path} has two entries '{entry.name}'", "give the models names")
+        seen.add(entry.name)
+    return entries
+
+
+def found_at(manifest: Path, model: Model) -> list[Path]:
+    """Return the files of a model's path or pattern.
+
+    Raises:
+        RecipeError: If a pattern finds nothing.
+    """
+    folder = manifest.resolve().parent
+    if not any(sign in model.path for sign in "*?["):
+        return [folder / model.path]
+    if Path(model.path).is_absolute():
+        top, pattern = Path(Path(model.path).anchor), str(Path(model.path).relative_to(Path(model.path).anchor))
+    else:
+        top, pattern = folder, model.path
+    files = sorted(file for file in top.glob(pattern) if file.is_file())
+    if not files:
+        raise RecipeError(f"{manifest}: '{model.path}' finds no file", "patterns are those of a shell")
+    if model.name is not None and len(files) > 1:
+        raise RecipeError(
+            f"{manifest}: '{model.path}' finds {len(files)} files for the one name '{model.name}'", "leave it out"
+        )
+    return files
+
+
+def entry_of(manifest: Path, zoo: Zoo, model: Model, file: Path, recipe: str) -> Entry:
+    """Return one entry: the model's wishes over the zoo's, and its recipe over the recipe file.
+
+    Raises:
+        RecipeError: If a name, a size or the recipe cannot be used.
+    """
+    folder = manifest.resolve().parent
+    given = {field: getattr(model, field) for field in Wishes.__struct_fields__}
+    merged = {name: getattr(zoo.defaults, name) if value is None else value for name, value in given.items()}
+    for name in ("data", "labels", "evaluate", "recipe"):
+        if merged[name] is not None:
+            merged[name] = str(folder / merged[name])
+    if merged["factory"] and merged["factory"].rpartition(":")[0].endswith(".py"):
+        merged["factory"] = str(folder / merged["factory"])
+    wishes = Wishes(**merged)
+    whole = read_recipe(Path(wishes.recipe) if wishes.recipe else None, zoo.recipes.get(recipe))
+    if whole.target_file is not None:
+        whole = msgspec.structs.replace(whole, target=str(folder / whole.target))
+    stem = model.name or file.stem
+    if not re.fullmatch(r"[\w][\w .+-]*", stem) or not re.fullmatch(r"[\w][\w .+-]*", recipe):
+        raise RecipeError(f"{manifest}: '{stem}/{recipe}' is no name of an entry", "use letters, digits, and . _ + -")
+    return Entry(
+        f"{stem}/{recipe}", str(file), whole, wishes, str(folder), wishes.timeout or 0.0, bytes_in(wishes.memory)
+    )
+
+
+def bytes_in(text: str | None) -> int:
+    """Return a size such as ``4GB`` in bytes; 0 for none.
+
+    Raises:
+        RecipeError: If it is none.
+    """
+    if text is None:
+        return 0
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", text.upper())
+    unit = match[2] if match else ""
+    unit = unit if unit.endswith("B") or not unit else f"{unit}B"
+    if match is None or (unit not in SIZES and unit != "B"):
+        raise RecipeError(f"'{text}' is no size", "write 4GB or 512MiB")
+    return int(float(match[1]) * SIZES.get(unit, 1))

@@ -1,0 +1,265 @@
+"""A batch: which entries have to be run, what became of each, and the reports.
+
+Everything stands in one folder: ``entries/MODEL/RECIPE/`` with the converted model, its sidecar and ``record.json``;
+``results.json``, ``junit.xml``, ``timings.json`` and ``index.html``. An entry's record appears whole or not at all, and says under
+which key (contents, recipe, versions) it was made: it is made again only where that has changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from quantcli.batch.local import LOG, Ended, run_local
+from quantcli.errors import OutputError, UsageError
+from quantcli.evaluation.junit import Case, junit
+from quantcli.evaluation.verdict import Check, Figures, Thresholds, checked
+from quantcli.files import staged
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from quantcli.batch.manifest import Entry
+
+    Engine = Callable[[Sequence[Entry], Path, int, Callable[[Entry, Ended, Path], None]], None]
+
+RECORD = "record.json"
+VERSION = 1
+
+
+class Record(msgspec.Struct, frozen=True):
+    """What became of an entry.
+
+    Attributes:
+        key: What it was made from.
+        status: As `quantcli.batch.local.Ended` has it.
+        reason: Why, where it is not done.
+        figures: What was found.
+        seconds: How long it took.
+    """
+
+    key: str
+    status: str
+    reason: str
+    figures: dict[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An entry's verdict.
+
+    Attributes:
+        entry: The entry.
+        record: What became of it.
+        checks: Its thresholds.
+        cached: Whether it was there already.
+    """
+
+    entry: Entry
+    record: Record
+    checks: tuple[Check, ...]
+    cached: bool
+
+    @property
+    def status(self) -> str:
+        """``met``; ``missed`` a threshold; or how it failed."""
+        if self.record.status != "done":
+            return self.record.status
+        return "met" if all(check.met for check in self.checks) else "missed"
+
+    @property
+    def reason(self) -> str:
+        """Why it did not reach what was asked; empty where it did."""
+        return self.record.reason or "; ".join(check.said for check in self.checks if not check.met)
+
+
+def run_batch(
+    entries: Sequence[Entry],
+    output: Path,
+    jobs: int = 1,
+    fresh: bool = False,
+    retry: bool = False,
+    engine: Engine = run_local,
+    told: Callable[[Outcome, int, int], None] = lambda *_: None,
+) -> list[Outcome]:
+    """Run the entries that have to be run, and return the outcomes of all, in order.
+
+    Args:
+        entries: The entries.
+        output: The folder of the batch.
+        jobs: How many run at once.
+        fresh: Whether to run everything again.
+        retry: Whether to run again what failed.
+        engine: What runs them.
+        told: Called with every outcome as it is known, how many are known, and how many there are.
+
+    Raises:
+        OutputError: If the folder cannot be written to.
+    """
+    digests: dict[Path, str] = {}
+    keys = {entry.name: entry.key(digests) for entry in entries}
+    outcomes: dict[str, Outcome] = {}
+
+    def note(outcome: Outcome) -> None:
+        outcomes[outcome.entry.name] = outcome
+        told(outcome, len(outcomes), len(entries))
+
+    waiting = []
+    for entry in entries:
+        record = None if fresh else known(output, entry, keys[entry.name])
+        if record is None or (retry and record.status != "done"):
+            waiting.append(entry)
+        else:
+            note(judged(entry, record, cached=True))
+
+    def finished(entry: Entry, ended: Ended, folder: Path) -> None:
+        record = Record(keys[entry.name], ended.status, ended.reason, ended.figures, ended.seconds)
+        keep(output, entry, record, folder)
+        note(judged(entry, record, cached=False))
+
+    workplace = output / ".work"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(workplace, ignore_errors=True)
+        workplace.mkdir()
+        engine(waiting, workplace, jobs, finished)
+    except OSError as error:
+        raise OutputError(f"{output} cannot be written ({error.strerror or error})", "choose another -o") from error
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
+    return [outcomes[entry.name] for entry in entries]
+
+
+def place_of(output: Path, entry: Entry) -> Path:
+    """Return an entry's folder."""
+    return output / "entries" / entry.name
+
+
+def known(output: Path, entry: Entry, key: str) -> Record | None:
+    """Return the record of an entry that was made from the same; None where there is none, or its files are gone."""
+    folder = place_of(output, entry)
+    with contextlib.suppress(OSError, msgspec.DecodeError):
+        record = msgspec.json.decode((folder / RECORD).read_bytes(), type=Record)
+        if record.key == key and (record.status != "done" or (folder / record.figures["output"]).is_file()):
+            return record
+    return None
+
+
+def keep(output: Path, entry: Entry, record: Record, made: Path) -> None:
+    """Give what an entry has made its place; the record comes with it, so that a cut leaves nothing half."""
+    (made / RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record)) + b"\n")
+    if record.status == "done":
+        (made / LOG).unlink(missing_ok=True)
+    place = place_of(output, entry)
+    shutil.rmtree(place, ignore_errors=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    made.rename(place)
+
+
+def judged(entry: Entry, record: Record, cached: bool) -> Outcome:
+    """Return an entry's verdict."""
+    wishes, figures = entry.wishes, record.figures
+    asked = Thresholds(wishes.max_drop, wishes.min_metric, wishes.min_speedup)
+    if record.status != "done" or not asked.any:
+        return Outcome(entry, record, (), cached)
+    try:
+        if figures.get("quantized") is None:
+            raise UsageError("there is no figure to judge by", "give evaluation data, and a metric that is finite")
+        found = Figures(figures["metric"], figures["quantized"], figures["drop"], figures["speedup"])
+        return Outcome(entry, record, checked(found, asked), cached)
+    except UsageError as error:
+        return Outcome(entry, msgspec.structs.replace(record, status="failed", reason=str(error)), (), cached)
+
+
+# ---- reports -------------------------------------------------------------------------------------------------------------------
+
+
+def document(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return the results for machines: the same for the same zoo, however often it was cut off; times stand elsewhere."""
+    counts: dict[str, int] = {}
+    for outcome in outcomes:
+        counts[outcome.status] = counts.get(outcome.status, 0) + 1
+    return {
+        "format": "quantcli-zoo",
+        "version": VERSION,
+        "summary": {"entries": len(outcomes), **dict(sorted(counts.items()))},
+        "entries": [
+            {
+                "name": outcome.entry.name,
+                "status": outcome.status,
+                "reason": untimed(outcome),
+                "checks": [
+                    {"name": check.name, "limit": check.limit, "met": check.met}
+                    | ({} if check.name == "min-speedup" else {"value": check.value})
+                    for check in outcome.checks
+                ],
+                **{name: value for name, value in outcome.record.figures.items() if name != "speedup"},
+            }
+            for outcome in outcomes
+        ],
+    }
+
+
+def untimed(outcome: Outcome) -> str:
+    """Return the reason without measured times and memory, which no two runs share."""
+    timed = {"memory": "it took more memory than it may", "timeout": outcome.record.reason}
+    if outcome.record.status != "done":
+        return timed.get(outcome.record.status, outcome.record.reason)
+    parts = [
+        "it is slower than asked" if check.name == "min-speedup" else check.said
+        for check in outcome.checks
+        if not check.met
+    ]
+    return "; ".join(parts)
+
+
+def timings(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return how long each entry took, and how fast what it made runs."""
+    return {
+        outcome.entry.name: {
+            "seconds": round(outcome.record.seconds, 3),
+            "speedup": outcome.record.figures.get("speedup"),
+            "cached": outcome.cached,
+        }
+        for outcome in outcomes
+    }
+
+
+def cases(outcomes: Sequence[Outcome]) -> list[Case]:
+    """Return the outcomes as JUnit has them: a missed threshold is a failure, everything else an error."""
+    found = []
+    for outcome in outcomes:
+        model, _, recipe = outcome.entry.name.partition("/")
+        missed = outcome.status == "missed"
+        failure, error = (
+            (outcome.reason, "") if missed else ("", f"{outcome.status}: {outcome.reason}" if outcome.reason else "")
+        )
+        found.append(Case(model, recipe, failure, error, outcome.record.seconds))
+    return found
+
+
+def write_reports(outcomes: Sequence[Outcome], output: Path) -> None:
+    """Write ``results.json``, ``timings.json``, ``junit.xml`` and ``index.html``.
+
+    Raises:
+        OutputError: If the folder cannot be written to.
+    """
+    from quantcli.batch.index import index
+
+    with staged() as files:
+        files.write(output / "results.json", as_json(document(outcomes)))
+        files.write(output / "timings.json", as_json(timings(outcomes)))
+        files.write(output / "junit.xml", junit("quantcli batch", cases(outcomes)))
+        files.write(output / "index.html", index(outcomes))
+
+
+def as_json(value: Any) -> bytes:
+    """Return a document as JSON text."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,117 @@
+"""One entry of a zoo, in a process of its own: ``python -m quantcli.batch.worker ENTRY.json FOLDER``.
+
+Everything goes through files: the entry comes as JSON, and ``result.json`` appears in the folder beside the converted model.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from calibration.errors import ReportedError
+from quantcli.batch.manifest import Entry
+
+RESULT = "result.json"
+
+
+def die_with_parent() -> None:
+    """On Linux, ask to be killed when the parent is gone (prctl, PR_SET_PDEATHSIG): nothing goes on without whom it tells."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def run(entry: Entry, folder: Path) -> dict[str, Any]:
+    """Convert and evaluate an entry, and return its figures."""
+    from calibration.datasets import Selection
+    from quantcli.load import Opening
+    from quantcli.pipeline import convert, evaluate
+
+    wishes = entry.wishes
+    opening = Opening(wishes.factory, bool(wishes.trust_pickle))
+    output = folder / f"model.{wishes.output or 'onnx'}"
+    done = convert(
+        entry.path,
+        output,
+        data=wishes.data,
+        recipe=entry.recipe,
+        labels=wishes.labels,
+        split=wishes.split,
+        strict=bool(wishes.strict),
+        verified=bool(wishes.verify),
+        form=wishes.format or "qdq",
+        opening=opening,
+    )
+    figures: dict[str, Any] = {
+        "float_sha256": done.sidecar.float_model.sha256,
+        "sha256": done.sidecar.model.sha256,
+        "float_bytes": done.sidecar.float_model.bytes,
+        "bytes": done.sidecar.model.bytes,
+        "integer_layers": len(done.plan.layers),
+        "float_layers": len(done.plan.floats),
+        "output": output.name,
+    }
+    data = wishes.evaluate or wishes.data
+    if data is not None:
+        found = evaluate(
+            output,
+            data,
+            entry.path,
+            wishes.metric,
+            entry.recipe,
+            wishes.labels,
+            wishes.evaluate_split if wishes.evaluate else wishes.split,
+            Selection(wishes.samples),
+            latency=wishes.min_speedup is not None,
+            opening=opening,
+        )
+        figures |= {
+            "metric": found.metric,
+            "samples": found.samples,
+            "quantized": finite(found.quantized),
+            "float": finite(found.reference),
+            "drop": finite(found.drop),
+            "sqnr_db": {name: finite(value) for name, value in found.sqnr.items()},
+            "speedup": found.latency.ratio if found.latency is not None else None,
+        }
+    return figures
+
+
+def finite(value: float | None) -> float | None:
+    """Return a number that JSON holds: None for one that is infinite or none."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def main(arguments: list[str]) -> int:
+    """Run the entry of a file, and write what came of it."""
+    die_with_parent()
+    entry = msgspec.json.decode(Path(arguments[0]).read_bytes(), type=Entry)
+    folder = Path(arguments[1])
+    began = time.perf_counter()
+    result: dict[str, Any] = {"status": "done", "reason": "", "figures": {}}
+    try:
+        result["figures"] = run(entry, folder)
+    except ReportedError as error:
+        result |= {"status": "failed", "reason": str(error)}
+    except MemoryError:
+        result |= {"status": "memory", "reason": "it ran out of memory"}
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is this entry's
+        print(traceback.format_exc(), file=sys.stderr)
+        result |= {"status": "crashed", "reason": f"{type(error).__name__}: {error}"}
+    result["seconds"] = time.perf_counter() - began
+    temporary = folder / f".{RESULT}"
+    temporary.write_bytes(msgspec.json.encode(result))
+    temporary.replace(folder / RESULT)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

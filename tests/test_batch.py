@@ -1,0 +1,271 @@
+"""A zoo: every entry its own verdict, nothing done twice, and a kill loses no more than what was in flight."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pytest
+
+from quantcli.batch.manifest import bytes_in, read_zoo
+from quantcli.cli import run
+from quantcli.errors import RecipeError
+from tests.graphs import normal, residual_net
+
+METRICS = """
+import os, time
+
+def never(outputs, labels):
+    time.sleep(1000)
+
+def hog(outputs, labels):
+    held = [bytearray(20_000_000) for _ in range(200)]
+    return float(sum(len(part) for part in held))
+
+def dies(outputs, labels):
+    os._exit(3)
+
+def killed(outputs, labels):
+    os.kill(os.getpid(), 11)
+
+def raises(outputs, labels):
+    raise ValueError("no such luck")
+"""
+
+ZOO = """
+[defaults]
+data = "data.npz"
+evaluate = "labelled.npz"
+metric = "top1"
+max_drop = 100
+timeout = 60
+
+[recipes.w8]
+tune = {effort = "fast"}
+[recipes.w4]
+tune = {effort = "fast"}
+weight = {bits = 4}
+
+[[models]]
+path = "nets/*.onnx"
+
+[[models]]
+path = "nets/a.onnx"
+name = "demanding"
+min_metric = 100.5
+recipes = ["w8"]
+
+[[models]]
+path = "corrupt.onnx"
+recipes = ["w8"]
+"""
+
+FAILING = """
+[defaults]
+data = "data.npz"
+recipe = "fast.toml"
+timeout = 60
+
+[[models]]
+path = "nets/a.onnx"
+name = "never"
+metric = "mine:never"
+timeout = 4
+
+[[models]]
+path = "nets/a.onnx"
+name = "hog"
+metric = "mine:hog"
+memory = "900MB"
+
+[[models]]
+path = "nets/a.onnx"
+name = "dies"
+metric = "mine:dies"
+
+[[models]]
+path = "nets/a.onnx"
+name = "killed"
+metric = "mine:killed"
+
+[[models]]
+path = "nets/a.onnx"
+name = "raises"
+metric = "mine:raises"
+
+[[models]]
+path = "nets/a.onnx"
+name = "unjudged"
+max_drop = 1
+"""
+
+
+@pytest.fixture
+def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with models, data, metrics and manifests; the present folder is another one."""
+    (tmp_path / "nets").mkdir()
+    for name in "ab":
+        residual_net(tmp_path / "nets" / f"{name}.onnx")
+    (tmp_path / "corrupt.onnx").write_text("hello")
+    x = normal(16, 3, 8, 8, seed=9)
+    np.savez(tmp_path / "data.npz", x=x)
+    np.savez(tmp_path / "labelled.npz", x=x, labels=np.arange(16) % 10)
+    (tmp_path / "mine.py").write_text(METRICS)
+    (tmp_path / "fast.toml").write_text('[tune]\neffort = "fast"\n')
+    (tmp_path / "zoo.toml").write_text(ZOO)
+    (tmp_path / "failing.toml").write_text(FAILING)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path
+
+
+def told(capsys: pytest.CaptureFixture[str], command: str) -> tuple[int, dict[str, Any]]:
+    code = run([*command.split(), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def statuses(document: dict[str, Any]) -> dict[str, str]:
+    return {entry["name"]: entry["status"] for entry in document["entries"]}
+
+
+def test_a_zoo_is_judged_and_nothing_is_done_twice(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = f"batch {zoo / 'zoo.toml'} -o {zoo / 'out'} --jobs 2"
+    code, first = told(capsys, command)
+    assert code == 4
+    assert first["ran"] == 6
+    assert statuses(first) == {
+        "a/w8": "met", "a/w4": "met", "b/w8": "met", "b/w4": "met", "demanding/w8": "missed", "corrupt/w8": "failed",
+    }  # fmt: skip
+    reasons = {entry["name"]: entry["reason"] for entry in first["entries"]}
+    assert "less than the 100.5 asked" in reasons["demanding/w8"]
+    assert "is not an ONNX model" in reasons["corrupt/w8"]
+    results = (zoo / "out" / "results.json").read_bytes()
+    assert json.loads(results)["summary"] == {"entries": 6, "failed": 1, "met": 4, "missed": 1}
+
+    suite = ET.parse(zoo / "out" / "junit.xml").getroot().find("testsuite")  # noqa: S314 - it is ours
+    assert suite is not None
+    assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("6", "1", "1")
+    page = (zoo / "out" / "index.html").read_text()
+    assert "4 of 6 entries met" in page
+    for link in ("entries/a/w4/model.json", "entries/corrupt/w8/log.txt"):
+        assert f'href="{link}"' in page
+        assert (zoo / "out" / link).is_file()
+    assert "http" not in page
+
+    code, second = told(capsys, command)
+    assert (code, second["ran"]) == (4, 0)
+    assert (zoo / "out" / "results.json").read_bytes() == results
+
+    # One line of one recipe, and its entries alone; thresholds are judged anew without any run.
+    changed = ZOO.replace("weight = {bits = 4}", "weight = {bits = 5}").replace("min_metric = 100.5", "min_metric = 0")
+    (zoo / "zoo.toml").write_text(changed)
+    code, third = told(capsys, command)
+    assert (code, third["ran"]) == (4, 2)
+    assert statuses(third)["demanding/w8"] == "met"
+    residual_net(zoo / "corrupt.onnx")
+    code, fourth = told(capsys, command)
+    assert (code, fourth["ran"]) == (0, 1)
+    code, fifth = told(capsys, f"{command} --fresh")
+    assert (code, fifth["ran"]) == (0, 6)
+    gone = zoo / "out" / "entries" / "a" / "w8" / "model.onnx"
+    gone.unlink()
+    assert told(capsys, command)[1]["ran"] == 1
+    assert gone.is_file()
+
+
+def test_every_failure_is_its_own(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = f"batch {zoo / 'failing.toml'} -o {zoo / 'out'} --jobs 2"
+    code, document = told(capsys, command)
+    assert code == 4
+    assert statuses(document) == {
+        "never/default": "timeout",
+        "hog/default": "memory",
+        "dies/default": "crashed",
+        "killed/default": "crashed",
+        "raises/default": "failed",
+        "unjudged/default": "failed",
+    }
+    reasons = {entry["name"]: entry["reason"] for entry in document["entries"]}
+    assert "more than 4 seconds" in reasons["never/default"]
+    assert "code 3" in reasons["dies/default"]
+    assert "SIGSEGV" in reasons["killed/default"]
+    assert "no such luck" in reasons["raises/default"]
+    assert "--max-drop has no meaning for sqnr" in reasons["unjudged/default"]
+    assert not (zoo / "out" / ".work").exists()
+    assert told(capsys, command)[1]["ran"] == 0
+    (zoo / "mine.py").write_text(METRICS.replace("os._exit(3)", "return 1.0"))
+    assert told(capsys, f"{command} --retry")[1]["ran"] >= 5
+    assert statuses(told(capsys, command)[1])["dies/default"] == "met"
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_kill_loses_what_was_in_flight_alone(zoo: Path, capsys: pytest.CaptureFixture[str], after: int) -> None:
+    command = f"batch {zoo / 'zoo.toml'} -o {zoo / 'out'}"
+    process = subprocess.Popen([sys.executable, "-m", "quantcli", *command.split(), "-q"], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list((zoo / "out").glob("entries/*/*/record.json"))) < after and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = len(list((zoo / "out").glob("entries/*/*/record.json")))
+    assert after <= kept < 6
+    assert not (zoo / "out" / "results.json").exists()
+    code, document = told(capsys, f"{command} --resume --jobs 2")
+    assert (code, document["ran"]) == (4, 6 - kept)
+    whole = (zoo / "out" / "results.json").read_bytes()
+    assert told(capsys, f"batch {zoo / 'zoo.toml'} -o {zoo / 'anew'} --jobs 2")[0] == 4
+    assert (zoo / "anew" / "results.json").read_bytes() == whole
+
+
+def test_entries_can_be_listed(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["batch", str(zoo / "zoo.toml"), "-o", "out", "--list"]) == 0
+    assert "demanding/w8" in capsys.readouterr().out
+    assert not Path("out").exists()
+
+
+BROKEN = [
+    ("", "names no model|missing required field"),
+    ("models = 3", "not a manifest"),
+    ('[[models]]\npath = "none/*.onnx"', "finds no file"),
+    ('[[models]]\npath = "nets/*.onnx"\nname = "one"', "2 files for the one name"),
+    ('[[models]]\npath = "nets/a.onnx"\n[[models]]\npath = "nets/a.onnx"', "two entries 'a/default'"),
+    ('[[models]]\npath = "nets/a.onnx"\nrecipes = ["w3"]', "no recipe 'w3'"),
+    ('[[models]]\npath = "nets/a.onnx"\nmemory = "much"', "no size"),
+    ('[[models]]\npath = "nets/a.onnx"\ncolour = "red"', "colour"),
+    ('[recipes.x]\nweight = {bits = 99}\n[[models]]\npath = "nets/a.onnx"', "unknown"),
+    ('[[models]]\npath = "nets/a.onnx"\nname = "../up"', "no name of an entry"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BROKEN)
+def test_a_manifest_that_means_nothing_is_refused(zoo: Path, text: str, message: str) -> None:
+    (zoo / "zoo.toml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        read_zoo(zoo / "zoo.toml")
+
+
+def test_a_key_follows_from_contents_and_not_from_places(zoo: Path) -> None:
+    before = {entry.name: entry.key({}) for entry in read_zoo(zoo / "zoo.toml")}
+    assert len(set(before.values())) == len(before) - 1  # "demanding" is "a" with another threshold
+    moved = zoo / "elsewhere" / "moved"
+    shutil.copytree(zoo / "nets", moved / "nets")
+    for name in ("data.npz", "labelled.npz", "corrupt.onnx", "zoo.toml"):
+        shutil.copy(zoo / name, moved / name)
+    assert {entry.name: entry.key({}) for entry in read_zoo(moved / "zoo.toml")} == before
+    np.savez(moved / "data.npz", x=normal(16, 3, 8, 8, seed=10))
+    assert not {entry.key({}) for entry in read_zoo(moved / "zoo.toml")} & set(before.values())
+
+
+def test_sizes() -> None:
+    assert [bytes_in(text) for text in (None, "512", "4GB", "1.5MiB", "2k", "3 gb")] == [
+        0, 512, 4 * 10**9, 3 * 2**19, 2000, 3 * 10**9,
+    ]  # fmt: skip
