@@ -1,0 +1,1 @@
+"""The report of one conversion: a single HTML page that needs no network."""
