@@ -16,7 +16,8 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 
-from quantcli.batch.manifest import bytes_in, read_zoo
+from quantcli.batch.cluster import Place, laid_out, paths_of
+from quantcli.batch.manifest import bytes_in, files_of, read_zoo
 from quantcli.cli import run
 from quantcli.errors import RecipeError
 from tests.graphs import normal, residual_net
@@ -224,6 +225,51 @@ def test_a_kill_loses_what_was_in_flight_alone(zoo: Path, capsys: pytest.Capture
     whole = (zoo / "out" / "results.json").read_bytes()
     assert told(capsys, f"batch {zoo / 'zoo.toml'} -o {zoo / 'anew'} --jobs 2")[0] == 4
     assert (zoo / "anew" / "results.json").read_bytes() == whole
+
+
+def test_a_cluster_gives_the_same_bytes(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed")
+    _, here = told(capsys, f"batch {zoo / 'zoo.toml'} -o {zoo / 'here'} --jobs 2")
+    code, there = told(capsys, f"batch {zoo / 'zoo.toml'} -o {zoo / 'there'} --engine ray")
+    assert code == 4
+    assert {**here, "folder": ""} == {**there, "folder": ""}
+    files = sorted(file.relative_to(zoo / "here") for file in (zoo / "here").rglob("model.*"))
+    assert len(files) == 10
+    for file in files:
+        assert (zoo / "here" / file).read_bytes() == (zoo / "there" / file).read_bytes()
+
+
+def test_what_an_entry_reads_is_laid_out_elsewhere(zoo: Path) -> None:
+    (zoo / "images").mkdir()
+    (zoo / "images" / "a.txt").write_text("a")
+    text = '[[models]]\npath = "nets/a.onnx"\ndata = "images"\nlabels = "data.npz"\nmetric = "mine:never"\nfactory = "mine.py:x"\n'
+    (zoo / "one.toml").write_text(text)
+    (entry,) = read_zoo(zoo / "one.toml")
+    places, contents = [], []
+    for field, path in paths_of(entry).items():
+        root = path if path.is_dir() else path.parent
+        files = files_of(path)
+        places.append(Place(field, path.name, path.is_dir(), tuple(str(file.relative_to(root)) for file in files)))
+        contents += [file.read_bytes() for file in files]
+    laid, renamed = laid_out(entry, places, contents, zoo / "elsewhere")
+    assert Path(laid.path).read_bytes() == (zoo / "nets" / "a.onnx").read_bytes()
+    assert (Path(str(laid.wishes.data)) / "a.txt").read_text() == "a"
+    assert laid.wishes.factory is not None
+    assert laid.wishes.factory.endswith("mine.py:x")
+    assert (Path(laid.folder) / "mine.py").read_text() == METRICS
+    assert renamed[laid.path] == entry.path
+    assert laid.key({}) != ""
+    assert all(str(zoo / "elsewhere") in str(path) for path in laid.inputs() if path is not None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [("--address auto", "for --engine ray"), ("--shared", "for --engine ray")]
+)
+def test_options_of_a_cluster_need_it(
+    zoo: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
+) -> None:
+    assert run(["batch", str(zoo / "zoo.toml"), "-o", "out", *options.split()]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_entries_can_be_listed(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
     from quantcli.batch.manifest import Entry
 
+# Sums over threads depend on how many there are; an entry's bytes must depend neither on the machine nor on what runs beside it.
+ONE_THREAD = dict.fromkeys(
+    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
+)
 # How often a process is looked at, in seconds.
 WATCH = 0.05
 LOG = "log.txt"
@@ -108,7 +112,13 @@ RUNNING: set[subprocess.Popen[bytes]] = set()
 def watched(command: list[str], log: Any, folder: str) -> Iterator[subprocess.Popen[bytes]]:
     """Start a process that ends with this one, and see to it that nothing of it is left."""
     process = subprocess.Popen(  # noqa: S603 - it is ourselves
-        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=folder
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        cwd=folder,
+        env={**os.environ, **ONE_THREAD},
     )
     RUNNING.add(process)
     try:

@@ -19,27 +19,53 @@ if TYPE_CHECKING:
 @click.option(
     "-o", "--output", type=click.Path(file_okay=False, path_type=Path), required=True, help="The folder of the batch."
 )
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Entries that run at once.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Entries that run at once; with Ray, 1 means as many as the cluster takes.",
+)
 @click.option(
     "--resume/--fresh",
     default=True,
     show_default=True,
     help="Keep entries that are finished and whose model, data, recipe and versions are the same; or run all again.",
 )
+@click.option(
+    "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="What runs the entries."
+)
+@click.option(
+    "--address", help="The Ray cluster's address (auto, ray://host:10001, host:6379).  [default: one started here]"
+)
+@click.option(
+    "--cpus", type=click.FloatRange(min=0.01), default=1.0, show_default=True, help="Processors per Ray task."
+)
+@click.option("--shared", is_flag=True, help="All nodes see the manifest's paths: nothing is carried to them.")
 @click.option("--retry", is_flag=True, help="Run again what failed, crashed, or took too long or too much.")
 @click.option("--list", "listed", is_flag=True, help="Print the entries, and run none.")
 @output_options
 @click.pass_context
 def batch(
-    context: click.Context, /, zoo: Path, output: Path, jobs: int, resume: bool, retry: bool, listed: bool
+    context: click.Context,
+    /,
+    zoo: Path,
+    output: Path,
+    jobs: int,
+    resume: bool,
+    retry: bool,
+    listed: bool,
+    **options: Any,
 ) -> None:
     """Convert and judge every model of a ZOO (.toml), each in a process of its own.
 
     Nothing is done twice: an entry is run again only where its model, data, recipe or the versions have changed. The exit code is
     4 unless every entry met its thresholds. docs/batch.md describes the manifest and the folder.
     """
+    from quantcli.batch.local import run_local
     from quantcli.batch.manifest import read_zoo
     from quantcli.batch.run import document, run_batch, write_reports
+    from quantcli.errors import UsageError
 
     terminal = terminal_of(context)
     entries = read_zoo(zoo)
@@ -47,6 +73,13 @@ def batch(
         terminal.table("Entries", ("entry", "model"), [(entry.name, entry.path) for entry in entries])
         terminal.result({"entries": [{"name": entry.name, "model": entry.path} for entry in entries]})
         return
+    engine: Any = run_local
+    if options["engine"] == "ray":
+        from quantcli.batch.cluster import ray_engine
+
+        engine = ray_engine(options["address"], options["cpus"], options["shared"])
+    elif options["address"] or options["shared"]:
+        raise UsageError("--address and --shared are for --engine ray", "leave them out, or add it")
     with terminal.progress() as progress:
 
         def told(outcome: Outcome, done: int, total: int) -> None:
@@ -55,7 +88,7 @@ def batch(
                 why = f" ({outcome.reason})" if outcome.reason else ""
                 terminal.tell(f"[{done}/{total}] {outcome.entry.name}: {outcome.status}{why}")
 
-        outcomes = run_batch(entries, output, jobs, not resume, retry, told=told)
+        outcomes = run_batch(entries, output, jobs, not resume, retry, engine, told)
     write_reports(outcomes, output)
     show(terminal, outcomes, output)
     terminal.result(
