@@ -229,7 +229,11 @@ def test_a_kill_loses_what_was_in_flight_alone(zoo: Path, capsys: pytest.Capture
 
 def test_a_cluster_gives_the_same_bytes(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("ray", reason="Ray is not installed")
+    x = normal(96, 3, 8, 8, seed=9)
+    np.savez(zoo / "data.npz", x=x)  # more than one batch
     _, here = told(capsys, f"batch {zoo / 'zoo.toml'} -o {zoo / 'here'} --jobs 2")
+    # There, calibrations run in two parts.
+    (zoo / "zoo.toml").write_text(ZOO.replace('path = "nets/*.onnx"', 'path = "nets/*.onnx"\nshards = 2'))
     code, there = told(capsys, f"batch {zoo / 'zoo.toml'} -o {zoo / 'there'} --engine ray")
     assert code == 4
     assert {**here, "folder": ""} == {**there, "folder": ""}

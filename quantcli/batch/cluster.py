@@ -19,6 +19,7 @@ import msgspec
 
 from quantcli.batch.local import Ended, run_one
 from quantcli.batch.manifest import Entry, files_of
+from quantcli.batch.worker import SHARD
 from quantcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -134,7 +135,16 @@ class Tasks:
         places, contents = ([], []) if self.shared else self.packed(entry)
         limits: dict[str, Any] = {"memory": entry.memory} if entry.memory else {}
         task = self.task.options(max_retries=RETRIES, num_cpus=self.cpus, **limits)
-        return task.remote(msgspec.json.encode(entry), places, *contents)
+        shards = entry.wishes.shards or 1
+        if shards == 1 or entry.wishes.data is None or entry.recipe.mode != "static":
+            return task.remote(msgspec.json.encode(entry), places, 0, *contents)
+        parts = [
+            task.remote(
+                msgspec.json.encode(msgspec.structs.replace(entry, shard=(number, shards))), places, 0, *contents
+            )
+            for number in range(shards)
+        ]
+        return task.remote(msgspec.json.encode(entry), places, shards, *parts, *contents)
 
     def packed(self, entry: Entry) -> tuple[list[Place], list[Any]]:
         """Return what an entry reads, its contents as references into the object store."""
@@ -180,12 +190,25 @@ def paths_of(entry: Entry) -> dict[str, Path]:
     return {field: Path(path) for field, path in named.items() if path}
 
 
-def on_node(encoded: bytes, places: list[Place], *contents: bytes) -> tuple[Ended, dict[str, bytes]]:
-    """Run one entry on a node: lay out what it reads, run its process, and return what it has made."""
+def on_node(encoded: bytes, places: list[Place], shards: int, *given: Any) -> tuple[Ended, dict[str, bytes]]:
+    """Run one entry on a node: lay out what it reads, run its process, and return what it has made.
+
+    Args:
+        encoded: The entry.
+        places: What it reads.
+        shards: How many parts of its calibration come first in what is given.
+        given: What the tasks of those parts returned; then the contents of what it reads.
+    """
     entry = msgspec.json.decode(encoded, type=Entry)
     top = Path(tempfile.mkdtemp(prefix="quantcli-"))
     try:
-        laid, renamed = laid_out(entry, places, list(contents), top)
+        laid, renamed = laid_out(entry, places, list(given[shards:]), top)
+        if failed := next((ended for ended, _ in given[:shards] if ended.status != "done"), None):
+            return failed, {}
+        if shards:
+            laid = msgspec.structs.replace(
+                laid, statistics=str(merged([files[SHARD] for _, files in given[:shards]], top))
+            )
         ended = run_one(laid, top / "made")
         reason = ended.reason
         for new, old in renamed.items():
@@ -195,6 +218,20 @@ def on_node(encoded: bytes, places: list[Place], *contents: bytes) -> tuple[Ende
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(top)
+
+
+def merged(parts: list[bytes], folder: Path) -> Path:
+    """Put the parts of a calibration together, and return where the whole stands."""
+    from calibration import statistics
+
+    loaded = []
+    for number, content in enumerate(parts):
+        path = folder / f"{number}.stats"
+        path.write_bytes(content)
+        loaded.append((path.name, statistics.load(path)))
+    whole = folder / "whole.stats"
+    whole.write_bytes(statistics.serialized(statistics.merge(loaded)))
+    return whole
 
 
 def laid_out(entry: Entry, places: list[Place], contents: list[bytes], top: Path) -> tuple[Entry, dict[str, str]]:

@@ -42,6 +42,7 @@ class Wishes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         factory: What builds the module of a state dict.
         trust_pickle: Whether the file may run what code it holds.
         strict, verify: As `quantcli.convert` has them.
+        shards: On a cluster, into how many tasks its calibration is cut; the bytes are the same.
     """
 
     data: str | None = None
@@ -63,6 +64,7 @@ class Wishes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     trust_pickle: bool | None = None
     strict: bool | None = None
     verify: bool | None = None
+    shards: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
 
 class Model(Wishes, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -98,6 +100,8 @@ class Entry(msgspec.Struct, frozen=True):
         folder: The manifest's folder: where functions are imported from.
         timeout: Seconds; 0 for no limit.
         memory: Bytes; 0 for no limit.
+        shard: Only calibrate, and only this part of the samples: (i, n).
+        statistics: Where its calibration stands, if it was done already.
     """
 
     name: str
@@ -107,6 +111,8 @@ class Entry(msgspec.Struct, frozen=True):
     folder: str = "."
     timeout: float = 0.0
     memory: int = 0
+    shard: tuple[int, int] | None = None
+    statistics: str | None = None
 
     def inputs(self) -> list[Path | None]:
         """Return the files and folders that the entry reads: model, data, labels, evaluation data, metric, factory, target."""
@@ -132,7 +138,7 @@ class Entry(msgspec.Struct, frozen=True):
                 digests[path] = digest_at(path)
             contents.append(digests[path] if path is not None else "")
         named = {"data", "labels", "evaluate", "recipe", "factory"}
-        aside = {"max_drop", "min_metric", "min_speedup", "timeout", "memory"} | named
+        aside = {"max_drop", "min_metric", "min_speedup", "timeout", "memory", "shards"} | named
         wishes = {name: getattr(self.wishes, name) for name in Wishes.__struct_fields__ if name not in aside}
         factory = (self.wishes.factory or "").rpartition(":")
         recipe = msgspec.to_builtins(self.recipe) | {"target": Path(self.recipe.target).name}

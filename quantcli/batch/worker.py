@@ -19,6 +19,8 @@ from calibration.errors import ReportedError
 from quantcli.batch.manifest import Entry
 
 RESULT = "result.json"
+# What a part of a calibration is called.
+SHARD = "part.stats"
 
 
 def die_with_parent() -> None:
@@ -33,14 +35,21 @@ def run(entry: Entry, folder: Path) -> dict[str, Any]:
     """Convert and evaluate an entry, and return its figures."""
     from calibration.datasets import Selection
     from quantcli.load import Opening
-    from quantcli.pipeline import convert, evaluate
+    from quantcli.observation import Run
+    from quantcli.pipeline import calibrate, convert, evaluate
 
     wishes = entry.wishes
     opening = Opening(wishes.factory, bool(wishes.trust_pickle))
+    if entry.shard is not None:
+        run = Run(shard=entry.shard)
+        given = {"recipe": entry.recipe, "labels": wishes.labels, "split": wishes.split, "opening": opening}
+        calibrate(entry.path, wishes.data, folder / SHARD, run=run, **given)  # type: ignore[arg-type]
+        return {}
     output = folder / f"model.{wishes.output or 'onnx'}"
     done = convert(
         entry.path,
         output,
+        statistics=entry.statistics,
         data=wishes.data,
         recipe=entry.recipe,
         labels=wishes.labels,

@@ -50,6 +50,7 @@ MUCH = 6.0
 @click.option("--min-speedup", type=float, help="Fail (exit code 4) where it is not so many times as fast as float.")
 @click.option("--junit", type=OUTPUT, help="Write the verdict as JUnit XML too.")
 @click.option("--layers", is_flag=True, help="Show the SQNR of every layer (over the first batch), the worst first.")
+@click.option("--memory", is_flag=True, help="Measure the memory that both models take (over the first batch).")
 @click.option("--kernels", is_flag=True, help="Show what each operator takes as ONNX Runtime runs the models.")
 @click.option(
     "--latency/--no-latency", default=True, show_default=True, help="Measure float and quantized latency in turn."
@@ -89,6 +90,10 @@ def evaluate(
     terminal = terminal_of(context)
     if max_drop is not None and reference is None:
         raise UsageError("--max-drop compares with the float model and none was given", "add --float MODEL")
+    if options["memory"] and (
+        reference is None or {path.suffix for path in (quantized, reference) if path is not None} != {".onnx"}
+    ):
+        raise UsageError("--memory compares two ONNX models", "add --float MODEL.onnx")
     if options["layers"] and reference is None:
         raise UsageError("--layers compares with the float model and none was given", "add --float MODEL")
     recipe = recipe_of(
@@ -110,6 +115,7 @@ def evaluate(
             options["threads"],
             options["kernels"],
             opening_of(options),
+            options["memory"],
             progress,
         )
     checks = checked(figures_of(found), Thresholds(max_drop, min_metric, min_speedup))
@@ -164,6 +170,11 @@ def show(terminal: Terminal, found: Evaluation) -> None:
             pace(timing.ratio),
         )
         rows.append((label, *cells))
+    if found.memory is not None:
+        before, after = found.memory
+        rows.append(
+            ("memory (MB, first batch)", f"{before / 1e6:.1f}", f"{after / 1e6:.1f}", f"{after / max(before, 1):.0%}")
+        )
     rows.extend((f"SQNR of '{name}' (dB)", "", f"{value:.2f}", "") for name, value in found.sqnr.items())
     terminal.table(f"{found.samples} samples", ("", ">float", ">quantized", ">"), rows)
     show_kernels(terminal, found)
@@ -223,6 +234,7 @@ def as_document(found: Evaluation) -> dict[str, Any]:
         "drop": found.drop,
         "sqnr_db": found.sqnr,
         "bytes": found.size,
+        "memory": None if found.memory is None else {"float_bytes": found.memory[0], "bytes": found.memory[1]},
         "float_bytes": found.reference_size,
         "latency": None
         if timing is None

@@ -23,6 +23,7 @@ from calibration.hooks.onnxruntime import Runner
 from quantcli import sidecar as sidecar_file
 from quantcli.errors import ModelError, UsageError
 from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs
+from quantcli.evaluation.footprint import footprint
 from quantcli.evaluation.kernels import Kernel, kernels
 from quantcli.evaluation.latency import Latency, measure
 from quantcli.evaluation.metrics import LABEL_METRICS, METRICS, Asked, Comparison, TopK, function_of
@@ -55,6 +56,7 @@ class Evaluation:
         layers: Every layer's SQNR, in graph order; empty where it was not asked for.
         kernels: What each operator takes in the quantized model as the runtime runs it; empty where it was not asked for.
         reference_kernels: The same of the float model.
+        memory: By how many bytes running float and quantized model raises a process's peak; None where it was not asked for.
     """
 
     metric: str
@@ -68,6 +70,7 @@ class Evaluation:
     layers: tuple[LayerSqnr, ...]
     kernels: tuple[Kernel, ...] = ()
     reference_kernels: tuple[Kernel, ...] = ()
+    memory: tuple[int, int] | None = None
 
     @property
     def drop(self) -> float | None:
@@ -90,6 +93,7 @@ def evaluate(
     threads: int = 1,
     profiled: bool = False,
     opening: Opening | None = None,
+    memory: bool = False,
     progress: Progress = silent,
 ) -> Evaluation:
     """Evaluate a quantized model on data, beside the float model it came from.
@@ -110,6 +114,7 @@ def evaluate(
         threads: Threads within an operator while latency is measured.
         profiled: Whether to measure what each operator takes.
         opening: How a float PyTorch model is opened that does not say all of itself.
+        memory: Whether to measure the memory that both models take.
         progress: Called with the stage, the samples done and their total.
 
     Raises:
@@ -169,6 +174,9 @@ def evaluate(
         tuple(found),
         kernels(candidate.runnable, one, threads) if profiled and candidate is not None else (),
         kernels(source.runnable, one, threads) if profiled and source is not None else (),
+        (footprint(source.runnable, first, threads), footprint(candidate.runnable, first, threads))
+        if memory and source is not None and candidate is not None
+        else None,
     )
 
 

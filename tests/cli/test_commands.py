@@ -40,6 +40,7 @@ FIELDS = [
     "drop",
     "sqnr_db",
     "bytes",
+    "memory",
     "float_bytes",
     "latency",
     "kernels",
@@ -419,6 +420,14 @@ def test_every_threshold_is_judged_and_written_as_junit(
     assert suite is not None
     assert (suite.get("tests"), suite.get("failures")) == (str(len(options.split()) // 2), str(failures))
     assert len(suite.findall("testcase/failure")) == failures
+
+
+def test_memory_is_measured_beside_floats(capsys: pytest.CaptureFixture[str]) -> None:
+    told = done(capsys, *EVAL, "--no-latency", "--memory")
+    assert 0 < told["memory"]["bytes"] < 10**9
+    assert 0 < told["memory"]["float_bytes"] < 10**9
+    assert run([*EVAL, "--no-latency", "--memory"]) == 0
+    assert "memory (MB" in capsys.readouterr().out
 
 
 def test_thresholds_need_their_figures(capsys: pytest.CaptureFixture[str]) -> None:
