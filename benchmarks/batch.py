@@ -248,7 +248,7 @@ def overhead(folder: Path, simulated: int) -> None:
     ray, _ = timed(lambda: run_batch(few, folder / "few-ray", 1, engine=ray_engine(None, cpus=2.0)))
     import ray as module
 
-    module.init(log_to_driver=False, include_dashboard=False)
+    module.init(address="local", log_to_driver=False, include_dashboard=False)
     warm = ray_engine(None, cpus=2.0)
     run_batch(few[:2], folder / "few-warm", 1, engine=warm)
     steady, _ = timed(lambda: run_batch(few, folder / "few-steady", 1, engine=warm))

@@ -89,7 +89,7 @@ def connect(ray: Any, address: str | None) -> None:
     """
     here = {"include_dashboard": False} if address is None else {}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **here)
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **here)
     except Exception as error:
         what = f"there is no Ray cluster at {address or 'this machine'} ({first_line(error)})"
         raise UsageError(what, "docs/cluster.md tells how to start one") from error
