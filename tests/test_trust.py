@@ -22,6 +22,7 @@ from calibration.errors import DataError, StatisticsError
 from calibration.statistics import load as load_statistics
 from quantcli.errors import ModelError
 from quantcli.load import Opening, load
+from quantcli.load.torch import program_at
 
 SPEC = [InputSpec("x", np.dtype("float32"), (None, 4))]
 
@@ -96,6 +97,49 @@ def in_graph(change: Any) -> Any:
 def test_a_program_that_is_only_a_model_loads(program: Path) -> None:
     loaded = load(program)
     assert [node.op_type for node in loaded.graph.graph][:1] == ["Gemm"]
+
+
+class Sizes(nn.Module):
+    """Free axes in arithmetic of every kind: halves, rests, the larger of two, slices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.embedding = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Embedding(10, 8)
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
+        y = nn.functional.interpolate(torch.relu(self.conv(x)), scale_factor=2, mode="nearest")
+        half = ids[:, : ids.shape[1] // 2]
+        y = y[:, :, : x.shape[2] - 1]
+        return {"y": y.flatten(1).mean(1), "z": [self.embedding(half).mean(1), y.mean((2, 3))]}
+
+
+class Transformer(nn.Module):
+    """Attention over a free number of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.layer(x), torch.cumsum(x, 1)
+
+
+FREE = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+IMAGE = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "axes"),
+    [
+        (Sizes, (torch.ones(2, 3, 16, 16), torch.zeros(2, 6, dtype=torch.int64)), (IMAGE, FREE)),
+        (Transformer, (torch.ones(2, 7, 16),), (FREE,)),
+    ],
+)
+def test_programs_with_free_axes_are_only_models(tmp_path: Path, module: Any, inputs: Any, axes: Any) -> None:
+    program = torch.export.export(module().eval(), inputs, dynamic_shapes=axes, strict=False)
+    torch.export.save(program, tmp_path / "m.pt2")
+    loaded = program_at(tmp_path / "m.pt2")
+    assert len(list(loaded.graph.nodes)) == len(list(program.graph.nodes))
 
 
 def test_pickled_sample_inputs_do_not_run(

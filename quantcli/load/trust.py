@@ -30,7 +30,7 @@ REMEDY = (
     "only for files that you made or trust"
 )
 
-# What sizes are made of (torch._export.serde), as names of calls.
+# What sizes and guards are made of (torch._export.serde, torch.fx.experimental.symbolic_shapes), as names of calls.
 SIZE_FUNCTIONS = frozenset(
     {
         "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Max", "Min", "Mod", "Abs", "floor", "ceiling",
@@ -39,7 +39,9 @@ SIZE_FUNCTIONS = frozenset(
         "ModularIndexing", "Where", "CeilDiv", "CleanDiv", "FloorToInt", "CeilToInt", "TruncToInt", "TruncToFloat",
         "RoundToInt", "RoundDecimal", "ToFloat", "IntTrueDiv", "FloatTrueDiv", "FloatPow", "PowByNatural", "LShift",
         "RShift", "BitwiseFn_bitwise_and", "BitwiseFn_bitwise_or", "OpaqueUnaryFn_sqrt", "Identity",
-        "IsNonOverlappingAndDenseIndicator", "sqrt", "size", "stride", "storage_offset", "numel", "dim",
+        "IsNonOverlappingAndDenseIndicator", "sqrt", "size", "stride", "storage_offset", "numel", "dim", "max", "min",
+        "abs", "int", "float", "bool", "round", "ceil", "trunc", "pow", "exp", "log", "sym_max", "sym_min", "sym_int",
+        "sym_float", "sym_not", "sym_ite", "sym_sqrt", "cast_symbool_to_symint_guardless",
     }
 )  # fmt: skip
 SIZE_NODES = (
