@@ -25,6 +25,7 @@ ORDER = [
         "quantcli.recipe",
         "quantcli.files",
         "quantcli.progress",
+        "quantcli.documents",
         "quantcli.memory",
         "quantcli.tuning",
     },

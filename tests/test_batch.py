@@ -16,7 +16,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 
-from quantcli.batch.cluster import Place, laid_out, paths_of
+from quantcli.batch.cluster import Place, laid_out
 from quantcli.batch.manifest import bytes_in, files_of, read_zoo
 from quantcli.cli import run
 from quantcli.errors import RecipeError
@@ -250,7 +250,7 @@ def test_what_an_entry_reads_is_laid_out_elsewhere(zoo: Path) -> None:
     (zoo / "one.toml").write_text(text)
     (entry,) = read_zoo(zoo / "one.toml")
     places, contents = [], []
-    for field, path in paths_of(entry).items():
+    for field, path in entry.places().items():
         root = path if path.is_dir() else path.parent
         files = files_of(path)
         places.append(Place(field, path.name, path.is_dir(), tuple(str(file.relative_to(root)) for file in files)))
@@ -263,7 +263,7 @@ def test_what_an_entry_reads_is_laid_out_elsewhere(zoo: Path) -> None:
     assert (Path(laid.folder) / "mine.py").read_text() == METRICS
     assert renamed[laid.path] == entry.path
     assert laid.key({}) != ""
-    assert all(str(zoo / "elsewhere") in str(path) for path in laid.inputs() if path is not None)
+    assert all(str(zoo / "elsewhere") in str(path) for path in laid.places().values())
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ class Tasks:
     def packed(self, entry: Entry) -> tuple[list[Place], list[Any]]:
         """Return what an entry reads, its contents as references into the object store."""
         places, contents = [], []
-        for field, path in paths_of(entry).items():
+        for field, path in entry.places().items():
             root = path if path.is_dir() else path.parent
             files = files_of(path)
             names = tuple(str(file.relative_to(root.resolve() if file.is_absolute() else root)) for file in files)
@@ -175,19 +175,6 @@ class Tasks:
         for name, content in files.items():
             (folder / name).write_bytes(content)
         self.finished(entry, ended, folder)
-
-
-def paths_of(entry: Entry) -> dict[str, Path]:
-    """Return what an entry reads, by the field that names it."""
-    wishes = entry.wishes
-    named = {"path": entry.path, "data": wishes.data, "labels": wishes.labels, "evaluate": wishes.evaluate}
-    factory = (wishes.factory or "").rpartition(":")[0]
-    named["factory"] = factory if factory.endswith(".py") else None
-    module = (wishes.metric or "").partition(":")[0] if ":" in (wishes.metric or "") else ""
-    metric = Path(entry.folder) / f"{module}.py"
-    named["metric"] = str(metric) if module and metric.is_file() else None
-    named["target"] = str(entry.recipe.target_file) if entry.recipe.target_file is not None else None
-    return {field: Path(path) for field, path in named.items() if path}
 
 
 def on_node(encoded: bytes, places: list[Place], shards: int, *given: Any) -> tuple[Ended, dict[str, bytes]]:
@@ -238,7 +225,7 @@ def laid_out(entry: Entry, places: list[Place], contents: list[bytes], top: Path
     """Write what an entry reads into a folder; return the entry that reads it there, and which path stands for which."""
     if not places:
         return entry, {}
-    old, new = paths_of(entry), {}
+    old, new = entry.places(), {}
     for number, place in enumerate(places):
         root = top / "read" / str(number)
         where = root / place.name

@@ -114,15 +114,22 @@ class Entry(msgspec.Struct, frozen=True):
     shard: tuple[int, int] | None = None
     statistics: str | None = None
 
-    def inputs(self) -> list[Path | None]:
-        """Return the files and folders that the entry reads: model, data, labels, evaluation data, metric, factory, target."""
+    def places(self) -> dict[str, Path]:
+        """Return the files and folders that the entry reads, by what they are to it."""
         wishes = self.wishes
         factory = (wishes.factory or "").rpartition(":")[0]
         module = (wishes.metric or "").partition(":")[0] if ":" in (wishes.metric or "") else ""
         metric = Path(self.folder) / f"{module}.py"
-        named = [Path(self.path), *(Path(p) if p else None for p in (wishes.data, wishes.labels, wishes.evaluate))]
-        named += [metric if module and metric.is_file() else None, Path(factory) if factory.endswith(".py") else None]
-        return [*named, self.recipe.target_file]
+        named = {
+            "path": self.path,
+            "data": wishes.data,
+            "labels": wishes.labels,
+            "evaluate": wishes.evaluate,
+            "metric": metric if module and metric.is_file() else None,
+            "factory": factory if factory.endswith(".py") else None,
+            "target": self.recipe.target_file,
+        }
+        return {field: Path(place) for field, place in named.items() if place}
 
     def key(self, digests: dict[Path, str]) -> str:
         """Return what the entry's output and figures follow from, as a digest: contents, recipe, versions.
@@ -132,11 +139,11 @@ class Entry(msgspec.Struct, frozen=True):
         Args:
             digests: Digests of files and folders that were read already; new ones are added.
         """
-        contents = []
-        for path in self.inputs():
-            if path is not None and path not in digests:
+        contents = {}
+        for field, path in self.places().items():
+            if path not in digests:
                 digests[path] = digest_at(path)
-            contents.append(digests[path] if path is not None else "")
+            contents[field] = digests[path]
         named = {"data", "labels", "evaluate", "recipe", "factory"}
         aside = {"max_drop", "min_metric", "min_speedup", "timeout", "memory", "shards"} | named
         wishes = {name: getattr(self.wishes, name) for name in Wishes.__struct_fields__ if name not in aside}

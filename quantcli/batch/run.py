@@ -8,7 +8,6 @@ which key (contents, recipe, versions) it was made: it is made again only where 
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from quantcli.batch.local import LOG, Ended, run_local
+from quantcli.documents import as_json
 from quantcli.errors import OutputError, UsageError
 from quantcli.evaluation.junit import Case, junit
 from quantcli.evaluation.verdict import Check, Figures, Thresholds, checked
@@ -258,8 +258,3 @@ def write_reports(outcomes: Sequence[Outcome], output: Path) -> None:
         files.write(output / "timings.json", as_json(timings(outcomes)))
         files.write(output / "junit.xml", junit("quantcli batch", cases(outcomes)))
         files.write(output / "index.html", index(outcomes))
-
-
-def as_json(value: Any) -> bytes:
-    """Return a document as JSON text."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -5,7 +5,6 @@ Everything goes through files: the entry comes as JSON, and ``result.json`` appe
 
 from __future__ import annotations
 
-import math
 import signal
 import sys
 import time
@@ -17,6 +16,7 @@ import msgspec
 
 from calibration.errors import ReportedError
 from quantcli.batch.manifest import Entry
+from quantcli.documents import finite
 
 RESULT = "result.json"
 # What a part of a calibration is called.
@@ -88,15 +88,10 @@ def run(entry: Entry, folder: Path) -> dict[str, Any]:
             "quantized": finite(found.quantized),
             "float": finite(found.reference),
             "drop": finite(found.drop),
-            "sqnr_db": {name: finite(value) for name, value in found.sqnr.items()},
+            "sqnr_db": finite(found.sqnr),
             "speedup": found.latency.ratio if found.latency is not None else None,
         }
     return figures
-
-
-def finite(value: float | None) -> float | None:
-    """Return a number that JSON holds: None for one that is infinite or none."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def main(arguments: list[str]) -> int:

@@ -6,13 +6,14 @@ import contextlib
 import functools
 import json as json_module
 import logging
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from quantcli.documents import finite
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -136,15 +137,6 @@ def plain(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
-
-
-def finite(value: Any) -> Any:
-    """Return a JSON value whose infinities and NaN are null."""
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def output_options(command: Command) -> Command:

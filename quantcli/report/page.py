@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from quantcli.documents import finite
 from quantcli.report.charts import channels_chart, histogram_chart, layers_chart
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def page(found: Figures) -> bytes:
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     sidecar, evaluation = found.sidecar, found.evaluation
-    text = json.dumps(bounded(found.document()), ensure_ascii=False).replace("<", "\\u003c")
+    text = json.dumps(finite(found.document()), ensure_ascii=False).replace("<", "\\u003c")
     recipe = msgspec.json.format(msgspec.json.encode(sidecar.recipe), indent=2).decode()
     return (
         environment.from_string(PAGE.read_text("utf-8"))
@@ -51,15 +51,6 @@ def page(found: Figures) -> bytes:
         )
         .encode()
     )
-
-
-def bounded(value: Any) -> Any:
-    """Return a JSON value whose infinities and NaN are null."""
-    if isinstance(value, dict):
-        return {key: bounded(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [bounded(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def tiles(found: Figures) -> list[tuple[str, str, str]]:
