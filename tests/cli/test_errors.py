@@ -393,7 +393,7 @@ def test_a_missed_threshold_is_no_malfunction(
     flags = ["--json"] if json_wanted else []
     assert run([*f"{EVAL} --float model.onnx --max-drop -200".split(), *flags]) == 4
     captured = capsys.readouterr()
-    assert "more than -200" in the_line(captured.err)
+    assert "more than the -200" in the_line(captured.err)
     assert the_line(captured.err).startswith(("error: ", "warning: "))
     if json_wanted:
         assert json.loads(captured.out)["verdict"] == "fail"
