@@ -69,6 +69,13 @@ class Decision:
     attempts: tuple[Attempt, ...] = ()
 
 
+def one_thread() -> Any:
+    """Let numpy's products run in one thread: sums over several depend on how many there are, and so would the written bytes."""
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(limits=1, user_api="blas")
+
+
 def decided(
     source: LoadedModel,
     folded: ir.Model,
@@ -95,7 +102,8 @@ def decided(
         trials = raced(folded, found, recipe, writer, run.threads, progress)
         best = next(trial for trial in trials if trial.kept)
         recipe = keeping(recipe, best.layers)
-    tuned, attempts = tuned_by(source, folded, found, places, recipe, run, validation, log, progress)
+    with one_thread():
+        tuned, attempts = tuned_by(source, folded, found, places, recipe, run, validation, log, progress)
     if trials:
         tuned = replace(tuned, plan=with_reasons(tuned.plan, trials))
     return Decision(found, tuned, trials, attempts)

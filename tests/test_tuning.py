@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -339,3 +342,17 @@ def test_activations_stay_on_narrow_grids(
         assert found[entry.integers].min() >= grid[0]
         assert found[entry.integers].max() <= grid[1]
     assert any(found[entry.integers].max() == grid[1] for entry in tensors)
+
+
+def test_the_bytes_do_not_depend_on_how_many_threads_there_are(tmp_path: Path) -> None:
+    from quantcli.demo import CALIBRATION, MODEL, RECIPE
+
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    written = []
+    for threads in ("1", "2", "3"):
+        given = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads)
+        options = f"--data {CALIBRATION} --recipe recipe.toml --samples 96 -q -o {threads}.onnx"
+        command = [sys.executable, "-m", "quantcli", "convert", str(MODEL), *options.split()]
+        subprocess.run(command, cwd=tmp_path, env={**os.environ, **given}, check=True)
+        written.append((tmp_path / f"{threads}.onnx").read_bytes())
+    assert written[0] == written[1] == written[2]
