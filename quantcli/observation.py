@@ -13,7 +13,7 @@ import numpy as np
 
 from calibration import statistics as statistics_file
 from calibration.collect import Checkpoint, Seen, Shortcut, Work, collect, computed
-from calibration.datasets import boundaries, fitted_batch, fixes_batch, open_dataset, select
+from calibration.datasets import boundaries, first_samples, fitted_batch, fixes_batch, open_dataset, select
 from calibration.errors import DataError, StatisticsError
 from calibration.hooks.onnxruntime import Runner
 from calibration.observers import OBSERVERS, Counting, TensorStatistics
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from calibration.collect import Hook
-    from calibration.datasets import Dataset
-    from quantcli.load import LoadedModel
+    from calibration.datasets import Dataset, Preprocess
+    from quantcli.load import Example, LoadedModel
     from quantcli.placement import Placement
     from quantcli.progress import Progress
     from quantcli.recipe import Recipe
@@ -70,6 +70,10 @@ class Data:
     split: str | None = None
     function: str | None = None
     synthetic: int | None = None
+
+    def example(self, preprocess: Preprocess | None) -> Example:
+        """Return what shows a model's inputs: the first samples."""
+        return lambda names: first_samples(self.path, names, preprocess, self.function)
 
     @property
     def files(self) -> list[Path]:

@@ -16,7 +16,6 @@ from calibration import statistics as statistics_file
 from calibration.datasets import (
     Selection,
     batches,
-    first_samples,
     fitted_batch,
     fixes_batch,
     open_dataset,
@@ -145,7 +144,7 @@ def calibrate(
 def shown_by(data: Data | None, recipe: Recipe, statistics: Statistics | Path | str | None = None) -> Example | None:
     """Return what shows a model's inputs: the first samples of the data, or those that statistics keep."""
     if data is not None:
-        return lambda names: first_samples(data.path, names, recipe.preprocess, data.function)
+        return data.example(recipe.preprocess)
     if statistics is None:
         return None
     return lambda _: loaded_statistics(statistics).check_inputs

@@ -12,7 +12,6 @@ from calibration.datasets import (
     Dataset,
     Selection,
     batches,
-    first_samples,
     fitted_batch,
     fixes_batch,
     open_dataset,
@@ -28,12 +27,11 @@ from quantcli.evaluation.kernels import Kernel, kernels
 from quantcli.evaluation.latency import Latency, measure
 from quantcli.evaluation.metrics import LABEL_METRICS, METRICS, Asked, Comparison, TopK, function_of
 from quantcli.load import LoadedModel, Opening, load
+from quantcli.observation import Data
 from quantcli.progress import Progress, silent
 from quantcli.recipe import Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
 
     from calibration.hooks.torch import ProgramRunner
@@ -81,7 +79,7 @@ class Evaluation:
 def evaluate(
     quantized: Path | str,
     data: Path | str,
-    reference: Path | str | None = None,
+    reference: LoadedModel | Path | str | None = None,
     metric: str | None = None,
     recipe: Recipe | None = None,
     labels: Path | str | None = None,
@@ -101,7 +99,7 @@ def evaluate(
     Args:
         quantized: The quantized model: ``.onnx``, or ``.pt2``.
         data: Evaluation data.
-        reference: The float model, ``.onnx`` or what torch wrote.
+        reference: The float model, ``.onnx`` or what torch wrote; or one that is loaded already.
         metric: A key of `METRICS`, or ``module:function`` (`quantcli.evaluation.metrics.Asked`); None for top1 where there are
             labels, else sqnr.
         recipe: Where the preprocessing stands; None for the defaults.
@@ -122,12 +120,9 @@ def evaluate(
     """
     recipe = recipe or Recipe()
     quantized, data = Path(quantized), Path(data)
-    preprocess = recipe.preprocess
-
-    def example(names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        return first_samples(data, names, preprocess)
-
-    source = load(Path(reference), opening, example) if reference is not None else None
+    source = reference if isinstance(reference, LoadedModel) else None
+    if source is None and reference is not None:
+        source = load(Path(str(reference)), opening, Data(data).example(recipe.preprocess))
     float_runner = Runner(source.runnable, what=source.name) if source is not None else None
     candidate, runner = opened(quantized, source)
     if candidate is None and (layers or profiled):

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from calibration.datasets import first_samples, fitted_batch, fixes_batch, open_dataset, select
+from calibration.datasets import fitted_batch, fixes_batch, open_dataset, select
 from calibration.hooks.onnxruntime import Runner
 from quantcli import sidecar as sidecar_file
 from quantcli.errors import ModelError
 from quantcli.evaluation.evaluate import evaluate
 from quantcli.load import load
+from quantcli.observation import Data
 from quantcli.report.figures import Figures, figures
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
-
-    from numpy.typing import NDArray
 
     from calibration.datasets import Selection
     from quantcli.load import Opening
@@ -66,10 +64,11 @@ def made(
     """
     if quantized.suffix != ".onnx":
         raise ModelError(f"{quantized} is no ONNX model, and reports look into those", "convert to .onnx")
+    source = load(reference, opening, Data(data).example(recipe.preprocess))
     found = evaluate(
         quantized,
         data,
-        reference,
+        source,
         metric,
         recipe,
         labels,
@@ -79,14 +78,8 @@ def made(
         latency,
         layers=True,
         threads=threads,
-        opening=opening,
         progress=progress,
     )
-
-    def example(names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        return first_samples(data, names, recipe.preprocess)
-
-    source = load(reference, opening, example)
     runner = Runner(source.runnable, what=source.name)
     dataset = open_dataset(data, runner.inputs, recipe.preprocess, labels, split)
     indices = select(len(dataset), selection)
