@@ -21,6 +21,7 @@ from quantcli.batch.manifest import bytes_in, files_of, read_zoo
 from quantcli.cli import run
 from quantcli.errors import RecipeError
 from tests.graphs import normal, residual_net
+from tests.pages import CHROMIUM, Charts, figures, looked_at
 
 METRICS = """
 import os, time
@@ -181,6 +182,37 @@ def test_a_zoo_is_judged_and_nothing_is_done_twice(zoo: Path, capsys: pytest.Cap
     gone.unlink()
     assert told(capsys, command)[1]["ran"] == 1
     assert gone.is_file()
+
+
+def test_a_report_of_each_entry_shows_what_the_results_hold(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (zoo / "zoo.toml").write_text(ZOO.replace("timeout = 60", "timeout = 60\nreport = true"))
+    assert told(capsys, f"batch {zoo / 'zoo.toml'} -o {zoo / 'out'} --jobs 2")[0] == 4
+    results = json.loads((zoo / "out" / "results.json").read_text())
+    index = (zoo / "out" / "index.html").read_text()
+    shown = 0
+    for entry in results["entries"]:
+        page = zoo / "out" / "entries" / entry["name"] / "report.html"
+        assert page.is_file() == (entry["status"] != "failed")
+        if not page.is_file():
+            continue
+        assert f'href="entries/{entry["name"]}/report.html"' in index
+        parsed, charts = Charts(), entry["charts"]
+        parsed.feed(page.read_text())
+        drawn = [values for _, _, values in parsed.charts]
+        assert drawn == [
+            [layer["sqnr_db"] for layer in charts["layers"]],
+            *([count for count in one["counts"] if count] for one in charts["activations"]),
+            *(one["largest"] for one in charts["weights"]),
+        ]
+        assert figures(page.read_text())["quantized"] == entry["quantized"]
+        shown += 1
+    assert shown == 5
+    if CHROMIUM is not None:
+        for width in (1280, 390):
+            looked_at(zoo / "out" / "index.html", tmp_path, width)
+            looked_at(zoo / "out" / "entries" / "a" / "w4" / "report.html", tmp_path, width)
 
 
 def test_every_failure_is_its_own(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import struct
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +17,7 @@ from quantcli.errors import ModelError
 from quantcli.recipe import Layers, Tune
 from quantcli.report.make import made as make
 from tests.graphs import normal, residual_net
-
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
-
-
-class Charts(HTMLParser):
-    """Collects the charts of a page: their labels, and the numbers that their marks carry."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.charts: list[tuple[str, str, list[float]]] = []
-        self.opened: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        if tag == "svg":
-            self.charts.append((given["class"] or "", given["aria-label"] or "", []))
-        elif given.get("data-value") is not None:
-            self.charts[-1][2].append(float(given["data-value"] or 0))
+from tests.pages import CHROMIUM, Charts, browser, figures, looked_at
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +32,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["report", str(folder / "q<b>&.onnx"), "--float", str(model), "--data", str(folder / "d.npz"), "-q"]
     assert run([*arguments, "-o", str(folder / "r.html")]) == 0
     return folder / "r.html"
-
-
-def figures(page: str) -> dict[str, Any]:
-    match = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)
-    assert match is not None
-    found: dict[str, Any] = json.loads(match[1])
-    return found
 
 
 def test_the_charts_carry_the_numbers_of_the_json(made: Path) -> None:
@@ -131,18 +102,9 @@ def test_what_cannot_be_reported_is_refused(made: Path, capsys: pytest.CaptureFi
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the path")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_draws_it_without_an_error(made: Path, tmp_path: Path, width: int) -> None:
-    shot = tmp_path / "shot.png"
-    options = (
-        "--headless=new --no-sandbox --disable-gpu --hide-scrollbars --enable-logging=stderr --virtual-time-budget=2000"
-    )
-    given = [str(CHROMIUM), *options.split(), f"--user-data-dir={tmp_path}", f"--window-size={width},1600"]
-    done = subprocess.run(
-        [*given, f"--screenshot={shot}", made.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert "CONSOLE" not in done.stderr
-    content = shot.read_bytes()
-    assert struct.unpack(">II", content[16:24]) == (width, 1600)
-    dom = subprocess.run([*given, "--dump-dom", made.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    shot = looked_at(made, tmp_path, width)
+    command = [*browser(tmp_path, width), "--dump-dom", made.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert dom.stdout.count("<svg") == made.read_text().count("<svg")
     from PIL import Image
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantcli.batch.worker import REPORT
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -27,11 +29,12 @@ def row_of(outcome: Outcome) -> dict[str, Any]:
     """Return one entry's cells."""
     figures = outcome.record.figures
     done = outcome.record.status == "done"
+    shown = REPORT if "charts" in figures else "model.json"
     return {
         "name": outcome.entry.name,
         "status": outcome.status,
         "reason": outcome.reason,
-        "link": f"entries/{outcome.entry.name}/" + ("model.json" if done else "log.txt"),
+        "link": f"entries/{outcome.entry.name}/" + (shown if done else "log.txt"),
         "metric": figures.get("metric", ""),
         "bytes": f"{figures['bytes']:,}" if done else "",
         "share": f"{figures['bytes'] / figures['float_bytes']:.0%}" if done else "",

@@ -42,6 +42,7 @@ class Wishes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         factory: What builds the module of a state dict.
         trust_pickle: Whether the file may run what code it holds.
         strict, verify: As `quantcli.convert` has them.
+        report: Whether a page about each converted model is written (``report.html``), and its numbers into the results.
         shards: On a cluster, into how many tasks its calibration is cut; the bytes are the same.
     """
 
@@ -64,6 +65,7 @@ class Wishes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     trust_pickle: bool | None = None
     strict: bool | None = None
     verify: bool | None = None
+    report: bool | None = None
     shards: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
 

@@ -19,6 +19,8 @@ from quantcli.batch.manifest import Entry
 from quantcli.documents import finite
 
 RESULT = "result.json"
+# What the page about a model is called.
+REPORT = "report.html"
 # What a part of a calibration is called.
 SHARD = "part.stats"
 
@@ -70,18 +72,25 @@ def run(entry: Entry, folder: Path) -> dict[str, Any]:
     }
     data = wishes.evaluate or wishes.data
     if data is not None:
-        found = evaluate(
-            output,
-            data,
-            entry.path,
-            wishes.metric,
-            entry.recipe,
-            wishes.labels,
-            wishes.evaluate_split if wishes.evaluate else wishes.split,
-            Selection(wishes.samples),
-            latency=wishes.min_speedup is not None,
-            opening=opening,
-        )
+        judging: dict[str, Any] = {
+            "metric": wishes.metric,
+            "recipe": entry.recipe,
+            "labels": wishes.labels,
+            "split": wishes.evaluate_split if wishes.evaluate else wishes.split,
+            "selection": Selection(wishes.samples),
+            "latency": wishes.min_speedup is not None,
+            "opening": opening,
+        }
+        if wishes.report and output.suffix == ".onnx":
+            from quantcli.report.make import made
+            from quantcli.report.page import page
+
+            shown = made(output, Path(entry.path), Path(data), **judging)
+            (folder / REPORT).write_bytes(page(shown))
+            found = shown.evaluation
+            figures["charts"] = finite(shown.charts())
+        else:
+            found = evaluate(output, data, entry.path, **judging)
         figures |= {
             "metric": found.metric,
             "samples": found.samples,

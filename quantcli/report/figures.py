@@ -86,6 +86,16 @@ class Figures:
             "drop": found.drop,
             "speedup": timing.ratio if timing is not None else None,
             "sqnr_db": found.sqnr,
+            **self.charts(),
+            "float_layers": [
+                {"name": f.name, "operator": f.operator, "reason": f.reason} for f in self.sidecar.float_layers
+            ],
+        }
+
+    def charts(self) -> dict[str, Any]:
+        """Return the numbers that the charts draw."""
+        found = self.evaluation
+        return {
             "layers": [
                 {"name": layer.name, "operator": layer.operator, "sqnr_db": layer.sqnr, "lost_db": layer.lost}
                 for layer in found.layers
@@ -102,9 +112,6 @@ class Figures:
             ],
             "weights": [
                 {"name": c.name, "layer": c.layer, "bits": c.bits, "largest": list(c.largest)} for c in self.channels
-            ],
-            "float_layers": [
-                {"name": f.name, "operator": f.operator, "reason": f.reason} for f in self.sidecar.float_layers
             ],
         }
 

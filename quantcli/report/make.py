@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,14 +14,12 @@ from quantcli.errors import ModelError
 from quantcli.evaluation.evaluate import evaluate
 from quantcli.load import load
 from quantcli.observation import Data
+from quantcli.progress import Progress, silent
 from quantcli.report.figures import Figures, figures
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from calibration.datasets import Selection
     from quantcli.load import Opening
-    from quantcli.progress import Progress
     from quantcli.recipe import Recipe
 
 # Samples whose activations are drawn.
@@ -33,14 +32,14 @@ def made(
     data: Path,
     metric: str | None,
     recipe: Recipe,
-    labels: Path | None,
+    labels: Path | str | None,
     split: str | None,
     selection: Selection,
-    batch: int | None,
-    latency: bool,
-    threads: int,
-    opening: Opening | None,
-    progress: Progress,
+    batch: int | None = None,
+    latency: bool = False,
+    threads: int = 1,
+    opening: Opening | None = None,
+    progress: Progress = silent,
 ) -> Figures:
     """Evaluate a quantized model, layer by layer, and return what its report shows.
 
@@ -81,7 +80,7 @@ def made(
         progress=progress,
     )
     runner = Runner(source.runnable, what=source.name)
-    dataset = open_dataset(data, runner.inputs, recipe.preprocess, labels, split)
+    dataset = open_dataset(data, runner.inputs, recipe.preprocess, Path(labels) if labels else None, split)
     indices = select(len(dataset), selection)
     size = fitted_batch(runner.inputs, batch) if fixes_batch(runner.inputs) else min(DRAWN, len(indices))
     first = [index for index in indices if dataset.shape_of(int(index)) == dataset.shape_of(int(indices[0]))][:size]
