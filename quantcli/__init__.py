@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quantcli.observation import Run
-    from quantcli.pipeline import Conversion, Evaluation, calibrate, convert, evaluate, verify
+    from quantcli.pipeline import Conversion, Evaluation, calibrate, convert, evaluate, verify, verify_c
     from quantcli.recipe import Recipe, read_recipe
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ __all__ = [
     "evaluate",
     "read_recipe",
     "verify",
+    "verify_c",
 ]
 
 

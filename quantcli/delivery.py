@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 
-from quantcli.errors import UsageError, VerifyError
+from quantcli.errors import OutputError, UsageError, VerifyError
 from quantcli.evaluation.check import SelfCheck, self_check
 from quantcli.integer.verify import verify as compare_integers
 from quantcli.integer.weights import verify_weights as compare_weights
@@ -17,16 +20,22 @@ from quantcli.sidecar import FileEntry
 from quantcli.write import WRITERS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     import onnx_ir as ir
 
     from calibration.statistics import Statistics
+    from quantcli.embedded.deliver import Source
     from quantcli.integer.verify import Verification
     from quantcli.load import LoadedModel
     from quantcli.quantize import QuantizedModel
     from quantcli.recipe import Recipe
     from quantcli.sidecar import Sidecar
+
+
+# Forms that are C, beside the ONNX model that computes the same.
+C_FORMS = ("c", "c-params")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +79,115 @@ class Delivery:
 
 def rendered(quantized: QuantizedModel, form: str, output: Path, source: LoadedModel) -> Delivery:
     """Return a quantized model in the form that an output's name and the format ask for."""
-    model = WRITERS[form](quantized)
+    model = WRITERS["qdq" if form in C_FORMS else form](quantized)
     return Delivery(model_bytes(model), as_program(model, source) if output.suffix == ".pt2" else None)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the outputs of a conversion stand.
+
+    Attributes:
+        model: The quantized model.
+        sidecar: Its sidecar.
+        folder: The folder of C source, which need not be there yet.
+        header: The header of parameters.
+        name: The model's name in C.
+    """
+
+    model: Path
+    sidecar: Path
+    folder: Path | None = None
+    header: Path | None = None
+    name: str = "model"
+
+    @property
+    def embedded(self) -> bool:
+        """Whether what is written is C."""
+        return self.folder is not None or self.header is not None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files whose names are known before anything is done."""
+        header = () if self.header is None else (self.header,)
+        return (self.model, self.sidecar, *header)
+
+    @contextlib.contextmanager
+    def made(self) -> Iterator[None]:
+        """Make the folder, and take it away again where nothing comes into it.
+
+        Raises:
+            OutputError: If it cannot be made.
+        """
+        new = self.folder is not None and not self.folder.exists()
+        if new and self.folder is not None:
+            try:
+                self.folder.mkdir()
+            except OSError as error:
+                what = f"{self.folder} cannot be made ({error.strerror or error})"
+                raise OutputError(what, "choose another -o") from error
+        try:
+            yield
+        finally:
+            if new and self.folder is not None and not any(self.folder.iterdir()):
+                self.folder.rmdir()
+
+
+def places_of(output: Path, form: str, recipe: Recipe, name: str = "model", until: Sequence[str] = ()) -> Places:
+    """Return where a conversion writes to.
+
+    Raises:
+        UsageError: If name or form are unknown, or they contradict each other or the recipe.
+    """
+    if form not in C_FORMS:
+        if until:
+            raise UsageError("--end-at is for C source", "leave it out, or choose --format c")
+        check_form(output, form, recipe)
+        return Places(output, output.with_suffix(".json"))
+    if recipe.mode != "static":
+        raise UsageError(f"C source is integers alone, and --mode {recipe.mode} is not", "leave out --mode")
+    if recipe.tune.optimize is not None:
+        raise UsageError("--optimize latency times ONNX Runtime, and C source does not run there", "leave it out")
+    if not re.fullmatch("[A-Za-z][A-Za-z0-9_]{0,30}", name):
+        raise UsageError(f"'{name}' is no name for C", "letters, digits and _ (at most 31)")
+    if form == "c":
+        if output.suffix in {".onnx", ".pt2", ".json", ".h", ".c"} or output.is_file():
+            raise UsageError(f"C source is a folder, and {output} is a file", "name a folder")
+        return Places(output / f"{name}.onnx", output / f"{name}.json", output, None, name)
+    if output.suffix != ".h":
+        raise UsageError(f"parameters are a header, and {output} is none", "name it .h")
+    if until:
+        raise UsageError("--end-at is for C source, and parameters are those of the whole model", "leave it out")
+    return Places(output.with_suffix(".onnx"), output.with_suffix(".json"), None, output, name)
+
+
+def for_form(recipe: Recipe, form: str) -> Recipe:
+    """Return a recipe for a form: C has no float operators beside its integers, and quantizes whatever can be."""
+    if form not in C_FORMS:
+        return recipe
+    return msgspec.structs.replace(recipe, layers=msgspec.structs.replace(recipe.layers, everywhere=True))
+
+
+def beside(
+    places: Places,
+    delivery: Delivery,
+    sidecar: Sidecar,
+    statistics: Statistics,
+    constants: Mapping[str, Any],
+    until: Sequence[str],
+) -> tuple[dict[Path, bytes], Source | None]:
+    """Return what is written beside the model and its sidecar: C source, or a header of parameters."""
+    if places.header is not None:
+        from quantcli.embedded.params import header
+
+        biases = {name: np.asarray(constants[name]) for name, t in sidecar.tensors.items() if t.role == "bias"}
+        return {places.header: header(sidecar, biases, places.name).encode()}, None
+    if places.folder is None:
+        return {}, None
+    from quantcli.embedded.deliver import written
+
+    found = written(delivery.onnx, sidecar, statistics.check_inputs, places.name, until)
+    return {places.folder / name: content for name, content in found.files.items()}, found
 
 
 def check_form(output: Path, form: str, recipe: Recipe) -> None:
@@ -83,7 +199,7 @@ def check_form(output: Path, form: str, recipe: Recipe) -> None:
     if output.suffix not in {".onnx", ".pt2"}:
         raise UsageError(f"the output {output} is of no known kind", "name it .onnx or .pt2")
     if form not in WRITERS:
-        raise UsageError(f"there is no format '{form}'", f"known: {', '.join(WRITERS)}")
+        raise UsageError(f"there is no format '{form}'", f"known: {', '.join((*WRITERS, *C_FORMS))}")
     if output.suffix == ".pt2" and (form != "qdq" or recipe.mode == "dynamic"):
         what = "--mode dynamic" if form == "qdq" else f"the format '{form}'"
         raise UsageError(f"{what} is for ONNX, and {output} is a PyTorch program", "name the output .onnx")

@@ -35,6 +35,10 @@ class PlanError(QuantcliError):
     """No plan can be made from the model, the statistics and the recipe."""
 
 
+class EmbeddedError(QuantcliError):
+    """The model cannot be written as C source, or a compiler does not take it."""
+
+
 class OutputError(QuantcliError):
     """An output cannot be written, or what was written does not work."""
 

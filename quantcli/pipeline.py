@@ -10,45 +10,35 @@ import glob
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from calibration import statistics as statistics_file
-from calibration.datasets import (
-    Selection,
-    batches,
-    fitted_batch,
-    fixes_batch,
-    open_dataset,
-    select,
-)
-from calibration.errors import DataError, ReportedError
+from calibration.errors import ReportedError
 from calibration.hooks.onnxruntime import Runner
 from quantcli import sidecar as sidecar_file
 from quantcli.decision import check_strict, decided, loaded_statistics, opset_for
-from quantcli.delivery import check_form, rendered
-from quantcli.errors import ModelError, UsageError
+from quantcli.delivery import beside, for_form, places_of, rendered
+from quantcli.errors import UsageError
 from quantcli.evaluation.check import SelfCheck
 from quantcli.evaluation.evaluate import Evaluation, evaluate
 from quantcli.explain import Explanation, explain
 from quantcli.files import check_output, staged
 from quantcli.fold import fold
-from quantcli.integer.verify import Verification, random_inputs
-from quantcli.integer.verify import verify as compare_integers
-from quantcli.integer.weights import verify_weights as compare_weights
 from quantcli.load import LoadedModel, Opening, load, shown_name
 from quantcli.memory import give_back
 from quantcli.observation import Data, Run, observe
 from quantcli.progress import Progress, silent
 from quantcli.quantize import quantize
 from quantcli.recipe import Recipe, resolve_target
+from quantcli.verification import verify, verify_c
 from quantcli.write import WRITERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from numpy.typing import NDArray
-
     from calibration.statistics import Statistics
+    from quantcli.delivery import Places
+    from quantcli.embedded.deliver import Source
     from quantcli.load import Example
     from quantcli.plan import Plan
     from quantcli.sidecar import Sidecar
@@ -57,9 +47,6 @@ if TYPE_CHECKING:
     from quantcli.tune.search import Attempt
 
 logger = logging.getLogger(__name__)
-
-# How many random samples are verified where there is no data.
-RANDOM_SAMPLES = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +63,7 @@ class Conversion:
         explained: What was asked about.
         trials: The plans that were timed, where the fastest was asked for.
         attempts: The widths that were tried, where a metric was to be kept.
+        embedded: The C source, where that was written.
     """
 
     model: Path
@@ -87,6 +75,7 @@ class Conversion:
     explained: tuple[Explanation, ...] = ()
     trials: tuple[Trial, ...] = ()
     attempts: tuple[Attempt, ...] = ()
+    embedded: Source | None = None
 
 
 def calibrate(
@@ -126,10 +115,10 @@ def calibrate(
     if path is not None:
         run = replace(run, partial=path.with_name(f"{path.name}.partial"))
     outputs = [path] if path is not None else []
-    check_outputs(outputs, [model, recipe.target_file, *given.files])
+    check_each(outputs, [model, recipe.target_file, *given.files])
     target = resolve_target(recipe)
     source = load(model, opening, shown_by(given, recipe))
-    check_outputs(outputs, source.files)
+    check_each(outputs, source.files)
     with blamed_on(source):
         folded = fold(source.graph, target.activation.opset, recipe.requantize)
         statistics = observe(source, folded, given, recipe, run, progress)
@@ -192,13 +181,16 @@ def convert(
     validate: Path | str | None = None,
     validate_split: str | None = None,
     opening: Opening | None = None,
+    name: str = "model",
+    until: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Conversion:
     """Quantize a float model and write the quantized model and its sidecar (same name, ``.json``).
 
     Args:
         model: An ``.onnx`` file, or one that torch wrote (`quantcli.load`); or a model that is loaded already.
-        output: The quantized model: ``.onnx``, or ``.pt2`` for an exported PyTorch program.
+        output: The quantized model: ``.onnx``, or ``.pt2`` for an exported PyTorch program; of C source, its folder; of parameters
+            alone, a header.
         statistics: What `calibrate` returned or saved.
         data: Calibration data, where there are no statistics.
         recipe: What the user wants; None for the defaults.
@@ -206,7 +198,8 @@ def convert(
         split: Keep only the CSV's rows of this split.
         strict: Refuse where an operator stays float or a weight channel is dead.
         verified: Run the integer executor against the runtime before the files get their names.
-        form: ``qdq`` (QuantizeLinear/DequantizeLinear) or ``qoperator`` (QLinearConv and its like).
+        form: ``qdq`` (QuantizeLinear/DequantizeLinear), ``qoperator`` (QLinearConv and its like), ``c`` (C source) or ``c-params``
+            (parameters alone, as a header).
         function: A callable ``module:function`` that yields calibration batches, where there are neither statistics nor data.
         synthetic: So many random samples instead; refused by ``strict``.
         run: How the calibration is run.
@@ -214,31 +207,31 @@ def convert(
         validate: Labelled data that ``[tune] max_drop`` is judged on; None for the calibration data.
         validate_split: Keep only those of its CSV's rows.
         opening: How a PyTorch model is opened that does not say all of itself.
+        name: The model's name in C.
+        until: Integer tensors at which C source ends, in place of the model's outputs.
         progress: Called with the stage, the samples done and their total.
 
     Raises:
         ReportedError: If anything given cannot be used, or the written model does not work; nothing is written then.
     """
-    recipe, run = recipe or Recipe(), run or Run()
-    output = Path(output)
+    recipe, run = for_form(recipe or Recipe(), form), run or Run()
     check_places(recipe, statistics, data, function, synthetic)
-    check_form(output, form, recipe)
-    writer = WRITERS[form]
-    sidecar_path = output.with_suffix(".json")
+    outputs = places_of(Path(output), form, recipe, name, until)
+    writer = WRITERS.get(form, WRITERS["qdq"])
     files = [data, labels, validate, statistics if isinstance(statistics, (str, Path)) else None]
     given_model = None if isinstance(model, LoadedModel) else Path(model)
     sources = [given_model, recipe.target_file, *(Path(path) if path else None for path in files)]
-    check_outputs([output, sidecar_path], sources)
+    check_outputs(outputs, sources)
     target = resolve_target(recipe)
     given = any(place is not None for place in (data, function, synthetic)) or recipe.mode != "static"
     places = Data(path_or_none(data), path_or_none(labels), split, function, synthetic) if given else None
     source = (
         model if isinstance(model, LoadedModel) else load(Path(model), opening, shown_by(places, recipe, statistics))
     )
-    check_outputs([output, sidecar_path], source.files)
+    check_outputs(outputs, source.files)
     with blamed_on(source):
         folded = fold(source.graph, max(target.activation.opset, opset_for(recipe)), recipe.requantize)
-        log = output.with_name(f"{output.name}.search") if recipe.tune.max_drop is not None else None
+        log = outputs.model.with_name(f"{outputs.model.name}.search") if recipe.tune.max_drop is not None else None
         if log is not None and not run.resume:
             log.unlink(missing_ok=True)
         judged = Data(Path(validate), path_or_none(labels), validate_split) if validate is not None else None
@@ -249,21 +242,33 @@ def convert(
         if strict:
             check_strict(plan, found)
         quantized = quantize(final, plan)
-        delivery = rendered(quantized, form, output, source)
+        delivery = rendered(quantized, form, outputs.model, source)
     if found.synthetic and recipe.mode == "static":
         logger.warning("the ranges come from random data: the model is for trying out, not for use")
-    sidecar = sidecar_file.describe(quantized, source, delivery.entry(shown_name(output)), found, recipe)
+    sidecar = sidecar_file.describe(quantized, source, delivery.entry(shown_name(outputs.model)), found, recipe)
+    more, embedded = beside(outputs, delivery, sidecar, found, quantized.constants, until)
     del quantized  # of a large model, the integers stand in memory once from here on
     give_back(len(delivery.content))
     progress("check", 0, 1)
     check = delivery.check(source, sidecar, found, verified)
-    with staged() as writing:
-        writing.write(output, delivery.content)
-        writing.write(sidecar_path, sidecar_file.encode(sidecar))
+    with outputs.made(), staged() as writing:
+        writing.write(outputs.model, delivery.content)
+        writing.write(outputs.sidecar, sidecar_file.encode(sidecar))
+        for path, content in more.items():
+            writing.write(path, content)
     if log is not None:
         log.unlink(missing_ok=True)
     return Conversion(
-        output, sidecar_path, sidecar, plan, check, tuned, explanations, decision.trials, decision.attempts
+        outputs.model,
+        outputs.sidecar,
+        sidecar,
+        plan,
+        check,
+        tuned,
+        explanations,
+        decision.trials,
+        decision.attempts,
+        embedded,
     )
 
 
@@ -308,70 +313,24 @@ def check_places(recipe: Recipe, statistics: object, *data: object) -> None:
         )
 
 
-def check_outputs(outputs: Iterable[Path], sources: Iterable[Path | None]) -> None:
+def check_each(outputs: Iterable[Path], sources: Iterable[Path | None]) -> None:
     """Check that no output is one of the sources and that each may take its name."""
     kept = list(sources)
     for output in outputs:
         check_output(output, *kept)
 
 
-def verify(
-    sidecar: Path | str,
-    data: Path | str | None = None,
-    recipe: Recipe | None = None,
-    labels: Path | str | None = None,
-    split: str | None = None,
-    selection: Selection | None = None,
-    batch: int | None = None,
-    seed: int = 0,
-    progress: Progress = silent,
-) -> Verification:
-    """Verify a sidecar against the model beside it, on data or on random inputs over the calibrated ranges.
-
-    Args:
-        sidecar: The sidecar; the quantized model of the name that it states stands beside it.
-        data: Inputs; None for random ones.
-        recipe: Where the preprocessing stands; None for the defaults.
-        labels: A CSV that names the image files of the data.
-        split: Keep only the CSV's rows of this split.
-        selection: Which samples; all by default.
-        batch: The batch size; None for the model's own, or 32.
-        seed: Of the random inputs.
-        progress: Called with the stage, the samples done and their total.
+def check_outputs(outputs: Places, sources: Iterable[Path | None]) -> None:
+    """Check that no output of a conversion is one of the sources, and that each may take its name.
 
     Raises:
-        ReportedError: If anything given cannot be used. Differences are no error here: they are in what is returned.
+        UsageError: If one is.
+        OutputError: If a folder is missing or cannot be written to.
     """
-    sidecar = Path(sidecar)
-    document = sidecar_file.read(sidecar)
-    model = sidecar.with_name(document.model.name)
-    if model.suffix == ".pt2":
-        raise UsageError(
-            f"{model.name} is a PyTorch program, and verify runs ONNX", "convert to .onnx: the integers are the same"
-        )
-    if not model.is_file():
-        raise ModelError(f"{sidecar} speaks of {document.model.name}, which is not beside it", "put it there")
-    if document.mode != "static":
-        return compare_weights(model.read_bytes(), document)
-    runner = Runner(load(model).runnable, what=model.name)
-    if data is None:
-        size = fitted_batch(runner.inputs, batch or RANDOM_SAMPLES)
-        return compare_integers(model.read_bytes(), document, [random_inputs(document, runner, size, seed)])
-    dataset = open_dataset(
-        Path(data), runner.inputs, (recipe or Recipe()).preprocess, Path(labels) if labels else None, split
-    )
-    indices = select(len(dataset), selection or Selection())
-    size = fitted_batch(runner.inputs, batch)
-    whole = indices[: len(indices) - len(indices) % size] if fixes_batch(runner.inputs) else indices
-    if not len(whole):
-        raise DataError(f"the model takes batches of {size} and there are {len(indices)} samples", "give more samples")
-
-    def drawn() -> Iterable[dict[str, NDArray[Any]]]:
-        for number, feeds in enumerate(batches(dataset, whole, size)):
-            yield feeds
-            progress("verify", min((number + 1) * size, len(whole)), len(whole))
-
-    return compare_integers(model.read_bytes(), document, drawn())
+    if outputs.folder is not None and not outputs.folder.exists():
+        check_each([outputs.folder], sources)  # nothing in it can be a source
+    else:
+        check_each(outputs.files, sources)
 
 
 __all__ = [
@@ -383,4 +342,5 @@ __all__ = [
     "convert",
     "evaluate",
     "verify",
+    "verify_c",
 ]

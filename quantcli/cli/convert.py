@@ -28,6 +28,7 @@ from quantcli.cli.options import (
 from quantcli.cli.terminal import Terminal, output_options, terminal_of
 
 if TYPE_CHECKING:
+    from quantcli.embedded.deliver import Source
     from quantcli.explain import Explanation
     from quantcli.pipeline import Conversion
     from quantcli.plan import LayerPlan, Plan
@@ -58,15 +59,25 @@ if TYPE_CHECKING:
     "--output",
     type=OUTPUT,
     required=True,
-    help="The quantized model to write (.onnx, or .pt2 for a PyTorch program; .json beside it).",
+    help="The quantized model (.onnx, or .pt2 for a PyTorch program; .json beside it); of C source its folder.",
 )
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["qdq", "qoperator"]),
+    type=click.Choice(["qdq", "qoperator", "c", "c-params"]),
     default="qdq",
     show_default=True,
-    help="QuantizeLinear/DequantizeLinear around operators, or integer operators.",
+    help="QuantizeLinear/DequantizeLinear around operators; integer operators; C source; parameters alone, as a C header.",
+)
+@click.option(
+    "--name", default="model", show_default=True, help="With --format c or c-params: what names in C begin with."
+)
+@click.option(
+    "--end-at",
+    "until",
+    multiple=True,
+    metavar="TENSOR",
+    help="With --format c: end at this integer tensor, and leave the rest to the caller.",
 )
 @click.option(
     "--strict",
@@ -133,6 +144,8 @@ def convert(context: click.Context, /, model: Path, output: Path, strict: bool, 
             options["validate"],
             options["validate_split"],
             opening_of(options),
+            options["name"],
+            options["until"],
             progress,
         )
     show(terminal, done)
@@ -142,6 +155,7 @@ def convert(context: click.Context, /, model: Path, output: Path, strict: bool, 
 def show(terminal: Terminal, done: Conversion) -> None:
     """Print what a conversion did."""
     plan, sidecar = done.plan, done.sidecar
+    in_c = done.embedded is not None
     if terminal.verbose:
         rows = [
             (
@@ -174,7 +188,7 @@ def show(terminal: Terminal, done: Conversion) -> None:
         )
         outputs = ", ".join(f"'{name}' {value:.1f} dB" for name, value in done.check.sqnr.items())
         terminal.warn(f"the quantized model is far from float (SQNR of {outputs}); lost at: {lost}")
-    if done.check.slow:
+    if done.check.slow and not in_c:
         terminal.warn(
             f"it runs at {done.check.speed or 0:.2f} times float's speed on this machine; "
             "--optimize latency looks for a faster plan"
@@ -185,11 +199,30 @@ def show(terminal: Terminal, done: Conversion) -> None:
         f"operator set {sidecar.opset}"
     )
     terminal.say(f"size: {sizes[0]:,} → {sizes[1]:,} bytes ({sizes[1] / sizes[0]:.0%})")
-    if done.check.speed is not None:
+    if done.check.speed is not None and not in_c:
         terminal.say(f"speed: about {done.check.speed:.2f} times float's over {done.check.samples} samples at once")
     for name, value in done.check.sqnr.items():
         terminal.say(f"self-check: output '{name}' SQNR {value:.1f} dB over {done.check.samples} samples")
     terminal.say(f"{done.sidecar_path}: the sidecar")
+    if done.embedded is not None:
+        source_in_c(terminal, done.embedded, done.model.parent)
+
+
+def source_in_c(terminal: Terminal, found: Source, folder: Path) -> None:
+    """Print what C source takes, and whether it was compiled and compared."""
+    told = found.description
+    if terminal.verbose:
+        rows = [(step.layer, step.operator, step.kernel, f"{step.macs:,}") for step in told.steps]
+        terminal.table("Kernel calls", ("layer", "operator", "kernel", ">multiply-accumulates"), rows)
+    bound = f"the largest live set is {told.bound_bytes:,}"
+    terminal.say(
+        f"{folder}: C source; RAM {told.arena_bytes + told.scratch_bytes:,} bytes ({told.arena_bytes:,} of activations, {bound}), "
+        f"constants {told.constant_bytes:,} bytes, {told.macs:,} multiply-accumulates"
+    )
+    if found.checked is None:
+        terminal.warn("there is no C compiler here: the source was not compiled (quantcli verify --c does it later)")
+    else:
+        terminal.say(f"compiled and run: {found.checked} samples give what the executor gives, byte for byte")
 
 
 def lost_less(terminal: Terminal, done: Conversion) -> None:
@@ -310,6 +343,7 @@ def as_document(done: Conversion) -> dict[str, Any]:
         "attempts": [{**dataclasses.asdict(one), "drop": one.score.drop} for one in done.attempts],
         "trials": [dataclasses.asdict(trial) for trial in done.trials],
         "explained": [dataclasses.asdict(found) for found in done.explained],
+        "c": None if done.embedded is None else embedded_document(done.embedded),
         "dead_channels": {name: list(channels) for name, channels in done.plan.dead_channels.items()},
         "self_check": {
             "samples": done.check.samples,
@@ -322,3 +356,11 @@ def as_document(done: Conversion) -> dict[str, Any]:
             ],
         },
     }
+
+
+def embedded_document(found: Source) -> dict[str, Any]:
+    """Return what C source is, for machines."""
+    import msgspec
+
+    told: dict[str, Any] = msgspec.to_builtins(found.description)
+    return {**told, "files": sorted(found.files), "checked_samples": found.checked}

@@ -1,0 +1,146 @@
+"""Verify what was written: a quantized model against its sidecar, and C source against the integer executor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibration.datasets import Selection, batches, fitted_batch, fixes_batch, open_dataset, select
+from calibration.errors import DataError
+from calibration.hooks.onnxruntime import Runner
+from quantcli import sidecar as sidecar_file
+from quantcli.embedded.check import FLAGS
+from quantcli.embedded.describe import read_description
+from quantcli.embedded.verify import verify_source
+from quantcli.errors import ModelError, UsageError
+from quantcli.integer.verify import Verification, random_inputs
+from quantcli.integer.verify import verify as compare_integers
+from quantcli.integer.weights import verify_weights as compare_weights
+from quantcli.load import load
+from quantcli.progress import Progress, silent
+from quantcli.recipe import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from quantcli.embedded.deliver import Compared
+
+# How many random samples are verified where there is no data.
+RANDOM_SAMPLES = 8
+
+
+def verify(
+    sidecar: Path | str,
+    data: Path | str | None = None,
+    recipe: Recipe | None = None,
+    labels: Path | str | None = None,
+    split: str | None = None,
+    selection: Selection | None = None,
+    batch: int | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Verification:
+    """Verify a sidecar against the model beside it, on data or on random inputs over the calibrated ranges.
+
+    Args:
+        sidecar: The sidecar; the quantized model of the name that it states stands beside it.
+        data: Inputs; None for random ones.
+        recipe: Where the preprocessing stands; None for the defaults.
+        labels: A CSV that names the image files of the data.
+        split: Keep only the CSV's rows of this split.
+        selection: Which samples; all by default.
+        batch: The batch size; None for the model's own, or 32.
+        seed: Of the random inputs.
+        progress: Called with the stage, the samples done and their total.
+
+    Raises:
+        ReportedError: If anything given cannot be used. Differences are no error here: they are in what is returned.
+    """
+    sidecar = Path(sidecar)
+    document = sidecar_file.read(sidecar)
+    model = sidecar.with_name(document.model.name)
+    if model.suffix == ".pt2":
+        raise UsageError(
+            f"{model.name} is a PyTorch program, and verify runs ONNX", "convert to .onnx: the integers are the same"
+        )
+    if not model.is_file():
+        raise ModelError(f"{sidecar} speaks of {document.model.name}, which is not beside it", "put it there")
+    if document.mode != "static":
+        return compare_weights(model.read_bytes(), document)
+    runner = Runner(load(model).runnable, what=model.name)
+    if data is None:
+        size = fitted_batch(runner.inputs, batch or RANDOM_SAMPLES)
+        return compare_integers(model.read_bytes(), document, [random_inputs(document, runner, size, seed)])
+    drawn = drawn_from(Path(data), runner, recipe, labels, split, selection, batch, progress)
+    return compare_integers(model.read_bytes(), document, drawn)
+
+
+def drawn_from(
+    data: Path,
+    runner: Runner,
+    recipe: Recipe | None,
+    labels: Path | str | None,
+    split: str | None,
+    selection: Selection | None,
+    batch: int | None,
+    progress: Progress,
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """Yield inputs to verify with, in batches.
+
+    Raises:
+        DataError: If there are too few samples for one.
+    """
+    dataset = open_dataset(
+        data, runner.inputs, (recipe or Recipe()).preprocess, Path(labels) if labels else None, split
+    )
+    indices = select(len(dataset), selection or Selection())
+    size = fitted_batch(runner.inputs, batch)
+    whole = indices[: len(indices) - len(indices) % size] if fixes_batch(runner.inputs) else indices
+    if not len(whole):
+        raise DataError(f"the model takes batches of {size} and there are {len(indices)} samples", "give more samples")
+    for number, feeds in enumerate(batches(dataset, whole, size)):
+        yield feeds
+        progress("verify", min((number + 1) * size, len(whole)), len(whole))
+
+
+def verify_c(
+    folder: Path | str,
+    data: Path | str | None = None,
+    recipe: Recipe | None = None,
+    labels: Path | str | None = None,
+    split: str | None = None,
+    selection: Selection | None = None,
+    seed: int = 0,
+    compiler: str | None = None,
+    flags: Sequence[str] | None = None,
+    progress: Progress = silent,
+) -> Compared:
+    """Compile the C source in a folder, and compare every output with the integer executor's.
+
+    Args:
+        folder: What ``convert --format c`` wrote.
+        data: Inputs; None for random ones.
+        recipe: Where the preprocessing stands; None for the defaults.
+        labels: A CSV that names the image files of the data.
+        split: Keep only the CSV's rows of this split.
+        selection: Which samples; all by default.
+        seed: Of the random inputs.
+        compiler: The C compiler; None for ``$CC``, or the first that there is.
+        flags: Its flags; None for C99 without a warning.
+        progress: Called with the stage, the samples done and their total.
+
+    Raises:
+        ReportedError: If anything given cannot be used. Differences are no error here: they are in what is returned.
+    """
+    folder = Path(folder)
+    description = read_description(folder)
+    document = sidecar_file.read(folder / f"{description.name}.json")
+    runner = Runner(load(folder / document.model.name).runnable, what=document.model.name)
+    drawn: Iterable[dict[str, NDArray[Any]]]
+    if data is None:
+        drawn = [random_inputs(document, runner, fitted_batch(runner.inputs, RANDOM_SAMPLES), seed)]
+    else:
+        drawn = drawn_from(Path(data), runner, recipe, labels, split, selection, None, progress)
+    return verify_source(folder, description, document, drawn, compiler, FLAGS if flags is None else flags)
