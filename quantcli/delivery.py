@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
+from quantcli.embedded.naming import check_name
 from quantcli.errors import OutputError, UsageError, VerifyError
 from quantcli.evaluation.check import SelfCheck, self_check
 from quantcli.integer.verify import verify as compare_integers
@@ -148,8 +148,7 @@ def places_of(output: Path, form: str, recipe: Recipe, name: str = "model", unti
         raise UsageError(f"C source is integers alone, and --mode {recipe.mode} is not", "leave out --mode")
     if recipe.tune.optimize is not None:
         raise UsageError("--optimize latency times ONNX Runtime, and C source does not run there", "leave it out")
-    if not re.fullmatch("[A-Za-z][A-Za-z0-9_]{0,30}", name):
-        raise UsageError(f"'{name}' is no name for C", "letters, digits and _ (at most 31)")
+    check_name(name)
     if form == "c":
         if output.suffix in {".onnx", ".pt2", ".json", ".h", ".c"} or output.is_file():
             raise UsageError(f"C source is a folder, and {output} is a file", "name a folder")

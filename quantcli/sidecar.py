@@ -260,6 +260,15 @@ def stored_weights(sidecar: Sidecar, model: Path) -> dict[str, NDArray[Any]]:
     Raises:
         ModelError: If the file is no model, or not the one that the sidecar speaks of.
     """
+    return stored_integers(sidecar, model, "weight")
+
+
+def stored_integers(sidecar: Sidecar, model: Path, role: str) -> dict[str, NDArray[Any]]:
+    """Return the integers of every constant of a role, by tensor name, from the quantized model's file.
+
+    Raises:
+        ModelError: If the file is no model, or not the one that the sidecar speaks of.
+    """
     import onnx_ir as ir
 
     from quantcli.load import load
@@ -268,5 +277,5 @@ def stored_weights(sidecar: Sidecar, model: Path) -> dict[str, NDArray[Any]]:
     if loaded.sha256 != sidecar.model.sha256:
         raise ModelError(f"{model} is not the model that its sidecar speaks of", "convert again")
     constants: dict[str, ir.Value] = dict(loaded.graph.graph.initializers)
-    names = {name: tensor.integers for name, tensor in sidecar.tensors.items() if tensor.role == "weight"}
+    names = {name: tensor.integers for name, tensor in sidecar.tensors.items() if tensor.role == role}
     return {name: np.asarray(constants[stored].const_value) for name, stored in names.items() if stored in constants}

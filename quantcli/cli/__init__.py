@@ -18,6 +18,7 @@ from quantcli.cli.calibrate import calibrate, merge
 from quantcli.cli.convert import convert
 from quantcli.cli.demo import demo
 from quantcli.cli.evaluate import evaluate
+from quantcli.cli.export import export
 from quantcli.cli.inspect import inspect
 from quantcli.cli.report import report as report_page
 from quantcli.cli.review import diff, lint
@@ -60,7 +61,21 @@ def cli() -> None:
     """Turn a saved float PyTorch or ONNX model into an integer one."""
 
 
-for command in (calibrate, merge, inspect, convert, evaluate, verify, lint, diff, report_page, batch, targets, demo):
+for command in (
+    calibrate,
+    merge,
+    inspect,
+    convert,
+    evaluate,
+    verify,
+    lint,
+    diff,
+    export,
+    report_page,
+    batch,
+    targets,
+    demo,
+):
     cli.add_command(command)
 
 

@@ -220,7 +220,10 @@ def fully_connected(low: Lowering, layer: Layer, entry: LayerEntry) -> None:
     """Lower a product with a stored matrix, whose columns follow the order in which its input lies."""
     w = low.stored(entry.inputs[1])
     if w.ndim != 2:
-        raise EmbeddedError(f"the weight of '{entry.name}' is no matrix", "it has more than two axes")
+        raise EmbeddedError(
+            f"C source has no kernel for {entry.operator} '{entry.name}', whose weight has {w.ndim} axes",
+            "split the product, one for each matrix",
+        )
     matrix = w if entry.operator == "Gemm" and layer.attributes.get("transB", 0) else w.T  # [outputs, inputs]
     value = low.operand(entry.inputs[0])
     inputs = matrix.shape[1]

@@ -240,7 +240,8 @@ def edges(program: Program, name: str) -> tuple[str, str]:
 
 def real_text(value: float) -> str:
     """Return a float32 as C99 writes it exactly."""
-    return f"{float(value).hex()}f"
+    digits, exponent = float(value).hex().split("p")
+    return f"{digits.rstrip('0').rstrip('.')}p{exponent}f"
 
 
 def vectors_h(

@@ -44,17 +44,18 @@ UNARY: dict[str, dict[str, Any]] = {
     "AveragePool": {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]},
 }
 BINARY = ("Add", "Sub", "Mul", "Concat", "Max", "Div")
+KINDS = (*UNARY, *BINARY, "Conv", "Conv", "Conv", "MatMul")
 
 
 @st.composite
-def graphs(draw: st.DrawFn) -> tuple[list[onnx.NodeProto], dict[str, Array], list[str]]:
+def graphs(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS) -> tuple[list[onnx.NodeProto], dict[str, Array], list[str]]:
     """Draw nodes over tensors of one shape, and which of their results the model gives."""
     nodes: list[onnx.NodeProto] = []
     constants: dict[str, Array] = {"one": np.array(1, np.float32), "tame": np.array(0.3, np.float32)}
     tensors = ["x"]
     for number in range(draw(st.integers(2, 14))):
         name, source = f"t{number}", draw(st.sampled_from(tensors[-4:]))
-        kind = draw(st.sampled_from([*UNARY, *BINARY, "Conv", "Conv", "Conv", "MatMul"]))
+        kind = draw(st.sampled_from(kinds))
         if kind == "Conv":
             group, side = draw(st.sampled_from([1, 2, CHANNELS])), draw(st.sampled_from([1, 3]))
             constants[f"w{number}"] = normal(CHANNELS, CHANNELS // group, side, side, seed=number, scale=0.4)
