@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from quantcli.embedded.describe import FILE
 from quantcli.embedded.naming import check_name
 from quantcli.errors import OutputError, UsageError, VerifyError
 from quantcli.evaluation.check import SelfCheck, self_check
@@ -152,6 +153,10 @@ def places_of(output: Path, form: str, recipe: Recipe, name: str = "model", unti
     if form == "c":
         if output.suffix in {".onnx", ".pt2", ".json", ".h", ".c"} or output.is_file():
             raise UsageError(f"C source is a folder, and {output} is a file", "name a folder")
+        if output.is_dir() and any(output.iterdir()) and not (output / FILE).is_file():
+            raise UsageError(
+                f"the folder {output} holds something else than C source", "name an empty one, or a new one"
+            )
         return Places(output / f"{name}.onnx", output / f"{name}.json", output, None, name)
     if output.suffix != ".h":
         raise UsageError(f"parameters are a header, and {output} is none", "name it .h")

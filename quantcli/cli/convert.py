@@ -11,7 +11,6 @@ import click
 from quantcli.cli.options import (
     EXISTING,
     EXISTING_FILE,
-    OUTPUT,
     counting_options,
     data_options,
     keep_apart,
@@ -57,7 +56,7 @@ if TYPE_CHECKING:
 @click.option(
     "-o",
     "--output",
-    type=OUTPUT,
+    type=click.Path(path_type=Path),
     required=True,
     help="The quantized model (.onnx, or .pt2 for a PyTorch program; .json beside it); of C source its folder.",
 )
@@ -123,7 +122,10 @@ def convert(context: click.Context, /, model: Path, output: Path, strict: bool, 
     from quantcli import pipeline
 
     terminal = terminal_of(context)
-    keep_apart(options, output, output.with_suffix(".json"))
+    if options["form"] != "c":
+        keep_apart(options, output, output.with_suffix(".json"))
+    elif output.is_dir():
+        keep_apart(options, *(output / f"{options['name']}{suffix}" for suffix in (".onnx", ".json")))
     recipe = recipe_of(options)
     with terminal.progress() as progress:
         done = pipeline.convert(
