@@ -215,7 +215,7 @@ def plan_activations(
             else:
                 raise PlanError(
                     f"the statistics hold nothing about tensor '{name}'",
-                    "calibrate again with this recipe, or check that the data reaches that part of the model",
+                    "calibrate again with this recipe (--everywhere for C source), or check that the data reaches that part",
                 )
             scale, zero_point = activation_parameters(lo, hi, target, integer)
         tensors[name] = TensorPlan(name, role, integer, (float(scale),), (zero_point,), None, (lo,), (hi,), samples)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli import sidecar
+from quantcli.embedded.operators import PARTLY
 from quantcli.integer_operators import INTEGER_OPERATORS, REAL_OPERATORS
 from quantcli.modes import PRODUCTS, WEIGHTS
 from quantcli.rules import LOOKUPS, RULES, Operand, Rule
@@ -92,8 +93,8 @@ def operators_page() -> str:
         OPERATORS_PREFACE,
         "\n".join(
             [
-                "| operator | operands | output | integers | absorbs Relu, Clip | stays float where | QOperator form |",
-                "|---|---|---|---|---|---|---|",
+                "| operator | operands | output | integers | absorbs Relu, Clip | stays float where | QOperator form | C |",
+                "|---|---|---|---|---|---|---|---|",
                 *(operator_row(name, rule) for name, rule in sorted(RULES.items())),
             ]
         ),
@@ -135,7 +136,8 @@ def operator_row(name: str, rule: Rule) -> str:
     found = [entry.name for entry in (INTEGER_OPERATORS.get(name), REAL_OPERATORS.get(name)) if entry is not None]
     form = ", ".join(dict.fromkeys(found)) or ("on integers" if name in MOVES else "Q/DQ")
     absorbs = "✓" if rule.absorbs else ""
-    return f"| {name} | {operands} | {output} | {rule.arithmetic.value} | {absorbs} | {refusals} | {form} |"
+    in_c = PARTLY.get(name, "✓")
+    return f"| {name} | {operands} | {output} | {rule.arithmetic.value} | {absorbs} | {refusals} | {form} | {in_c} |"
 
 
 def first_sentence(text: str | None) -> str:

@@ -413,6 +413,17 @@ def refused(low: Lowering, layer: Layer, entry: LayerEntry) -> None:
     )
 
 
+# Operators with kernels for some of their forms, or none.
+PARTLY = {
+    "AveragePool": "1-D, 2-D",
+    "Conv": "1-D, 2-D",
+    "ConvTranspose": "1-D, 2-D",
+    "MatMul": "no stacks of stored matrices",
+    "MaxPool": "1-D, 2-D",
+    "Resize": "nearest",
+    "Where": "—",
+}
+
 LOWERED: dict[str, Callable[[Lowering, Layer, LayerEntry], None]] = {
     "accumulate": accumulate,
     "product": product,
