@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def options(arguments: list[str]) -> set[str]:
 def test_shown_commands_exist_with_their_options(document: Path) -> None:
     for block in re.findall(r"```(?:sh|bash|console)\n(.*?)```", document.read_text(), re.S):
         for line in block.replace("\\\n", " ").splitlines():
-            words = line.removeprefix("$ ").split()
+            words = shlex.split(line.removeprefix("$ "), comments=True)
             if not words or words[0] != "quantcli" or len(words) < 2 or words[1].startswith("-"):
                 continue
             command = cli.commands[words[1]]

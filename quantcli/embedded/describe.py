@@ -6,31 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
-import numpy as np
 
+from quantcli.embedded.program import Port
 from quantcli.errors import ModelError
 
 if TYPE_CHECKING:
     from quantcli.embedded.program import Program
 
 FILE = "program.json"
-
-
-class PortEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An input or an output: its name, the sidecar's tensor, its shape, and what its integers mean."""
-
-    name: str
-    tensor: str
-    shape: tuple[int, ...]
-    scale: float
-    zero_point: int
-    qmin: int
-    qmax: int
-
-    @property
-    def size(self) -> int:
-        """How many values it has."""
-        return int(np.prod(self.shape, dtype=np.int64))
 
 
 class StepEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,8 +44,8 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: Literal[1]
     name: str
     dtype: str
-    inputs: tuple[PortEntry, ...]
-    outputs: tuple[PortEntry, ...]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
     arena_bytes: int
     bound_bytes: int
     scratch_bytes: int
@@ -73,19 +56,13 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def describe(program: Program, name: str) -> Description:
     """Return what is told of a program."""
-
-    def ports(kind: str) -> tuple[PortEntry, ...]:
-        return tuple(
-            PortEntry(p.name, p.tensor, p.shape, p.scale, p.zero_point, p.qmin, p.qmax) for p in getattr(program, kind)
-        )
-
     return Description(
         "quantcli-c",
         1,
         name,
         program.dtype,
-        ports("inputs"),
-        ports("outputs"),
+        program.inputs,
+        program.outputs,
         program.arena * program.itemsize,
         program.bound * program.itemsize,
         program.scratch_bytes,

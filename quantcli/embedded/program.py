@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 import numpy as np
 
 if TYPE_CHECKING:
@@ -132,8 +134,7 @@ class Step:
     macs: int = 0
 
 
-@dataclass(frozen=True)
-class Port:
+class Port(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An input or an output.
 
     Attributes:
@@ -154,7 +155,7 @@ class Port:
     @property
     def size(self) -> int:
         """How many values it has."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
 
 @dataclass(eq=False)
