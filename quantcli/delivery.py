@@ -108,6 +108,12 @@ class Places:
         return self.folder is not None or self.header is not None
 
     @property
+    def search(self) -> Path:
+        """Where a search writes down its tries: beside what comes of it, since a folder of C source is made at the end."""
+        found = self.folder or self.model
+        return found.with_name(f"{found.name}.search")
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """The files whose names are known before anything is done."""
         header = () if self.header is None else (self.header,)

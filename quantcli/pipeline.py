@@ -231,7 +231,7 @@ def convert(
     check_outputs(outputs, source.files)
     with blamed_on(source):
         folded = fold(source.graph, max(target.activation.opset, opset_for(recipe)), recipe.requantize)
-        log = outputs.model.with_name(f"{outputs.model.name}.search") if recipe.tune.max_drop is not None else None
+        log = outputs.search if recipe.tune.max_drop is not None else None
         if log is not None and not run.resume:
             log.unlink(missing_ok=True)
         judged = Data(Path(validate), path_or_none(labels), validate_split) if validate is not None else None

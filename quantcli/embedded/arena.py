@@ -73,17 +73,7 @@ def shared(steps: Sequence[Step]) -> list[Life]:
         if made.kind != "arena":
             continue
         if made not in lives:
-            over = next(
-                (
-                    step.reads[i][0]
-                    for i in step.in_place
-                    if step.reads[i][0].kind == "arena"
-                    and last[step.reads[i][0]] == number
-                    and step.reads[i][0].size == made.size
-                    and lives[step.reads[i][0]].buffers[-1] is step.reads[i][0]
-                ),
-                None,
-            )
+            over = next((read for read in overwritable(step, number, last) if lives[read].buffers[-1] is read), None)
             if over is not None:
                 life = lives[over]
                 life.buffers.append(made)
@@ -93,6 +83,17 @@ def shared(steps: Sequence[Step]) -> list[Life]:
             lives[made] = Life([made], made.size, number, number)
         lives[made].end = max(lives[made].end, last[made])
     return list(dict.fromkeys(lives.values()))
+
+
+def overwritable(step: Step, number: int, last: dict[Buffer, int]) -> list[Buffer]:
+    """Return the buffers that a step may write over: it reads them last, and wherever it reads them it may."""
+    made, found = step.writes[0], []
+    for place in step.in_place:
+        read = step.reads[place][0]
+        everywhere = all(other in step.in_place for other, (buffer, _) in enumerate(step.reads) if buffer is read)
+        if read.kind == "arena" and last[read] == number and read.size == made.size and everywhere:
+            found.append(read)
+    return found
 
 
 def orders(lives: Sequence[Life]) -> list[list[int]]:

@@ -16,7 +16,8 @@ from quantcli import Conversion, convert, verify_c
 from quantcli.embedded.check import compiler
 from quantcli.embedded.describe import read_description
 from quantcli.errors import EmbeddedError
-from quantcli.recipe import Layers, Recipe, Tune, Weight
+from quantcli.recipe import Layers, Multiplier, Recipe, Tune, Weight
+from quantcli.targets import Rounding
 from tests.fuzz.test_graphs import CHANNELS, KINDS, SIZE, graphs
 from tests.graphs import Array, normal, save
 from tests.test_operators import CASES, RANGES, data
@@ -78,9 +79,13 @@ def test_c_source_is_the_executor(tmp_path: Path, name: str) -> None:
     graphs(tuple(kind for kind in KINDS if kind not in FLOAT)),
     st.sampled_from(TARGETS),
     st.sampled_from([None, 4, 3]),
+    st.sampled_from([None, "single", "double", "half_even", "floor"]),
 )
 def test_random_graphs(
-    drawn: tuple[list[onnx.NodeProto], dict[str, Array], list[str]], target: str, bits: int | None
+    drawn: tuple[list[onnx.NodeProto], dict[str, Array], list[str]],
+    target: str,
+    bits: int | None,
+    rounding: Rounding | None,
 ) -> None:
     nodes, constants, outputs = drawn
     used = {name for n in nodes for name in n.input}
@@ -89,7 +94,9 @@ def test_random_graphs(
         folder = Path(place)
         path = save(folder / "m.onnx", nodes, {"x": ["N", CHANNELS, SIZE, SIZE]}, dict.fromkeys(outputs), held)
         np.savez(folder / "d.npz", x=normal(6, CHANNELS, SIZE, SIZE, seed=7))
-        recipe = Recipe(target=target, weight=Weight(bits=bits), tune=Tune(effort="fast"))
+        recipe = Recipe(
+            target=target, weight=Weight(bits=bits), tune=Tune(effort="fast"), multiplier=Multiplier(rounding=rounding)
+        )
         done = convert(path, folder / "c", data=folder / "d.npz", recipe=recipe, form="c")
         assert done.embedded is not None
         assert done.embedded.checked == 4  # compiled, run, and every byte the executor's: else VerifyError
