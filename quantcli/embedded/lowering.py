@@ -65,6 +65,7 @@ class Lowering:
             if name not in self.integers and name in self.reals and self.reals[name].dtype.kind == "f":
                 self.executor.integer(name, self.integers, self.reals)
         self.dtype = self.activation_type()
+        self.moving: set[str] = set()
 
     def activation_type(self) -> str:
         """Return the one type that all activations have.
@@ -143,20 +144,21 @@ class Lowering:
         reasons: dict[str, tuple[ir.Node, str]] = {}
         floats = {entry.name: entry.reason for entry in self.sidecar.float_layers}
         inputs = {str(value.name) for value in self.executor.model.graph.inputs} & set(self.feeds)
-        moving = set(inputs)  # what follows from the inputs' values
+        self.moving = moving = set(inputs)  # what follows from the inputs' values
         for node in self.executor.order:
             entry = self.executor.entries.get(str(node.name))
             made = [str(value.name) for value in node.outputs]
             read = [str(value.name) for value in (*node.inputs, *captured(node)) if value is not None]
+            follows = [self.executor.by_real.get(name, name) for name in read]
             if entry is not None:
-                moving.update(made, entry.outputs)
+                if any(name in moving for name in (*follows, *entry.inputs)):
+                    moving.update(made, entry.outputs)
                 blocker = next((reasons[name] for name in entry.inputs if name in reasons), None)
                 if blocker is None and entry.accumulator_scale is not None:
                     blocker = node, "its output stays real"
                 if blocker is None and any(name in moving for name in self.data_operands(node, entry)):
                     blocker = node, "where it reads follows from the data"
             else:
-                follows = [self.executor.by_real.get(name, name) for name in read]
                 if node.op_type in OF_SHAPES or not any(name in moving for name in follows):
                     continue
                 moving.update(made)
@@ -182,7 +184,7 @@ class Lowering:
         """Raise EmbeddedError for an output that is out of reach, with the nearest way round."""
         if name in reasons:
             node, why = reasons[name]
-            what = f"C source is integers alone, and {node.op_type} '{node.name}' stays float ({why})"
+            what = f"C source is integers alone, and {node.op_type} '{node.name}' stays float ({why}){self.without_rules(node)}"
         else:
             what = f"C source is integers alone, and nothing computes '{name}' in integers"
         edge = self.edge(reasons)
@@ -191,6 +193,16 @@ class Lowering:
             what, f"end before it, and leave it to the caller: {ends}" if edge else "use another format"
         )
 
+    def without_rules(self, named: ir.Node) -> str:
+        """Return the operators that no rule knows, beside the one that is named: they are often why others stay float."""
+        found = [
+            entry
+            for entry in self.sidecar.float_layers
+            if entry.reason.startswith("no rule") and entry.name != named.name
+        ]
+        operators = ", ".join(dict.fromkeys(entry.operator for entry in found))
+        return f"; so do {operators}: there is no rule for them" if operators else ""
+
     def edge(self, reasons: Mapping[str, Any]) -> list[str]:
         """Return the last integer tensors in reach: those that something out of reach reads, and outputs."""
         found: dict[str, None] = {}
@@ -198,7 +210,7 @@ class Lowering:
             name
             for entry in self.sidecar.layers
             for name in entry.outputs
-            if name in self.sidecar.tensors and not self.blocked(name, reasons)
+            if name in self.moving and name in self.sidecar.tensors and not self.blocked(name, reasons)
         }
         for node in self.executor.order:
             entry = self.executor.entries.get(str(node.name))

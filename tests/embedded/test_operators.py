@@ -97,6 +97,10 @@ def test_random_graphs(
         recipe = Recipe(
             target=target, weight=Weight(bits=bits), tune=Tune(effort="fast"), multiplier=Multiplier(rounding=rounding)
         )
-        done = convert(path, folder / "c", data=folder / "d.npz", recipe=recipe, form="c")
+        try:
+            done = convert(path, folder / "c", data=folder / "d.npz", recipe=recipe, form="c")
+        except EmbeddedError as error:
+            assert "its data is float, and it only moves it" in str(error)  # noqa: PT017 - an output that is the input, moved
+            return
         assert done.embedded is not None
         assert done.embedded.checked == 4  # compiled, run, and every byte the executor's: else VerifyError
