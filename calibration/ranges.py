@@ -25,6 +25,8 @@ DEFAULT_PERCENTILE = 99.99
 CANDIDATES = 80
 # How much of a relative entropy may come from having counted too few values.
 COUNTING_NOISE = 1e-3
+# The share that a relative entropy gives to what a range cannot show.
+LEAST_SHARE = 1e-10
 
 
 @dataclass(frozen=True)
@@ -231,26 +233,45 @@ def entropy(spec: RangeSpec, name: str, seen: TensorStatistics, grid: Grid) -> t
     if used <= levels or not counts.any():
         return seen.minimum, seen.maximum
     ends = np.arange(levels, used + 1, max(1, (used - levels) // 128))
-    costs = np.array([divergence(counts[:used], int(end), levels) for end in ends])
+    costs = divergences(counts[:used], ends, levels)
     bound = math.ldexp(float(ends[lowest_cost(costs)]), exponent)
     return max(-bound, seen.minimum), min(bound, seen.maximum)
 
 
-def divergence(counts: NDArray[np.float64], end: int, levels: int) -> float:
-    """Return KL(P‖Q) of counts clipped at a bin, and of the same spread over levels."""
-    kept = counts[:end]
-    reference = kept.copy()
-    reference[-1] += counts[end:].sum()
-    edges = (np.arange(levels) * end) // levels
-    occupied = kept > 0
-    sums, numbers = np.add.reduceat(kept, edges), np.add.reduceat(occupied.astype(np.float64), edges)
-    widths = np.diff(np.append(edges, end))
+def divergences(counts: NDArray[np.float64], ends: NDArray[np.intp], levels: int) -> NDArray[np.float64]:
+    """Return KL(P‖Q) for every bin that counts may be clipped at: of the clipped counts, and of the same spread over levels.
+
+    What is clipped counts in the last bin of P. A level of Q spreads its sum evenly over its bins that hold anything, so Σ p·log q
+    needs each level's sum alone, and Σ p·log p is a sum of counts·log(counts): both are differences of running sums, for all ends at
+    once.
+
+    Args:
+        counts: One per bin, as float64.
+        ends: How many bins are kept, in rising order.
+        levels: Over how many levels they are spread; no more than bins.
+    """
+    total = counts.sum()
+    running, occupied, weighted = (running_sum(v) for v in (counts, (counts > 0).astype(np.float64), x_log_x(counts)))
+    edges = (np.arange(levels + 1) * ends[:, None]) // levels
+    sums, numbers = np.diff(running[edges]), np.diff(occupied[edges])
+    kept, last = running[ends], counts[ends - 1]
+    clipped = total - kept
     level = np.divide(sums, numbers, out=np.zeros_like(sums), where=numbers > 0)
-    spread = np.repeat(level, widths) * occupied
-    filled = reference > 0
-    p = reference[filled] / reference.sum()
-    q = np.maximum(spread[filled] / max(spread.sum(), 1.0), 1e-10)
-    return float((p * np.log(p / q)).sum())
+    q = np.log(np.maximum(level / np.maximum(kept, 1.0)[:, None], LEAST_SHARE))
+    own = weighted[ends - 1] + x_log_x(last + clipped) - total * math.log(total)
+    cross = (sums * q).sum(axis=1) + clipped * np.where(last > 0, q[:, -1], math.log(LEAST_SHARE))
+    found: NDArray[np.float64] = (own - cross) / total
+    return found
+
+
+def running_sum(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the sums of the first 0, 1, 2 … values."""
+    return np.concatenate([[0.0], np.cumsum(values)])
+
+
+def x_log_x(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return v·log(v), 0 for 0."""
+    return values * np.log(np.where(values > 0, values, 1.0))
 
 
 def magnitudes(histogram: Histogram) -> NDArray[np.int64]:
