@@ -241,9 +241,8 @@ def entropy(spec: RangeSpec, name: str, seen: TensorStatistics, grid: Grid) -> t
 def divergences(counts: NDArray[np.float64], ends: NDArray[np.intp], levels: int) -> NDArray[np.float64]:
     """Return KL(P‖Q) for every bin that counts may be clipped at: of the clipped counts, and of the same spread over levels.
 
-    What is clipped counts in the last bin of P. A level of Q spreads its sum evenly over its bins that hold anything, so Σ p·log q
-    needs each level's sum alone, and Σ p·log p is a sum of counts·log(counts): both are differences of running sums, for all ends at
-    once.
+    What is clipped counts in the last bin of P. A level of Q spreads its sum evenly over its bins that hold anything: so Σ p·log q
+    needs each level's sum alone, and Σ p·log p is a sum of counts·log(counts). Both are differences of running sums.
 
     Args:
         counts: One per bin, as float64.
@@ -251,7 +250,8 @@ def divergences(counts: NDArray[np.float64], ends: NDArray[np.intp], levels: int
         levels: Over how many levels they are spread; no more than bins.
     """
     total = counts.sum()
-    running, occupied, weighted = (running_sum(v) for v in (counts, (counts > 0).astype(np.float64), x_log_x(counts)))
+    held = (counts > 0).astype(np.float64)
+    running, occupied, weighted = (running_sum(v) for v in (counts, held, x_log_x(counts)))
     edges = (np.arange(levels + 1) * ends[:, None]) // levels
     sums, numbers = np.diff(running[edges]), np.diff(occupied[edges])
     kept, last = running[ends], counts[ends - 1]

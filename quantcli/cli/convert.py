@@ -213,9 +213,12 @@ def show(terminal: Terminal, done: Conversion) -> None:
 def source_in_c(terminal: Terminal, found: Source, folder: Path) -> None:
     """Print what C source takes, and whether it was compiled and compared."""
     told = found.description
-    if terminal.verbose:
-        rows = [(step.layer, step.operator, step.kernel, f"{step.macs:,}") for step in told.steps]
-        terminal.table("Kernel calls", ("layer", "operator", "kernel", ">multiply-accumulates"), rows)
+    rows = [
+        (step.layer, step.kernel, f"{step.macs:,}", f"{step.live_bytes:,}", f"{step.constant_bytes:,}")
+        for step in told.steps
+    ]
+    columns = ("layer", "kernel", ">multiply-accumulates", ">activations, bytes", ">constants, bytes")
+    terminal.table("Kernel calls", columns, rows)
     bound = f"the largest live set is {told.bound_bytes:,}"
     terminal.say(
         f"{folder}: C source; RAM {told.arena_bytes + told.scratch_bytes:,} bytes ({told.arena_bytes:,} of activations, {bound}), "

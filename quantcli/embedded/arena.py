@@ -40,10 +40,9 @@ class Life:
 def plan(program: Program) -> None:
     """Give every buffer of the arena its place, and set the program's ``arena`` and ``bound``, in values."""
     lives = shared(program.steps)
-    count = len(program.steps)
-    program.bound = max(
-        (sum(life.size for life in lives if life.begin <= step <= life.end) for step in range(count)), default=0
-    )
+    for number, step in enumerate(program.steps):
+        step.live = sum(life.size for life in lives if life.begin <= number <= life.end)
+    program.bound = max((step.live for step in program.steps), default=0)
     best: tuple[int, list[int]] | None = None
     for order in orders(lives):
         offsets = first_fit(lives, order)

@@ -17,12 +17,14 @@ FILE = "program.json"
 
 
 class StepEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A kernel call: which kernel, for which layer, and its multiply-accumulates."""
+    """A kernel call: its kernel and layer, its multiply-accumulates, bytes of activations that live then, bytes of its constants."""
 
     kernel: str
     layer: str
     operator: str
     macs: int
+    live_bytes: int
+    constant_bytes: int
 
 
 class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,7 +70,10 @@ def describe(program: Program, name: str) -> Description:
         program.scratch_bytes,
         program.flash,
         program.macs,
-        tuple(StepEntry(step.kernel, step.layer, step.operator, step.macs) for step in program.steps),
+        tuple(
+            StepEntry(step.kernel, step.layer, step.operator, step.macs, step.live * program.itemsize, step.constants)
+            for step in program.steps
+        ),
     )
 
 

@@ -120,6 +120,7 @@ class Step:
         scratch: How many values of a column it needs.
         in_place: Which of ``reads`` may be the buffer that is written to.
         macs: Multiply-accumulates.
+        live: How many values of the arena live while it runs; set when the arena is planned.
     """
 
     kernel: str
@@ -132,6 +133,15 @@ class Step:
     scratch: int = 0
     in_place: tuple[int, ...] = ()
     macs: int = 0
+    live: int = 0
+
+    @property
+    def constants(self) -> int:
+        """Bytes of the constants that it reads."""
+        given = [*self.arguments, *(self.parameters[1].values() if self.parameters is not None else ())]
+        arrays = [value for value in given if isinstance(value, Array)]
+        arrays += [buffer.array for buffer, _ in self.reads if buffer.array is not None]
+        return sum(array.bytes for array in arrays)
 
 
 class Port(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
