@@ -17,7 +17,7 @@ FILE = "program.json"
 
 
 class StepEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A kernel call: its kernel and layer, its multiply-accumulates, bytes of activations that live then, bytes of its constants."""
+    """A kernel call: its kernel and layer, its multiply-accumulates, bytes of activations that live then, and of its constants."""
 
     kernel: str
     layer: str

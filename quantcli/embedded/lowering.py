@@ -97,9 +97,7 @@ class Lowering:
         missing = [name for name in wanted if name not in self.sidecar.tensors or self.blocked(name, reasons)]
         if missing:
             self.refuse(missing[0], reasons)
-        inputs = self.ports(
-            [str(value.name) for value in graph.inputs if value.name not in graph.initializers], reasons
-        )
+        inputs = self.ports([str(value.name) for value in graph.inputs if value.name not in graph.initializers])
         for number, port in enumerate(inputs):
             buffer = Buffer(port.name, port.size, "input", number)
             self.values[port.tensor] = Value(port.tensor, port.shape, whole(port.shape).reshape(-1), buffer)
@@ -235,7 +233,7 @@ class Lowering:
                 found.append(node)
         return found[::-1]
 
-    def ports(self, names: Sequence[str], reasons: Mapping[str, Any]) -> tuple[Port, ...]:
+    def ports(self, names: Sequence[str]) -> tuple[Port, ...]:
         """Return the inputs that integer layers read.
 
         Raises:
@@ -244,7 +242,6 @@ class Lowering:
         found = [self.port(name, name) for name in names if name in self.sidecar.tensors]
         if not found:
             raise EmbeddedError("no input of the model is quantized", "C source begins at a quantized input")
-        del reasons
         return tuple(found)
 
     def port(self, name: str, tensor: str) -> Port:
@@ -296,14 +293,17 @@ class Lowering:
             EmbeddedError: If a constant is of another type than activations.
         """
         if name not in self.values:
-            if not self.is_constant(name):
+            if self.is_constant(name):
+                stored = self.stored(name)
+            elif name not in self.moving and name in self.integers:
+                stored = self.integers[name].astype(np.int64)  # it follows from constants alone
+            else:
                 raise EmbeddedError(f"nothing computes '{name}' in integers", "this is an error of quantcli")
             if self.tensor(name).dtype != self.dtype:
                 raise EmbeddedError(
                     f"the constant '{name}' is {self.tensor(name).dtype} among activations of {self.dtype}",
                     "choose --activation-dtype int8",
                 )
-            stored = self.stored(name)
             array = self.array(name, stored.reshape(-1).astype(self.dtype))
             buffer = Buffer(name, stored.size, "constant", array=array)
             self.values[name] = Value(name, tuple(stored.shape), whole(stored.shape).reshape(-1), buffer)

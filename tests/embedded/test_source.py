@@ -21,7 +21,7 @@ from quantcli.embedded.check import compiler
 from quantcli.embedded.describe import read_description
 from quantcli.errors import EmbeddedError, ModelError, UsageError, VerifyError
 from quantcli.recipe import Layers, Recipe, Tune, Weight
-from tests.graphs import data_for, node, normal, residual_net, save
+from tests.graphs import Shape, data_for, node, normal, residual_net, save
 
 WARNINGS = ("-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror")
 COMPILERS = [found for found in ("gcc", "clang") if shutil.which(found)]
@@ -357,3 +357,39 @@ int main(void)
     assert struct.pack("f", float(lines[count + 1])) == struct.pack("f", out.scale[0])
     assert len(lines) == count + 2 + 10
     assert not math.isnan(out.scale[0])
+
+
+def test_two_inputs_and_what_follows_from_constants_alone(tmp_path: Path) -> None:
+    nodes = [
+        node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1]),
+        node("Mul", ["c", "y"], ["m"]),
+        node("Exp", ["k"], ["e"]),  # of a constant: folded, and no operator on the way
+        node("Add", ["m", "e"], ["z"]),
+    ]
+    constants = {"w": normal(4, 3, 3, 3, scale=0.3), "k": normal(1, 4, 1, 1, seed=5)}
+    shapes: dict[str, Shape] = {"x": ["N", 3, 8, 8], "y": ["N", 4, 1, 1]}
+    model = save(tmp_path / "m.onnx", nodes, shapes, {"z": None}, constants)
+    np.savez(tmp_path / "d.npz", x=normal(8, 3, 8, 8), y=normal(8, 4, 1, 1, seed=3))
+    done = convert(model, tmp_path / "c", data=tmp_path / "d.npz", recipe=FAST, form="c")
+    assert done.embedded is not None
+    assert [port.name for port in done.embedded.description.inputs] == ["x", "y"]
+    assert "void model_run(const uint8_t *in0, const uint8_t *in1, uint8_t *out);" in text(tmp_path / "c", "model.h")
+    assert verify_c(tmp_path / "c", tmp_path / "d.npz").wrong == 0
+
+
+def test_a_search_writes_its_tries_beside_the_folder(tmp_path: Path) -> None:
+    x = normal(48, 3, 8, 8, seed=9)
+    np.savez(tmp_path / "d.npz", x=x, labels=np.arange(48) % 10)
+    recipe = Recipe(tune=Tune(max_drop=100.0), weight=Weight(bits=4))
+    done = convert(residual_net(tmp_path / "m.onnx"), tmp_path / "c", data=tmp_path / "d.npz", recipe=recipe, form="c")
+    assert done.attempts
+    assert {file.name for file in tmp_path.iterdir()} == {"m.onnx", "d.npz", "c"}
+
+
+def test_what_kernel_calls_take(source: Path) -> None:
+    told = read_description(source)
+    macs = {step.layer: step.macs for step in told.steps}
+    assert sum(macs.values()) == told.macs
+    assert macs["c1_node"] == 8 * 8 * 8 * 27
+    assert max(step.live_bytes for step in told.steps) == told.bound_bytes
+    assert sum(step.constant_bytes for step in told.steps) >= told.constant_bytes  # some constants are shared
