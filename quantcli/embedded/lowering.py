@@ -9,9 +9,8 @@ import numpy as np
 
 from quantcli.embedded.arena import plan
 from quantcli.embedded.program import C_TYPES, Array, Buffer, Loops, Port, Program, Step, Value, loops, whole
+from quantcli.embedded.reach import Reach
 from quantcli.errors import EmbeddedError
-from quantcli.integer.executor import Executor, is_fence
-from quantcli.island import captured
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +18,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
+    from quantcli.integer.executor import Executor
     from quantcli.integer.layer import Layer
     from quantcli.sidecar import LayerEntry, Sidecar, TensorEntry
 
-# Results of these depend on the shape of their operand alone.
-OF_SHAPES = frozenset({"Shape", "Size"})
 # Largest product of an accumulator and a multiplier that rounding leaves room for.
 WIDEST_PRODUCT = 1 << 62
 # C99 tells names apart by their first 63 characters; a prefix and a number are put around these.
@@ -65,7 +63,7 @@ class Lowering:
             if name not in self.integers and name in self.reals and self.reals[name].dtype.kind == "f":
                 self.executor.integer(name, self.integers, self.reals)
         self.dtype = self.activation_type()
-        self.moving: set[str] = set()
+        self.reach = Reach(self.executor, set(self.feeds))
 
     def activation_type(self) -> str:
         """Return the one type that all activations have.
@@ -93,15 +91,13 @@ class Lowering:
             EmbeddedError: If an operator has no kernel, or nothing leads from the inputs to an output.
         """
         graph = self.executor.model.graph
-        wanted, reasons = self.targets(), self.unreachable()
-        missing = [name for name in wanted if name not in self.sidecar.tensors or self.blocked(name, reasons)]
-        if missing:
-            self.refuse(missing[0], reasons)
+        wanted = self.targets()
+        self.reach.check(wanted)
         inputs = self.ports([str(value.name) for value in graph.inputs if value.name not in graph.initializers])
         for number, port in enumerate(inputs):
             buffer = Buffer(port.name, port.size, "input", number)
             self.values[port.tensor] = Value(port.tensor, port.shape, whole(port.shape).reshape(-1), buffer)
-        for node in self.needed(wanted):
+        for node in self.reach.needed(wanted):
             entry = self.executor.entries[str(node.name)]
             lowered[entry.arithmetic](self, self.layer(entry, node), entry)
         outputs = self.delivered(wanted)
@@ -136,102 +132,6 @@ class Lowering:
             return names
         outputs = [str(value.name) for value in self.executor.model.graph.outputs]
         return [self.executor.by_real.get(name, name) for name in outputs]
-
-    def unreachable(self) -> dict[str, tuple[ir.Node, str]]:
-        """Return the values that integers alone do not give, with the operator that is in the way and why; shapes are known."""
-        reasons: dict[str, tuple[ir.Node, str]] = {}
-        floats = {entry.name: entry.reason for entry in self.sidecar.float_layers}
-        inputs = {str(value.name) for value in self.executor.model.graph.inputs} & set(self.feeds)
-        self.moving = moving = set(inputs)  # what follows from the inputs' values
-        for node in self.executor.order:
-            entry = self.executor.entries.get(str(node.name))
-            made = [str(value.name) for value in node.outputs]
-            read = [str(value.name) for value in (*node.inputs, *captured(node)) if value is not None]
-            follows = [self.executor.by_real.get(name, name) for name in read]
-            if entry is not None:
-                if any(name in moving for name in (*follows, *entry.inputs)):
-                    moving.update(made, entry.outputs)
-                blocker = next((reasons[name] for name in entry.inputs if name in reasons), None)
-                if blocker is None and entry.accumulator_scale is not None:
-                    blocker = node, "its output stays real"
-                if blocker is None and any(name in moving for name in self.data_operands(node, entry)):
-                    blocker = node, "where it reads follows from the data"
-            else:
-                if node.op_type in OF_SHAPES or not any(name in moving for name in follows):
-                    continue
-                moving.update(made)
-                blocker = next((reasons[name] for name in follows if name in reasons), None)
-                if is_fence(node):
-                    blocker = blocker or (node, "what it leads to stays float")
-                blocker = blocker or (node, floats.get(str(node.name), "it stays float"))
-            if blocker is not None:
-                reasons.update(dict.fromkeys([*made, *(entry.outputs if entry is not None else [])], blocker))
-        return reasons
-
-    def data_operands(self, node: ir.Node, entry: LayerEntry) -> list[str]:
-        """Return a layer's operands that have no parameters: shapes, axes, indices."""
-        names = [str(value.name) for value in node.inputs if value is not None]
-        quantized = {self.sidecar.tensors[name].reals for name in entry.inputs} | set(entry.inputs)
-        return [name for name in names if name not in quantized]
-
-    def blocked(self, name: str, reasons: Mapping[str, Any]) -> bool:
-        """Tell whether a tensor is out of reach."""
-        return name in reasons or self.sidecar.tensors[name].reals in reasons
-
-    def refuse(self, name: str, reasons: Mapping[str, tuple[ir.Node, str]]) -> None:
-        """Raise EmbeddedError for an output that is out of reach, with the nearest way round."""
-        if name in reasons:
-            node, why = reasons[name]
-            what = f"C source is integers alone, and {node.op_type} '{node.name}' stays float ({why}){self.without_rules(node)}"
-        else:
-            what = f"C source is integers alone, and nothing computes '{name}' in integers"
-        edge = self.edge(reasons)
-        ends = " ".join(f"--end-at '{end}'" for end in edge)
-        raise EmbeddedError(
-            what, f"end before it, and leave it to the caller: {ends}" if edge else "use another format"
-        )
-
-    def without_rules(self, named: ir.Node) -> str:
-        """Return the operators that no rule knows, beside the one that is named: they are often why others stay float."""
-        found = [
-            entry
-            for entry in self.sidecar.float_layers
-            if entry.reason.startswith("no rule") and entry.name != named.name
-        ]
-        operators = ", ".join(dict.fromkeys(entry.operator for entry in found))
-        return f"; so do {operators}: there is no rule for them" if operators else ""
-
-    def edge(self, reasons: Mapping[str, Any]) -> list[str]:
-        """Return the last integer tensors in reach: those that something out of reach reads, and outputs."""
-        found: dict[str, None] = {}
-        reach = {
-            name
-            for entry in self.sidecar.layers
-            for name in entry.outputs
-            if name in self.moving and name in self.sidecar.tensors and not self.blocked(name, reasons)
-        }
-        for node in self.executor.order:
-            entry = self.executor.entries.get(str(node.name))
-            read = (
-                entry.inputs
-                if entry is not None
-                else [self.executor.by_real.get(str(v.name), "") for v in node.inputs if v is not None]
-            )
-            if any(str(value.name) in reasons for value in node.outputs):
-                found.update(dict.fromkeys(name for name in read if name in reach))
-        outputs = [self.executor.by_real.get(str(v.name), "") for v in self.executor.model.graph.outputs]
-        found.update(dict.fromkeys(name for name in outputs if name in reach))
-        return list(found)
-
-    def needed(self, wanted: Sequence[str]) -> list[ir.Node]:
-        """Return the layers that lead to what is wanted, in order."""
-        open_names, found = set(wanted), []
-        for node in reversed(self.executor.order):
-            entry = self.executor.entries.get(str(node.name))
-            if entry is not None and open_names & set(entry.outputs):
-                open_names.update(entry.inputs)
-                found.append(node)
-        return found[::-1]
 
     def ports(self, names: Sequence[str]) -> tuple[Port, ...]:
         """Return the inputs that integer layers read.
@@ -295,7 +195,7 @@ class Lowering:
         if name not in self.values:
             if self.is_constant(name):
                 stored = self.stored(name)
-            elif name not in self.moving and name in self.integers:
+            elif name not in self.reach.moving and name in self.integers:
                 stored = self.integers[name].astype(np.int64)  # it follows from constants alone
             else:
                 raise EmbeddedError(f"nothing computes '{name}' in integers", "this is an error of quantcli")

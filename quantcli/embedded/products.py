@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quantcli.embedded.axes import output_fields, scalar
 from quantcli.embedded.program import Array, Step, Value, channels_last
 from quantcli.errors import EmbeddedError
 from quantcli.integer.kernels import transposed_pads, window_of
@@ -107,14 +108,10 @@ def channel_fields(
     low.wide = low.wide or int((between + np.abs(bias)).max(initial=0)) >= 1 << 31
     one = entry.multipliers[0]
     shift = low.rescaling(one.multiplier, one.shift, entry.rounding, largest, entry.name)
-    clamp = entry.clamp or low.grid(entry.outputs[0])
     return {
         "in_zero": low.tensor(entry.inputs[0]).zero_point[0],
         "weight_zero": weights.zero,
-        "out_zero": low.tensor(entry.outputs[0]).zero_point[0],
-        "low": clamp[0],
-        "high": clamp[1],
-        "rounding": f"ROUNDING_{entry.rounding.upper()}",
+        **output_fields(low, entry),
         "packed": int(weights.packed),
         "weights": weights.array,
         "bias": low.array(entry.inputs[2] if len(entry.inputs) > 2 else f"{entry.name}_bias", bias.astype(np.int32)),
@@ -268,13 +265,9 @@ def matrices(low: Lowering, layer: Layer, entry: LayerEntry) -> None:
         steps[key] = size if held == count else 0
     largest = inputs * low.furthest(entry.inputs[0]) * low.furthest(entry.inputs[1])
     low.wide = low.wide or largest >= 1 << 31
-    one = entry.multipliers[0]
-    shift = low.rescaling(one.multiplier, one.shift, entry.rounding, largest, entry.name)
-    clamp = entry.clamp or low.grid(entry.outputs[0])
     fields: dict[str, Any] = {"count": count, "rows": rows, "inputs": inputs, "outputs": outputs, **steps}
     fields |= {"a_zero": low.tensor(entry.inputs[0]).zero_point[0], "b_zero": low.tensor(entry.inputs[1]).zero_point[0]}
-    fields |= {"out_zero": low.tensor(entry.outputs[0]).zero_point[0], "low": clamp[0], "high": clamp[1]}
-    fields |= {"rounding": f"ROUNDING_{entry.rounding.upper()}", "multiplier": one.multiplier[0], "shift": shift[0]}
+    fields |= output_fields(low, entry) | scalar(low, entry, entry.multipliers[0], largest)
     made = low.made(entry.outputs[0])
     reads, write = ((a.buffer, 0), (b.buffer, 0)), (made.buffer, 0)
     macs = count * rows * inputs * outputs
