@@ -215,6 +215,23 @@ def test_a_report_of_each_entry_shows_what_the_results_hold(
             looked_at(zoo / "out" / "entries" / "a" / "w4" / "report.html", tmp_path, width)
 
 
+def test_a_zoo_of_c_source(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = ZOO.replace("timeout = 60", 'timeout = 60\nformat = "c"\nverify = true').partition(
+        '[[models]]\npath = "nets/a.onnx"'
+    )[0]
+    (zoo / "zoo.toml").write_text(text)
+    command = f"batch {zoo / 'zoo.toml'} -o {zoo / 'out'} --jobs 2"
+    code, first = told(capsys, command)
+    assert (code, first["ran"]) == (0, 4)
+    for entry in first["entries"]:
+        source = zoo / "out" / "entries" / entry["name"] / "c"
+        assert {"model.c", "kernels.c", "model.onnx", "model.json"} <= {file.name for file in source.iterdir()}
+        assert entry["output"] == "c/model.onnx"
+        assert entry["ram_bytes"] > 0
+        assert f'href="entries/{entry["name"]}/c/model.json"' in (zoo / "out" / "index.html").read_text()
+    assert told(capsys, command)[1]["ran"] == 0
+
+
 def test_every_failure_is_its_own(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = f"batch {zoo / 'failing.toml'} -o {zoo / 'out'} --jobs 2"
     code, document = told(capsys, command)

@@ -173,6 +173,7 @@ class Tasks:
         except Exception as error:  # noqa: BLE001 - whatever happened to the task is this entry's
             ended, files = Ended("crashed", f"the cluster lost it ({first_line(error)})", {}, 0.0), {}
         for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
         self.finished(entry, ended, folder)
 
@@ -200,7 +201,8 @@ def on_node(encoded: bytes, places: list[Place], shards: int, *given: Any) -> tu
         reason = ended.reason
         for new, old in renamed.items():
             reason = reason.replace(new, old)
-        files = {file.name: file.read_bytes() for file in (top / "made").iterdir() if file.is_file()}
+        made = top / "made"
+        files = {str(file.relative_to(made)): file.read_bytes() for file in made.rglob("*") if file.is_file()}
         return Ended(ended.status, reason, ended.figures, ended.seconds), files
     finally:
         with contextlib.suppress(OSError):

@@ -29,7 +29,7 @@ def row_of(outcome: Outcome) -> dict[str, Any]:
     """Return one entry's cells."""
     figures = outcome.record.figures
     done = outcome.record.status == "done"
-    shown = REPORT if "charts" in figures else "model.json"
+    shown = REPORT if "charts" in figures else str(figures.get("output", "")).rpartition(".")[0] + ".json"
     return {
         "name": outcome.entry.name,
         "status": outcome.status,

@@ -37,7 +37,8 @@ class Wishes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         max_drop, min_metric, min_speedup: What has to be reached.
         timeout: Seconds that an entry may take.
         memory: Memory that it may take: ``4GB``.
-        format: ``qdq`` or ``qoperator``.
+        format: ``qdq``, ``qoperator``, ``c`` or ``c-params``.
+        end_at: Integer tensors at which C source ends.
         output: ``onnx`` or ``pt2``.
         factory: What builds the module of a state dict.
         trust_pickle: Whether the file may run what code it holds.
@@ -60,6 +61,7 @@ class Wishes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     timeout: Number | None = None
     memory: str | None = None
     format: str | None = None
+    end_at: tuple[str, ...] | None = None
     output: str | None = None
     factory: str | None = None
     trust_pickle: bool | None = None

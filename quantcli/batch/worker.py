@@ -47,7 +47,8 @@ def run(entry: Entry, folder: Path) -> dict[str, Any]:
         given = {"recipe": entry.recipe, "labels": wishes.labels, "split": wishes.split, "opening": opening}
         calibrate(entry.path, wishes.data, folder / SHARD, run=run, **given)  # type: ignore[arg-type]
         return {}
-    output = folder / f"model.{wishes.output or 'onnx'}"
+    form = wishes.format or "qdq"
+    output = folder / {"c": "c", "c-params": "model.h"}.get(form, f"model.{wishes.output or 'onnx'}")
     done = convert(
         entry.path,
         output,
@@ -58,9 +59,11 @@ def run(entry: Entry, folder: Path) -> dict[str, Any]:
         split=wishes.split,
         strict=bool(wishes.strict),
         verified=bool(wishes.verify),
-        form=wishes.format or "qdq",
+        form=form,
+        until=wishes.end_at or (),
         opening=opening,
     )
+    output = done.model
     figures: dict[str, Any] = {
         "float_sha256": done.sidecar.float_model.sha256,
         "sha256": done.sidecar.model.sha256,
@@ -68,8 +71,15 @@ def run(entry: Entry, folder: Path) -> dict[str, Any]:
         "bytes": done.sidecar.model.bytes,
         "integer_layers": len(done.plan.layers),
         "float_layers": len(done.plan.floats),
-        "output": output.name,
+        "output": str(output.relative_to(folder)),
     }
+    if done.embedded is not None:
+        told = done.embedded.description
+        figures |= {
+            "ram_bytes": told.arena_bytes + told.scratch_bytes,
+            "constant_bytes": told.constant_bytes,
+            "macs": told.macs,
+        }
     data = wishes.evaluate or wishes.data
     if data is not None:
         judging: dict[str, Any] = {
