@@ -128,7 +128,7 @@ def verify_c(
         selection: Which samples; all by default.
         seed: Of the random inputs.
         compiler: The C compiler; None for ``$CC``, or the first that there is.
-        flags: Its flags; None for C99 without a warning.
+        flags: Its flags; None for C99 at -O2.
         progress: Called with the stage, the samples done and their total.
 
     Raises:

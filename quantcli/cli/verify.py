@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     "--c", "folder", type=EXISTING, metavar="DIR", help="Compile this C source, and compare it with the executor."
 )
 @click.option("--cc", help="With --c: the compiler.  [default: $CC, or the first of cc, gcc, clang]")
-@click.option("--cflags", help="With --c: its flags.  [default: C99 with every warning an error, -O2]")
+@click.option("--cflags", help="With --c: its flags.  [default: -std=c99 -O2]")
 @click.option("--data", type=EXISTING, help=f"Inputs: {KINDS_OF_DATA}.  [default: random, over the ranges]")
 @sample_options
 @preprocess_options

@@ -110,7 +110,7 @@ def model_h(program: Program, name: str, title: str) -> str:
     lines += [
         "",
         "/* Run the model once. It keeps its activations in static memory: one run at a time. */",
-        f"{signature(program, name)};",
+        for_cpp(f"{signature(program, name)};"),
         "",
     ]
     return guarded(f"{name}_h", "\n".join(lines))
@@ -208,6 +208,11 @@ def comment(text: str) -> str:
     return clean.replace("*/", "* /").replace("/*", "/ *").replace("??", "? ?")
 
 
+def for_cpp(declarations: str) -> str:
+    """Return declarations that C++ takes too."""
+    return f'#ifdef __cplusplus\nextern "C" {{\n#endif\n{declarations}\n#ifdef __cplusplus\n}}\n#endif'
+
+
 def guarded(name: str, text: str) -> str:
     """Return a header that may be included twice."""
     guard = f"QUANTCLI_{name.upper()}"
@@ -233,7 +238,7 @@ def edges(program: Program, name: str) -> tuple[str, str]:
             back = f"{scale} * (float)(integers[i] - {port.zero_point})"
             defined.append(f"{quantizes}\n{{\n{loop}integers[i] = ({ctype}){forth};\n    }}\n}}\n")
             defined.append(f"{dequantizes}\n{{\n{loop}reals[i] = {back};\n    }}\n}}\n")
-    header = guarded(f"{name}_edges_h", "#include <stdint.h>\n\n" + "\n".join(declared) + "\n")
+    header = guarded(f"{name}_edges_h", "#include <stdint.h>\n\n" + for_cpp("\n".join(declared)) + "\n")
     body = (KERNELS / "edges.c").read_text("utf-8")
     return header, f'#include "edges.h"\n\n{body}\n' + "\n".join(defined)
 

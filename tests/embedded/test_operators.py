@@ -22,6 +22,7 @@ from tests.fuzz.test_graphs import CHANNELS, KINDS, SIZE, graphs
 from tests.graphs import Array, normal, save
 from tests.test_operators import CASES, RANGES, data
 
+STRICT = ("-std=c99", "-O2", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror")
 TARGETS = ("ort-x86", "tflite", "npu-int16", "npu-int8", "cmsis-nn", "fixed16", "npu-pow2")
 # What C source has no kernel for, and how it says so.
 REFUSED = {
@@ -69,7 +70,7 @@ def test_c_source_is_the_executor(tmp_path: Path, name: str) -> None:
     told = read_description(tmp_path / "c")
     assert {step.operator for step in told.steps} <= {*CASES[name].layers, "layout"}
     assert told.arena_bytes >= told.bound_bytes
-    found = verify_c(tmp_path / "c", tmp_path / "d.npz")
+    found = verify_c(tmp_path / "c", tmp_path / "d.npz", flags=STRICT)
     assert found.wrong == 0
     assert found.samples == 6
 

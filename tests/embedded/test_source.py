@@ -112,6 +112,29 @@ def test_no_floating_point_is_possible(source: Path, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ on the path")
+def test_firmware_in_cpp_may_call_it(source: Path, tmp_path: Path) -> None:
+    main = """#include "net.h"
+#include "edges.h"
+int main() { static uint8_t in[NET_INPUT], out[NET_OUTPUT]; net_run(in, out); return 0; }
+"""
+    (tmp_path / "main.cpp").write_text(main)
+    objects = []
+    for name in ("net.c", "kernels.c", "edges.c"):
+        objects.append(str(tmp_path / f"{name}.o"))
+        subprocess.run([str(compiler()), "-std=c99", "-c", str(source / name), "-o", objects[-1]], check=True)
+    command = [
+        str(shutil.which("g++")),
+        f"-I{source}",
+        str(tmp_path / "main.cpp"),
+        *objects,
+        "-o",
+        str(tmp_path / "main"),
+    ]
+    subprocess.run(command, check=True)
+    subprocess.run([str(tmp_path / "main")], check=True)
+
+
 def test_the_same_conversion_writes_the_same_bytes(source: Path, tmp_path: Path) -> None:
     data_for(tmp_path / "d.npz")
     convert(
