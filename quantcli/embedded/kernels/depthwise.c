@@ -18,10 +18,11 @@ static void tap(
     }
 }
 
-/* All taps of a window that begins at (top, left); `row` is how far the weights of neighbouring taps lie apart. */
+/* All taps of a window that begins at (top, left); `row` is how far the weights of neighbouring taps lie apart.
+ * Of several neighbouring windows, whose inputs are `apart` values from one to the next, the channels are worked on side by side. */
 static void all_taps(
     const convolution_t *p, const activation_t *in, int32_t top, int32_t left, const int8_t *weights, int32_t row, int32_t lanes,
-    accumulator_t *acc)
+    int32_t several, int32_t apart, accumulator_t *acc)
 {
     int32_t ky, kx;
     for (ky = 0; ky < p->kernel_h; ky++) {
@@ -37,6 +38,17 @@ static void all_taps(
             int8_t part[LANES];
 #endif
             if (ix < 0 || ix >= p->in_w) {
+                continue;
+            }
+            if (several > 1 && apart != p->out_c) {
+                activation_t together[LANES];
+                int32_t i, j;
+                for (i = 0; i < several; i++) {
+                    for (j = 0; j < p->out_c; j++) {
+                        together[i * p->out_c + j] = x[i * apart + j];
+                    }
+                }
+                tap(together, p->in_zero, w, p->weight_zero, lanes, acc);
                 continue;
             }
 #if USES_PACKED_WEIGHTS
@@ -55,7 +67,7 @@ void depthwise(const convolution_t *restrict p, const activation_t *restrict in,
     const int32_t row = p->packed ? (p->out_c + 1) / 2 : p->out_c, taps = p->kernel_h * p->kernel_w;
     const int32_t reach = (p->kernel_w - 1) * p->dilation_w;
     /* Where channels are few, neighbouring outputs are worked on as if they were channels. */
-    const int32_t fits = p->step_w == 1 && p->stride_x == p->out_c && taps <= MOST_TAPS && !p->packed;
+    const int32_t fits = taps <= MOST_TAPS && !p->packed, apart = p->step_w * p->stride_x;
     const int32_t several = fits && p->out_c < LANES ? LANES / p->out_c : 1, many = several * p->out_c;
     accumulator_t acc[LANES];
     repeated_t each;
@@ -73,11 +85,11 @@ void depthwise(const convolution_t *restrict p, const activation_t *restrict in,
         const int32_t top = oy * p->step_h - p->pad_top;
         for (ox = 0; ox < p->out_w; ox++) {
             const int32_t left = ox * p->step_w - p->pad_left;
-            if (several > 1 && left >= 0 && left + several - 1 + reach < p->in_w && ox + several <= p->out_w) {
+            if (several > 1 && left >= 0 && left + (several - 1) * p->step_w + reach < p->in_w && ox + several <= p->out_w) {
                 for (j = 0; j < many; j++) {
                     acc[j] = each.bias[j];
                 }
-                all_taps(p, in, top, left, each.weights, LANES, many, acc);
+                all_taps(p, in, top, left, each.weights, LANES, many, several, apart, acc);
                 finished(
                     acc, many, each.multiplier, each.shift, 1, p->rounding, p->out_zero, p->low, p->high, out);
                 ox += several - 1;
@@ -89,7 +101,7 @@ void depthwise(const convolution_t *restrict p, const activation_t *restrict in,
                 for (j = 0; j < lanes; j++) {
                     acc[j] = p->bias[c + j];
                 }
-                all_taps(p, in + c, top, left, p->weights + (p->packed ? c / 2 : c), row, lanes, acc);
+                all_taps(p, in + c, top, left, p->weights + (p->packed ? c / 2 : c), row, lanes, 1, 0, acc);
                 finished(
                     acc, lanes, p->multiplier + at, p->shift + at, p->per_channel, p->rounding, p->out_zero, p->low, p->high,
                     out + c);
