@@ -103,11 +103,6 @@ class Places:
     name: str = "model"
 
     @property
-    def embedded(self) -> bool:
-        """Whether what is written is C."""
-        return self.folder is not None or self.header is not None
-
-    @property
     def search(self) -> Path:
         """Where a search writes down its tries: beside what comes of it, since a folder of C source is made at the end."""
         found = self.folder or self.model

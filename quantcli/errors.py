@@ -7,6 +7,7 @@
     └── QuantcliError                    1  failed
         ├── ModelError                   1  a model that cannot be loaded or is not ours to convert
         ├── PlanError                    1  no plan can be made
+        ├── EmbeddedError                1  no C source can be made of the model, or a compiler refuses it
         ├── OutputError                  1  the output cannot be written, or failed its self-check
         ├── UsageError                   2  the request contradicts itself
         │   └── RecipeError              2  a recipe or target file that cannot be used

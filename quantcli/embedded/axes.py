@@ -23,13 +23,8 @@ def output_fields(low: Lowering, entry: LayerEntry) -> dict[str, Any]:
         "out_zero": low.tensor(entry.outputs[0]).zero_point[0],
         "low": clamp[0],
         "high": clamp[1],
-        "rounding": rounding(entry),
+        "rounding": f"ROUNDING_{entry.rounding.upper()}",
     }
-
-
-def rounding(entry: LayerEntry) -> str:
-    """Return what C calls a rounding."""
-    return f"ROUNDING_{entry.rounding.upper()}"
 
 
 def scalar(low: Lowering, entry: LayerEntry, multiplier: MultiplierEntry, largest: int) -> dict[str, Any]:

@@ -75,7 +75,11 @@ def total(low: Lowering, layer: Layer, entry: LayerEntry) -> None:
     else:
         common = max(one.shift[0] for one in entry.multipliers)
         weights = [one.multiplier[0] << (common - one.shift[0]) for one in entry.multipliers]
-        largest = sum(weight * far for weight, far in zip(weights, furthest, strict=True))
+        # The kernel takes the zero points off the whole sum, so that what is between is larger than the sum.
+        largest = sum(
+            weight * (max(abs(end) for end in low.grid(name)) + abs(layer.zero_point(name)))
+            for weight, name in zip(weights, entry.inputs, strict=True)
+        )
         shift = low.rescaling([1], [common], entry.rounding, largest, entry.name)[0]
         signed = {"a_multiplier": weights[0], "b_multiplier": -weights[1] if minus else weights[1]}
         fields |= zeros | ends | {"shift": shift} | signed

@@ -72,9 +72,8 @@ def stored_weights(low: Lowering, name: str, rows: NDArray[np.int64]) -> Weights
     if len(set(entry.zero_point)) != 1:
         raise EmbeddedError(f"the channels of the weight '{name}' have several zero points", "use symmetric weights")
     narrow = entry.qmax - entry.qmin <= NIBBLE[1] - NIBBLE[0]
-    centre = (
-        (8 if narrow else 128) if entry.dtype == "uint8" else 0
-    )  # unsigned weights are moved to signed ones, grid and all
+    # Unsigned weights are moved to signed ones, grid and all.
+    centre = 0 if entry.dtype == "int8" else 8 if narrow else 128
     if entry.dtype not in {"int8", "uint8"}:
         raise EmbeddedError(f"the weight '{name}' is {entry.dtype}", "C source has weights of at most 8 bits")
     signed = rows - centre
@@ -135,7 +134,7 @@ def convolution(low: Lowering, layer: Layer, entry: LayerEntry) -> None:
             "it convolves one sample, over one or two axes",
         )
     w = low.stored(entry.inputs[1])
-    groups, rank = int(layer.attributes.get("group", 1)), w.ndim - 2
+    groups = int(layer.attributes.get("group", 1))
     kernel, spatial = w.shape[2:], value.shape[2:]
     if transposed:  # [C, M/groups, …] to [M, C/groups, …]
         parts = w.reshape(groups, w.shape[0] // groups, *w.shape[1:])
@@ -171,10 +170,9 @@ def convolution(low: Lowering, layer: Layer, entry: LayerEntry) -> None:
     made = low.made(entry.outputs[0], channels_last(shape))
     length = rows.shape[1]
     reach = int(np.prod(spatial if transposed else shape[2:], dtype=np.int64))
-    macs = reach * length * outputs if not transposed else reach * int(np.prod(kernel)) * (channels // groups) * outputs
+    macs = reach * length * outputs
     name = "conv_transpose" if transposed else "depthwise" if depthwise else "conv"
     scratch = 0 if depthwise else COLUMNS * length
-    del rank
     read, write = ((value.buffer, 0),), (made.buffer, 0)
     low.emit(Step(name, entry.name, entry.operator, read, write, ("convolution_t", fields), scratch=scratch, macs=macs))
 

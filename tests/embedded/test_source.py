@@ -36,6 +36,10 @@ def text(folder: Path, name: str) -> str:
     return (folder / name).read_text("ascii")
 
 
+def converting(model: Path, data: Path, output: Path) -> list[str]:
+    return f"convert {model} --data {data} --format c -o {output} --effort fast".split()
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """C source of the residual net."""
@@ -207,18 +211,7 @@ def test_what_stays_float_is_named_and_a_way_round_works(tmp_path: Path, capsys:
         tmp_path / "m.onnx", nodes, {"x": ["N", 3, 8, 8]}, {"e": None, "g": None}, {"w": normal(4, 3, 3, 3, scale=0.3)}
     )
     data = data_for(tmp_path / "d.npz")
-    command = [
-        "convert",
-        str(model),
-        "--data",
-        str(data),
-        "--format",
-        "c",
-        "-o",
-        str(tmp_path / "c"),
-        "--effort",
-        "fast",
-    ]
+    command = converting(model, data, tmp_path / "c")
     assert run(command) == 1
     error = capsys.readouterr().err
     assert "Exp 'e_node' stays float (no rule for this operator)" in error
@@ -275,18 +268,7 @@ def test_without_a_compiler_it_is_written_and_said(
     model, data = residual_net(tmp_path / "m.onnx"), data_for(tmp_path / "d.npz")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    command = [
-        "convert",
-        str(model),
-        "--data",
-        str(data),
-        "--format",
-        "c",
-        "-o",
-        str(tmp_path / "c"),
-        "--effort",
-        "fast",
-    ]
+    command = converting(model, data, tmp_path / "c")
     assert run(command) == 0
     assert "there is no C compiler here" in capsys.readouterr().err
     with pytest.raises(EmbeddedError, match="there is no C compiler on the path"):
