@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import platform
 import statistics
@@ -47,15 +48,27 @@ def entries(bed: Any, wanted: Sequence[str]) -> list[str]:
     return found
 
 
-def interleaved(runs: int, *actions: Callable[[], object]) -> list[float]:
-    """Return the median seconds of each action, run in turn after five warm-ups."""
+def interleaved(runs: int, *actions: Callable[[], object], least: float = 0.0) -> list[float]:
+    """Return the median seconds of each action, run in turn after five warm-ups.
+
+    Args:
+        runs: How many times each is timed.
+        actions: What is timed.
+        least: About how many seconds an action is repeated for while it is timed. Threads of the action before it, which wait for
+            work and turn in circles, would disturb a short one.
+    """
     times: list[list[float]] = [[] for _ in actions]
+    repeats = [1 for _ in actions]
     for turn in range(runs + 5):
-        for spent, action in zip(times, actions, strict=True):
+        for place, action in enumerate(actions):
             start = time.perf_counter()
-            action()
+            for _ in range(repeats[place]):
+                action()
+            took = (time.perf_counter() - start) / repeats[place]
             if turn >= 5:
-                spent.append(time.perf_counter() - start)
+                times[place].append(took)
+            else:
+                repeats[place] = max(1, math.ceil(least / took))
     return [statistics.median(spent) for spent in times]
 
 

@@ -33,8 +33,9 @@ if __package__ in {None, ""}:  # run as a file: its folder stands on the path in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.bed import as_feeds, bed_folder, entries, interleaved, load_bed, machine
-from calibration.collect import Shortcut, Work, collect, computed
+from calibration.collect import Lanes, Shortcut, Work, collect, computed
 from calibration.hooks.onnxruntime import Runner
+from calibration.observers import OBSERVERS as OBSERVED
 from calibration.observers import Counting, Histogram, TensorStatistics
 from calibration.ranges import Grid, parse_range, range_of
 from quantcli import Recipe, convert
@@ -43,7 +44,7 @@ from quantcli.load import load
 from quantcli.observation import BATCH_BYTES, LARGEST_BATCH, known_floors, largest_safe, poolable
 from quantcli.placement import place
 from quantcli.probe import model_bytes, with_highest, with_outputs
-from quantcli.recipe import Activation
+from quantcli.recipe import Activation, Tune
 
 ENTRIES = ("resnet56_cifar10", "mobilenetv1_025_imagenet", "dscnn_kws")
 OBSERVERS = ("minmax", "mean-minmax", "percentile", "mse", "entropy")
@@ -81,9 +82,9 @@ class Case:
         self.folded = fold(load(self.path).graph)
         self.placement = place(self.folded, Recipe())
         self.names = self.placement.observed()
-        self.threads, self.apart = threads, 0 < threads < (os.cpu_count() or 1)
+        self.threads = threads
         self.bare = Runner(model_bytes(self.folded), threads)
-        self.hook = Runner(with_outputs(self.folded, self.names), threads)
+        self.hook = Runner(with_outputs(self.folded, self.names), self.lanes("minmax").threads)
         self.data = Arrays(as_feeds(bed.inputs(name, "calib")[0], self.bare.inputs[0].name))
         self.indices = np.arange(len(self.data), dtype=np.intp)
         first = computed(self.hook, self.names, self.data.read(self.indices[:1]))
@@ -92,12 +93,16 @@ class Case:
         self.batch = fixed or max(1, min(LARGEST_BATCH, BATCH_BYTES // size))
         self.spans = [(s, min(s + self.batch, len(self.data))) for s in range(0, len(self.data), self.batch)]
         self.floors = known_floors(self.placement)
-        self.built: dict[tuple[str, ...], tuple[Runner, dict[str, str]]] = {}
+        self.built: dict[tuple[str, ...], tuple[Runner, dict[str, tuple[str, int]]]] = {}
 
     @property
     def full(self) -> list[tuple[int, int]]:
         """The batches but for a smaller last one, which ONNX Runtime's histogram calibrators do not take."""
         return [span for span in self.spans if span[1] - span[0] == self.batch]
+
+    def lanes(self, observer: str) -> Lanes:
+        """Return how many batches quantcli has in work at once."""
+        return Lanes.of(self.threads, os.cpu_count() or 1, beside=True, parts=OBSERVED[observer])
 
     def infer(self, full: bool = False) -> None:
         """Run every batch and look at nothing."""
@@ -107,17 +112,17 @@ class Case:
     def count(self, observer: str) -> dict[str, TensorStatistics]:
         """Calibrate as quantcli does."""
         counting = Counting(observer, samples=len(self.data))
-        work = Work(self.data, self.indices, self.spans, self.spans[0], counting, apart=self.apart)
+        work = Work(self.data, self.indices, self.spans, self.spans[0], counting, lanes=self.lanes(observer))
         pooled = poolable(self.placement) & set(self.floors) & set(self.names)
         shortcut = Shortcut(pooled, largest_safe(self.placement), self.build) if pooled else None
         return collect(self.hook, self.names, work, None, self.floors, shortcut).tensors
 
-    def build(self, settled: list[str]) -> tuple[Runner, dict[str, str]]:
+    def build(self, settled: list[str]) -> tuple[Runner, dict[str, tuple[str, int]]]:
         """Load the shortcut's session, once: the sessions of the others are loaded before they are timed, too."""
         key = tuple(settled)
         if key not in self.built:
             data, pooled = with_highest(self.folded, self.names, settled)
-            self.built[key] = Runner(data, self.threads), pooled
+            self.built[key] = Runner(data, self.lanes("minmax").threads), pooled
         return self.built[key]
 
     def peer(self, method: str, folder: Path) -> Callable[[], None]:
@@ -162,7 +167,8 @@ def times(bed: Any, names: list[str], runs: int, others: dict[str, str]) -> None
     for name in names:
         for threads in (1, 2):
             case = Case(bed, name, threads)
-            spent = interleaved(runs, case.infer, *(functools.partial(case.count, observer) for observer in OBSERVERS))
+            counts = [functools.partial(case.count, observer) for observer in OBSERVERS]
+            spent = interleaved(runs, case.infer, *counts, least=0.1)
             with tempfile.TemporaryDirectory() as folder:
                 peers = [
                     interleaved_with(functools.partial(case.infer, True), case.peer(method, Path(folder)))
@@ -193,10 +199,10 @@ def subset(bed: Any, names: list[str]) -> None:
     print("\n| model | range | tensors | moved by more than 0.5 % | largest move | median |\n|---|---|---|---|---|---|")
     for name in names:
         case = Case(bed, name, 0)
-        part = case.count("mse")
         with every_element():
             whole = case.count("mse")
-        for text in ("percentile:99.99", "mse"):
+        for text in ("percentile:99.99", "mse", "entropy"):
+            part = case.count(parse_range(text).name)
             moves = []
             for tensor in case.names:
                 (a, b), (c, d) = (range_of(parse_range(text), tensor, seen[tensor], Grid()) for seen in (whole, part))
@@ -292,7 +298,7 @@ def batch_of(model: Path) -> int:
 
 
 def accuracy(bed: Any, names: list[str]) -> None:
-    """Print every range's metric and SQNR, from one statistics file per model, and what counting for it costs."""
+    """Print every range's metric and SQNR without tuning, and what the whole conversion takes."""
     print("\n| model | float | " + " | ".join(RANGES) + " |")
     print("|---" * (2 + len(RANGES)) + "|")
     for name in names:
@@ -306,7 +312,10 @@ def accuracy(bed: Any, names: list[str]) -> None:
             for text in RANGES:
                 start = time.perf_counter()
                 done = convert(
-                    model, Path(folder) / "q.onnx", data=data, recipe=Recipe(activation=Activation(range=text))
+                    model,
+                    Path(folder) / "q.onnx",
+                    data=data,
+                    recipe=Recipe(activation=Activation(range=text), tune=Tune(effort="fast")),
                 )
                 spent = time.perf_counter() - start
                 cells.append(f"{run_bed(str(done.model), name)}, {spent:.1f} s")

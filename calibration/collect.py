@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import signal
 import threading
 import time
@@ -25,6 +24,9 @@ if TYPE_CHECKING:
     from calibration.datasets.dataset import Dataset, InputSpec
     from calibration.observers import Counting
 
+    Batch = tuple["Span", dict[str, NDArray[Any]]]
+    Computed = tuple["Light | None", dict[str, NDArray[Any]]]
+
 # How many samples are kept for self-checks: enough for a number that means something, few enough to be small.
 CHECK_SAMPLES = 4
 
@@ -40,7 +42,7 @@ class Hook(Protocol):
         ...
 
     def run(self, feeds: dict[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-        """Run one batch and return the asked tensors by name."""
+        """Run one batch and return the asked tensors by name; from several threads at once where `Lanes` compute several."""
         ...
 
     def rest(self) -> None:
@@ -55,12 +57,46 @@ class Shortcut:
     Attributes:
         pooled: The tensors that it can serve, once their minimum is settled: only the highest value is of interest then.
         limit: As long as no value is larger in magnitude, no operator of the model can make one that is not finite.
-        build: Return, for some of the tensors, a hook that gives their highest values (one per channel), and the names of those.
+        build: Return, for some of the tensors, a hook that gives their highest values; and by tensor, in the order in which they
+            stand there, the output that holds them along axis 1, and how many they are.
     """
 
     pooled: frozenset[str]
     limit: float
-    build: Callable[[list[str]], tuple[Hook, dict[str, str]]]
+    build: Callable[[list[str]], tuple[Hook, dict[str, tuple[str, int]]]]
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """How many batches are in work at once. They are counted in order whatever their number, so that it changes no statistics.
+
+    Attributes:
+        threads: Threads of the runtime.
+        computing: How many batches the model computes beside one another.
+        workers: How many are in work at once, computed or counted: all that is ever held of the tensors.
+    """
+
+    threads: int = 0
+    computing: int = 1
+    workers: int = 1
+
+    @classmethod
+    def of(cls, threads: int, cores: int, beside: bool, parts: frozenset[str]) -> Lanes:
+        """Return what keeps so many threads busy.
+
+        Two batches beside one another lose less to waiting than one batch on twice the threads. A single thread computes batch
+        after batch; another core, where there is one, counts the last batch meanwhile, unless extremes are all that is counted.
+
+        Args:
+            threads: Threads for computing; 0 for as many as there are cores.
+            cores: How many there are.
+            beside: Whether the runtime can compute batches beside one another.
+            parts: What is counted besides the extremes.
+        """
+        threads = threads or cores
+        if threads > 1 and beside:
+            return cls(threads - 1, 2, 2)  # the runtime's threads are shared; each batch has its own besides
+        return cls(threads, 1, 2 if parts and threads < cores else 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +111,7 @@ class Work:
         counting: What is counted.
         whole: Whether a batch is kept whole for self-checks, since the model fixes its batch size.
         columns: The tensors of which the extremes of every column are counted.
-        apart: Whether a batch is counted in a thread of its own while the next one is computed. It pays where a core is free.
+        lanes: How many batches are in work at once.
     """
 
     dataset: Dataset
@@ -84,8 +120,8 @@ class Work:
     pilot: Span
     counting: Counting
     whole: bool = False
-    apart: bool = False
     columns: frozenset[str] = frozenset()
+    lanes: Lanes = Lanes()
 
     def feeds(self, span: Span) -> dict[str, NDArray[Any]]:
         """Return a batch."""
@@ -134,11 +170,15 @@ class Checkpoint:
     save: Callable[[Seen], None] = lambda _: None
     last: float = field(default_factory=time.monotonic)
 
-    def offer(self, seen: Seen) -> None:
-        """Keep what was counted if it is time."""
-        if time.monotonic() - self.last >= self.seconds:
-            self.save(seen)
-            self.last = time.monotonic()
+    @property
+    def due(self) -> bool:
+        """Whether it is time."""
+        return time.monotonic() - self.last >= self.seconds
+
+    def keep(self, seen: Seen) -> None:
+        """Keep what was counted."""
+        self.save(seen)
+        self.last = time.monotonic()
 
 
 def collect(
@@ -174,32 +214,30 @@ def collect(
         if name in seen.tensors:
             seen.tensors[name].floor = floor
     checkpoint = checkpoint or Checkpoint()
-    light: Light | None = None
-    with interruptions() as interrupted, Beside(work.apart and bool(counting.parts)) as beside:
+    counter, left = Counter(hook, seen, work), work.spans[seen.done :]
+    with interruptions() as interrupted:
+
+        def batches() -> Iterator[Batch]:
+            for span in left:
+                feeds = work.feeds(span)
+                if not seen.kept:
+                    seen.kept = work.kept(feeds)
+                if shortcut is not None and span is left[0] and not counting.parts:
+                    counter.take(shortcut, feeds)
+                yield span, feeds
 
         def counted(span: Span) -> None:
             seen.done, seen.samples = seen.done + 1, seen.samples + span[1] - span[0]
             progress(seen.samples)
-            checkpoint.offer(seen)
+            if checkpoint.due or interrupted():
+                checkpoint.keep(seen)
             if interrupted():
-                checkpoint.save(seen)
                 raise KeyboardInterrupt
 
-        for span in work.spans[seen.done :]:
-            feeds = work.feeds(span)
-            if not seen.kept:
-                seen.kept = work.kept(feeds)
-            if light is not None and light.count(feeds, span):
-                counted(span)
-                continue
-            found = computed(hook, list(seen.tensors), feeds)
-            beside.wait()
-            beside.start(functools.partial(count, found, seen.tensors, span, work), functools.partial(counted, span))
-            light = None
-            if shortcut is not None and not counting.parts:
-                light = Light.of(shortcut, hook, seen, feeds)
-                shortcut = None  # built once; given up for good where a value turns out too large
-        beside.wait()
+        in_line(work.lanes, batches(), counter, counted)
+        if interrupted():  # while the last batch was counted in another thread
+            checkpoint.keep(seen)
+            raise KeyboardInterrupt
     for held in seen.tensors.values():
         if held.histogram is not None:
             held.histogram.flush()
@@ -246,39 +284,136 @@ def computed(hook: Hook, names: Sequence[str], feeds: dict[str, NDArray[Any]]) -
     return {name: found[name] if name in found else feeds[name] for name in names}
 
 
-class Beside:
-    """Counts a batch in a thread of its own while the next one is computed; one at a time, in order.
+def in_line(lanes: Lanes, batches: Iterator[Batch], counter: Counter, after: Callable[[Span], None]) -> None:
+    """Compute and count batches, several in work at once where there are lanes for it; they are counted in order.
 
     Args:
-        apart: Whether there is a thread; without one, a batch is counted where it was computed.
+        lanes: How many.
+        batches: The batches.
+        counter: Computes and counts one.
+        after: Called once a batch was counted, before the next one is; may raise, and then nothing more is counted.
+    """
+    if lanes.computing > 1:
+        Abreast(batches, counter, after).run(lanes.workers)
+        return
+    with ThreadPoolExecutor(1) if lanes.workers > 1 else contextlib.nullcontext() as apart:
+        pending: tuple[Future[None], Span] | None = None
+        for span, feeds in batches:
+            found = counter.compute(feeds)
+            if apart is None:
+                counter.count(feeds, span, found)
+                after(span)
+                continue
+            finish(pending, after)
+            pending = apart.submit(counter.count, feeds, span, found), span
+            del found  # it is let go as it is counted
+        finish(pending, after)
+
+
+def finish(pending: tuple[Future[None], Span] | None, after: Callable[[Span], None]) -> None:
+    """Wait for a batch that is being counted, where there is one; what its counting raised is raised here."""
+    if pending is not None:
+        pending[0].result()
+        after(pending[1])
+
+
+class Abreast:
+    """Threads that each take the next batch, compute it, and count it when those before it were counted.
+
+    Args:
+        batches: The batches.
+        counter: Computes and counts one.
+        after: Called once a batch was counted.
     """
 
-    def __init__(self, apart: bool) -> None:
-        self.executor = ThreadPoolExecutor(1) if apart else None
-        self.pending: tuple[Future[None], Callable[[], None]] | None = None
+    def __init__(self, batches: Iterator[Batch], counter: Counter, after: Callable[[Span], None]) -> None:
+        self.batches, self.counter, self.after = batches, counter, after
+        self.taking, self.turn = threading.Lock(), threading.Condition()
+        self.taken, self.counted = 0, 0
+        self.failure: tuple[int, BaseException] | None = None
 
-    def __enter__(self) -> Beside:
-        return self
+    def run(self, workers: int) -> None:
+        """Work until no batch is left; what went wrong with the first batch that could not be counted is raised here."""
+        others = [threading.Thread(target=self.work) for _ in range(workers - 1)]
+        for thread in others:
+            thread.start()
+        self.work()
+        for thread in others:
+            thread.join()
+        if self.failure is not None:
+            raise self.failure[1]
 
-    def __exit__(self, *_: object) -> None:
-        if self.executor is not None:
-            self.executor.shutdown()
+    def work(self) -> None:
+        """Take batches while there are any."""
+        number = -1
+        try:
+            while True:
+                with self.taking:
+                    number = self.taken
+                    batch = None if self.failure is not None else next(self.batches, None)
+                    self.taken += 1
+                if batch is None:
+                    return
+                span, feeds = batch
+                found = self.counter.compute(feeds)
+                if not self.wait(number):
+                    return
+                self.counter.count(feeds, span, found)
+                self.after(span)
+                with self.turn:
+                    self.counted += 1
+                    self.turn.notify_all()
+        except BaseException as error:  # noqa: BLE001 - raised where the threads are waited for
+            with self.turn:
+                if self.failure is None or number < self.failure[0]:
+                    self.failure = number, error
+                self.turn.notify_all()
 
-    def start(self, count: Callable[[], None], after: Callable[[], None]) -> None:
-        """Begin to count a batch; ``after`` is called here, when it is waited for."""
-        if self.executor is None:
-            count()
-            after()
-        else:
-            self.pending = self.executor.submit(count), after
+    def wait(self, number: int) -> bool:
+        """Wait for a batch's turn to be counted; return whether it comes, which it does not if one before it failed."""
+        with self.turn:
+            self.turn.wait_for(lambda: self.counted == number or self.stopped(number))
+            return not self.stopped(number)
 
-    def wait(self) -> None:
-        """Wait for the batch that is being counted; what its counting raised is raised here."""
-        if self.pending is not None:
-            future, after = self.pending
-            self.pending = None
-            future.result()
-            after()
+    def stopped(self, number: int) -> bool:
+        """Whether a batch before this one failed."""
+        return self.failure is not None and self.failure[0] < number
+
+
+@dataclass
+class Counter:
+    """Computes batches and counts them, by the shortcut while there is one.
+
+    Attributes:
+        hook: The model.
+        seen: What was counted so far.
+        work: The batches.
+        light: The shortcut at work.
+    """
+
+    hook: Hook
+    seen: Seen
+    work: Work
+    light: Light | None = None
+
+    def take(self, shortcut: Shortcut, feeds: dict[str, NDArray[Any]]) -> None:
+        """Take a shortcut, as far as the first sample of a batch shows that it serves."""
+        sample = feeds if self.work.whole else {name: values[:1] for name, values in feeds.items()}
+        self.light = Light.of(shortcut, self.hook, self.seen, sample)
+
+    def compute(self, feeds: dict[str, NDArray[Any]]) -> Computed:
+        """Run a batch; return the shortcut that was taken, and what the model gave."""
+        light = self.light
+        return light, computed(self.hook, list(self.seen.tensors), feeds) if light is None else light.run(feeds)
+
+    def count(self, feeds: dict[str, NDArray[Any]], span: Span, made: Computed) -> None:
+        """Count a batch; the whole tensors, where a value was too large for the shortcut, which is given up then."""
+        light, found = made
+        if light is not None:
+            if light.count(found, span):
+                return
+            self.light, found = None, computed(self.hook, list(self.seen.tensors), feeds)
+        count(found, self.seen.tensors, span, self.work)
 
 
 def count(found: dict[str, NDArray[Any]], tensors: dict[str, TensorStatistics], span: Span, work: Work) -> None:
@@ -301,49 +436,67 @@ def count(found: dict[str, NDArray[Any]], tensors: dict[str, TensorStatistics], 
             ) from error
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Light:
     """The shortcut at work.
 
     Attributes:
         hook: Gives the highest values of the settled tensors, and the others whole.
-        names: Where the highest values stand, by tensor.
+        places: Where the highest values stand, by tensor.
         sizes: How many elements a sample has in each tensor.
         limit: Beyond which a value is too large for the shortcut.
         seen: What was counted so far.
     """
 
     hook: Hook
-    names: dict[str, str]
+    places: dict[str, tuple[str, int]]
     sizes: dict[str, int]
     limit: float
     seen: Seen
 
     @classmethod
     def of(cls, shortcut: Shortcut, whole: Hook, seen: Seen, feeds: dict[str, NDArray[Any]]) -> Light | None:
-        """Return the shortcut for the tensors that are settled after a first batch; None where there are none."""
-        settled = [name for name, held in seen.tensors.items() if name in shortcut.pooled and held.settled]
+        """Return the shortcut for the tensors that hold their floor in some samples; None where there are none."""
+        found = computed(whole, list(seen.tensors), feeds)
+        settled = [
+            name for name, held in seen.tensors.items() if name in shortcut.pooled and found[name].min() == held.floor
+        ]
         if not settled:
             return None
         whole.rest()
-        hook, names = shortcut.build(settled)
+        hook, places = shortcut.build(settled)
         rows = len(next(iter(feeds.values())))
-        sizes = {name: held.elements // rows for name, held in seen.tensors.items()}
-        return cls(hook, names, sizes, shortcut.limit, seen)
+        sizes = {name: values.size // rows for name, values in found.items()}
+        return cls(hook, places, sizes, shortcut.limit, seen)
 
-    def count(self, feeds: dict[str, NDArray[Any]], span: Span) -> bool:
-        """Run one batch and count it; return whether every value was small enough. If not, nothing is counted."""
-        asked = [self.names.get(name, name) for name in self.seen.tensors if name not in feeds]
-        found = self.hook.run(feeds, asked)
-        rows = span[1] - span[0]
-        extremes = {}
-        for name in self.seen.tensors:
-            values = feeds[name] if name in feeds else found.pop(self.names.get(name, name))
-            highest = float(values.max())
-            lowest = self.seen.tensors[name].minimum if name in self.names else float(values.min())
-            if not (highest <= self.limit and lowest >= -self.limit):  # false for NaN too
-                return False
-            extremes[name] = lowest, highest
+    def run(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run a batch and return the outputs that hold highest values, and the other tensors whole."""
+        whole = [name for name in self.seen.tensors if name not in self.places]
+        together = list(dict.fromkeys(output for output, _ in self.places.values()))
+        found = self.hook.run(feeds, [name for name in whole if name not in feeds] + together)
+        return {name: feeds[name] if name in feeds else found[name] for name in whole + together}
+
+    def count(self, found: dict[str, NDArray[Any]], span: Span) -> bool:
+        """Count a batch and return whether every value was small enough. If not, nothing is counted."""
+        extremes = {
+            name: (float(np.minimum.reduce(values, axis=None)), float(np.maximum.reduce(values, axis=None)))
+            for name, values in found.items()
+            if name in self.seen.tensors
+        }
+        for name, highest in self.highest(found).items():
+            extremes[name] = self.seen.tensors[name].floor or 0.0, highest
+        if not all(highest <= self.limit and lowest >= -self.limit for lowest, highest in extremes.values()):
+            return False  # so it is for NaN, too
         for name, (lowest, highest) in extremes.items():
-            self.seen.tensors[name].count_extremes(lowest, highest, self.sizes[name] * rows)
+            self.seen.tensors[name].count_extremes(lowest, highest, self.sizes[name] * (span[1] - span[0]))
         return True
+
+    def highest(self, found: dict[str, NDArray[Any]]) -> dict[str, float]:
+        """Return the highest value of every settled tensor."""
+        values: dict[str, float] = {}
+        for output in {output for output, _ in self.places.values()}:
+            sizes = {name: size for name, (where, size) in self.places.items() if where == output}
+            peaks = found[output].reshape(len(found[output]), -1).max(axis=0)
+            starts = np.cumsum([0, *sizes.values()])[:-1]
+            values.update(zip(sizes, np.maximum.reduceat(peaks, starts).tolist(), strict=True))
+        return values

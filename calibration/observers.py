@@ -47,8 +47,8 @@ OBSERVERS: dict[str, frozenset[str]] = {
 }
 
 
-# Relative entropies of histograms move by more than half a percent when a part of the elements is left out.
-WHOLE = frozenset({"entropy", "all"})
+# Where a relative entropy is lowest depends on slopes, which need more elements.
+SLOPES, SLOPES_BULK = frozenset({"entropy", "all"}), 1 << 17
 
 
 @dataclass(frozen=True)
@@ -154,11 +154,13 @@ class Histogram:
         exponent: k.
         counts: int64, 2·BINS; bin i holds [(i − BINS)·2^k, (i − BINS + 1)·2^k).
         zeros: How many of the counted values are exactly zero.
-        stride: Of how many elements of the bulk one is looked at; odd, so that it meets all channels and places.
+        stride: Of how many elements of the bulk one is looked at; prime to the size of a batch, so that it meets all channels and
+            places alike.
         tails: Below and above which every element is counted.
-        pending: Looked-at elements that wait for their bins.
+        pending: Room for looked-at elements that wait for their bins.
+        waiting: How many wait there.
         beyond: Elements beyond the tails that wait.
-        waiting: How many.
+        outside: How many.
     """
 
     exponent: int = SMALLEST_EXPONENT
@@ -166,9 +168,10 @@ class Histogram:
     zeros: int = 0
     stride: int = 1
     tails: tuple[float, float] = (-math.inf, math.inf)
-    pending: list[NDArray[np.float32]] = field(default_factory=list, compare=False, repr=False)
-    beyond: list[NDArray[np.float32]] = field(default_factory=list, compare=False, repr=False)
+    pending: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
     waiting: int = field(default=0, compare=False, repr=False)
+    beyond: list[NDArray[np.float32]] = field(default_factory=list, compare=False, repr=False)
+    outside: int = field(default=0, compare=False, repr=False)
 
     def prepare(self, values: NDArray[np.float32], elements: int, bulk: int = BULK) -> None:
         """Fix stride and tails from a first batch.
@@ -179,6 +182,8 @@ class Histogram:
             bulk: About how many of them are to be looked at.
         """
         self.stride = max(1, elements // bulk) | 1
+        while math.gcd(self.stride, values.size) > 1:
+            self.stride += 2
         if values.size and self.stride > 1:
             looked = values.reshape(-1)[:: max(1, values.size // TAIL_SAMPLE) | 1]
             place = max(1, int(TAIL * looked.size))
@@ -212,25 +217,43 @@ class Histogram:
             tails: Those that lie beyond the tails.
         """
         bulk = values[start :: self.stride]
-        self.pending.append(bulk.copy())
-        self.waiting += bulk.size
+        if bulk.size > PENDING // 2:
+            self.add_bulk(bulk)
+        else:
+            if self.pending is None:
+                self.pending = np.empty(PENDING, dtype=np.float32)
+            elif self.waiting + bulk.size > PENDING:
+                self.flush_bulk()
+            self.pending[self.waiting : self.waiting + bulk.size] = bulk
+            self.waiting += bulk.size
         for beyond in tails:
             if beyond.size:
                 self.beyond.append(beyond)
-                self.waiting += beyond.size
-        if self.waiting >= PENDING:
-            self.flush()
+                self.outside += beyond.size
+        if self.outside > PENDING:
+            self.flush_tails()
 
     def flush(self) -> None:
         """Put into bins what waits for it."""
-        if not self.pending:
-            return
-        values = np.concatenate(self.pending)
+        self.flush_bulk()
+        self.flush_tails()
+
+    def flush_bulk(self) -> None:
+        """Put into bins what waits of the looked-at elements."""
+        if self.pending is not None and self.waiting:
+            self.add_bulk(self.pending[: self.waiting])
+            self.waiting = 0
+
+    def flush_tails(self) -> None:
+        """Put into bins what waits of the elements beyond the tails."""
         if self.beyond:
             self.add(np.concatenate(self.beyond), 1)
-        self.pending, self.beyond, self.waiting = [], [], 0
+            self.beyond, self.outside = [], 0
+
+    def add_bulk(self, values: NDArray[np.float32]) -> None:
+        """Put looked-at elements into bins, but for those beyond the tails."""
         below, above = np.float32(self.tails[0]), np.float32(self.tails[1])
-        if self.stride > 1 and values.size and (values.min() < below or values.max() > above):
+        if self.stride > 1 and (np.minimum.reduce(values) < below or np.maximum.reduce(values) > above):
             values = values[(values >= below) & (values <= above)]
         self.add(values, self.stride)
 
@@ -238,18 +261,18 @@ class Histogram:
         """Put values into bins, each so many times."""
         if not values.size:
             return
-        lowest = float(values.min())
-        self.grow(lowest, float(values.max()))
+        lowest = float(np.minimum.reduce(values))
+        self.grow(lowest, float(np.maximum.reduce(values)))
         inverse = np.float32(math.ldexp(1.0, -self.exponent))
         first = math.floor(lowest * float(inverse))
         scaled = values * inverse
-        places = np.floor(scaled).astype(np.intp)
+        places = np.floor(scaled).astype(np.int32)
         if lowest < 0:
             places -= (scaled == 0) & (values < 0)  # what is so small that its product vanishes lies below zero still
-        places -= first
+        places -= np.int32(first)
         found = np.bincount(places)
         self.counts[BINS + first : BINS + first + len(found)] += weight * found
-        self.zeros += weight * (values.size - int(np.count_nonzero(values)))
+        self.zeros += weight * int(np.count_nonzero(values == 0))
 
     def merge(self, other: Histogram) -> None:
         """Count everything that ``other`` counted as well."""
@@ -334,7 +357,7 @@ class TensorStatistics:
             if counting.allow_non_finite:
                 numbers = numbers[np.isfinite(numbers)]
             elements = values.size * counting.samples // max(rows, 1)
-            self.histogram.prepare(numbers, elements, elements if counting.observer in WHOLE else BULK)
+            self.histogram.prepare(numbers, elements, SLOPES_BULK if counting.observer in SLOPES else BULK)
 
     def update(self, values: NDArray[np.floating], first: int, rows: int, counting: Counting) -> None:
         """Count one batch.

@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 
     from calibration.observers import Histogram, TensorStatistics
 
+    # Lows (a column), highs (a row) and the steps between them; of a symmetric grid the highs alone count.
+    Cost = Callable[[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
+
 DEFAULT_PERCENTILE = 99.99
 # How many clips are tried between the whole range and an eightieth of it.
 CANDIDATES = 80
-# How much of a relative entropy may come from having counted too few values.
-COUNTING_NOISE = 1e-3
-# The share that a relative entropy gives to what a range cannot show.
-LEAST_SHARE = 1e-10
+# A distribution's slopes are taken between so many cells, which leave this share out at either end.
+CELLS, TAIL = 16, 1 / 1024
+# No relative entropy tells how far values are moved: ranges that leave out a larger share are not looked at.
+LARGEST_CUT = 1 / 4
 
 
 @dataclass(frozen=True)
@@ -154,21 +157,36 @@ def mse(spec: RangeSpec, name: str, seen: TensorStatistics, grid: Grid) -> tuple
     convolutional networks for rapid-deployment" (2019), with the histogram in place of a fitted distribution.
     """
     histogram = histogram_of(spec, name, seen)
+
+    def cost(lows: NDArray[np.float64], highs: NDArray[np.float64], steps: NDArray[np.float64]) -> NDArray[np.float64]:
+        if grid.symmetric:
+            return clipping(histogram, highs, "both") + rounding(histogram, steps)
+        return clipping(histogram, -lows, "below") + clipping(histogram, highs, "above") + rounding(histogram, steps)
+
+    return cheapest(seen, grid, cost)
+
+
+def cheapest(seen: TensorStatistics, grid: Grid, cost: Cost) -> tuple[float, float]:
+    """Return the range of least cost, among parts of what was seen.
+
+    Args:
+        seen: What was seen.
+        grid: The integers that the range is for; a symmetric one has symmetric ranges.
+        cost: What ranges cost.
+    """
     lowest, highest = min(seen.minimum, 0.0), max(seen.maximum, 0.0)
     if grid.symmetric:
         lowest, highest = 0.0, max(-lowest, highest)
     shares = np.linspace(1 / CANDIDATES, 1.0, CANDIDATES)
     low_shares, high_shares = shares, shares
     for _ in range(3):  # each time around the best so far, ten times as fine
-        lows = lowest * low_shares if lowest < 0 else np.zeros(1)
-        highs = highest * high_shares if highest > 0 else np.zeros(1)
-        low_cost = clipping(histogram, -lows, "below") if not grid.symmetric else np.zeros(1)
-        high_cost = clipping(histogram, highs, "both" if grid.symmetric else "above")
-        widths = highs[None, :] * (2 if grid.symmetric else 1) - lows[:, None]
-        cost = low_cost[:, None] + high_cost[None, :] + rounding(histogram, widths / grid.steps)
-        low, high = np.unravel_index(lowest_cost(cost.reshape(-1)), cost.shape)
+        lows = (lowest * low_shares if lowest < 0 else np.zeros(1))[:, None]
+        highs = (highest * high_shares if highest > 0 else np.zeros(1))[None, :]
+        steps = (highs * (2 if grid.symmetric else 1) - lows) / grid.steps
+        found = cost(lows, highs, steps)
+        low, high = np.unravel_index(lowest_cost(found.reshape(-1)), found.shape)
         low_shares, high_shares = around(low_shares, int(low)), around(high_shares, int(high))
-    best = float(lows[low]), float(highs[high])
+    best = float(lows[low, 0]), float(highs[0, high])
     return (-best[1], best[1]) if grid.symmetric else best
 
 
@@ -212,66 +230,108 @@ def clipping(histogram: Histogram, bounds: NDArray[np.float64], side: str) -> ND
 
 
 def entropy(spec: RangeSpec, name: str, seen: TensorStatistics, grid: Grid) -> tuple[float, float]:
-    """Return the range whose quantization keeps most of the distribution of the magnitudes, by its relative entropy.
+    """Return the range whose quantization keeps most of the distribution, by its relative entropy.
 
-    Migacz, "8-bit inference with TensorRT" (2017): of a distribution P clipped at a bin, and Q, the same spread over the grid's
-    levels, the clip with the lowest KL(P‖Q) is taken. Exact zeros are left out, since every grid holds them.
+    Migacz, "8-bit inference with TensorRT" (2017): of the distribution P with what lies outside put to the ends, and Q, what lies
+    inside, spread evenly over each level's step, the range with the lowest KL(P‖Q) is taken. Exact zeros are left out, since every
+    grid holds them. The divergence is not summed over bins, where counting noise would outweigh it ((bins − levels) / (2 · values)
+    on average, Miller 1955), but has two parts:
 
-    Few values in many bins make a divergence of their own, (bins − levels) / (2 · values) on average: where that is more than
-    0.001, bins go together, and where no more of them are left than there are levels, nothing is clipped.
+    - within a step s: p is nearly linear there, and ∫ p·ln(p/q) over all steps is s²·J/24 to second order, J = ∫ p'²/p. It is taken
+      as ½·ln(1 + s²·J/12), the same for small steps, which for wide ones grows no faster than a step's own entropy;
+    - between steps: an end that holds the share m and takes c from outside adds (m + c)·ln((m + c)/m), and all shares of Q are
+      larger than those of P by 1/(1 − Σc), which adds ln(1 − Σc).
     """
     histogram = histogram_of(spec, name, seen)
-    two_sided = seen.minimum < 0 < seen.maximum
-    levels = (grid.steps + 1) // 2 if grid.symmetric or two_sided else grid.steps + 1
-    counts = magnitudes(histogram).astype(np.float64)
-    counts[0] = max(counts[0] - histogram.zeros, 0.0)
-    largest = max(-seen.minimum, seen.maximum)
-    used = min(len(counts), math.floor(math.ldexp(largest, -histogram.exponent)) + 1) if largest > 0 else 0
-    exponent = histogram.exponent
-    while used > levels + 2 * COUNTING_NOISE * counts.sum() / histogram.stride:
-        counts, used, exponent = counts.reshape(-1, 2).sum(axis=1), (used + 1) // 2, exponent + 1
-    if used <= levels or not counts.any():
+    shares = Shares.of(histogram)
+    if shares.running[-1] == 0:
         return seen.minimum, seen.maximum
-    ends = np.arange(levels, used + 1, max(1, (used - levels) // 128))
-    costs = divergences(counts[:used], ends, levels)
-    bound = math.ldexp(float(ends[lowest_cost(costs)]), exponent)
-    return max(-bound, seen.minimum), min(bound, seen.maximum)
+    slopes = shares.slopes(histogram.stride)
+    lowest, highest = min(seen.minimum, 0.0), max(seen.maximum, 0.0)
+
+    def cost(lows: NDArray[np.float64], highs: NDArray[np.float64], steps: NDArray[np.float64]) -> NDArray[np.float64]:
+        if grid.symmetric:
+            lows = -highs
+        above, over = moved(highs, steps, highest, shares.below)
+        below, under = moved(-lows, steps, -lowest, shares.above)
+        outside = above + below
+        costs = np.log1p(steps**2 * slopes / 12) / 2 + over + under + np.log1p(-np.minimum(outside, LARGEST_CUT))
+        return np.where(outside > LARGEST_CUT, np.inf, costs)
+
+    return cheapest(seen, grid, cost)
 
 
-def divergences(counts: NDArray[np.float64], ends: NDArray[np.intp], levels: int) -> NDArray[np.float64]:
-    """Return KL(P‖Q) for every bin that counts may be clipped at: of the clipped counts, and of the same spread over levels.
+def moved(
+    bounds: NDArray[np.float64],
+    steps: NDArray[np.float64],
+    end: float,
+    inside: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the share beyond each bound, and what it costs to put it to the bound.
 
-    What is clipped counts in the last bin of P. A level of Q spreads its sum evenly over its bins that hold anything: so Σ p·log q
-    needs each level's sum alone, and Σ p·log p is a sum of counts·log(counts). Both are differences of running sums.
+    The level there holds as much as lies within its step, and no less than a step would if what lies beyond were spread evenly up
+    to the end: rare values leave gaps.
 
     Args:
-        counts: One per bin, as float64.
-        ends: How many bins are kept, in rising order.
-        levels: Over how many levels they are spread; no more than bins.
+        bounds: Distances from zero, at least 0.
+        steps: The steps that go with them.
+        end: The largest distance seen, at least 0.
+        inside: Returns the share of the values that lie within a distance on this side, or on the other side of zero.
     """
-    total = counts.sum()
-    held = (counts > 0).astype(np.float64)
-    running, occupied, weighted = (running_sum(v) for v in (counts, held, x_log_x(counts)))
-    edges = (np.arange(levels + 1) * ends[:, None]) // levels
-    sums, numbers = np.diff(running[edges]), np.diff(occupied[edges])
-    kept, last = running[ends], counts[ends - 1]
-    clipped = total - kept
-    level = np.divide(sums, numbers, out=np.zeros_like(sums), where=numbers > 0)
-    q = np.log(np.maximum(level / np.maximum(kept, 1.0)[:, None], LEAST_SHARE))
-    own = weighted[ends - 1] + x_log_x(last + clipped) - total * math.log(total)
-    cross = (sums * q).sum(axis=1) + clipped * np.where(last > 0, q[:, -1], math.log(LEAST_SHARE))
-    found: NDArray[np.float64] = (own - cross) / total
-    return found
+    within = inside(bounds)
+    beyond = np.maximum(1 - within, 0.0)
+    held = np.maximum(within - inside(bounds - steps), beyond * steps / np.maximum(end - bounds + steps, steps))
+    times = np.divide(beyond, held, out=np.zeros(held.shape), where=held > 0)
+    return beyond, (held + beyond) * np.log1p(times)
 
 
-def running_sum(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the sums of the first 0, 1, 2 … values."""
-    return np.concatenate([[0.0], np.cumsum(values)])
+@dataclass(frozen=True, eq=False)
+class Shares:
+    """How the values that are not zero are distributed.
 
+    Attributes:
+        edges: The bins' edges.
+        running: How many values lie below each.
+    """
 
-def x_log_x(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return v·log(v), 0 for 0."""
-    return values * np.log(np.where(values > 0, values, 1.0))
+    edges: NDArray[np.float64]
+    running: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, histogram: Histogram) -> Shares:
+        """Return a histogram's."""
+        counts = histogram.counts.astype(np.float64)
+        zero = len(counts) // 2
+        counts[zero] = max(counts[zero] - histogram.zeros, 0.0)
+        return cls(histogram.edges(), np.concatenate([[0.0], np.cumsum(counts)]))
+
+    def below(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the share that lies below some values, linear within a bin."""
+        share: NDArray[np.float64] = np.interp(values, self.edges, self.running) / self.running[-1]
+        return share
+
+    def above(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the share that lies above the negatives of some values."""
+        return 1 - self.below(-values)
+
+    def slopes(self, weight: int) -> float:
+        """Return ∫ p'²/p of the density p (Fisher's information about its place), from differences between cells.
+
+        A cell of N counted values is off by √N or so, which adds to the square of a difference the sum of both; that is taken off.
+
+        Args:
+            weight: How many values each value that was looked at stands for.
+        """
+        total = self.running[-1]
+        first, last = np.interp([TAIL * total, (1 - TAIL) * total], self.running, self.edges)
+        if last <= first:
+            return 0.0
+        cells = np.diff(np.interp(np.linspace(first, last, CELLS + 1), self.edges, self.running))
+        sums, differences = cells[1:] + cells[:-1], cells[1:] - cells[:-1]
+        some = sums > 0
+        squares = (differences[some] ** 2 - weight * sums[some]) / (sums[some] / 2)
+        width = (float(last) - float(first)) / CELLS
+        return max(float(squares.sum() / total), 0.0) / width**2
 
 
 def magnitudes(histogram: Histogram) -> NDArray[np.int64]:

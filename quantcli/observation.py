@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibration import statistics as statistics_file
-from calibration.collect import Checkpoint, Seen, Shortcut, Work, collect, computed
+from calibration.collect import Checkpoint, Lanes, Seen, Shortcut, Work, collect, computed
 from calibration.datasets import boundaries, first_samples, fitted_batch, fixes_batch, open_dataset, select
 from calibration.errors import DataError, StatisticsError
 from calibration.hooks.onnxruntime import Runner
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Activations of a batch that stay in the caches of a core cost least to look at; above so many samples nothing is gained.
-BATCH_BYTES = 8 << 20
+BATCH_BYTES = 4 << 20
 LARGEST_BATCH = 32
 # A run below so many batches is over before a second session is loaded.
 WORTH_A_SHORTCUT = 4
@@ -93,7 +93,7 @@ class Run:
         resume: Whether to go on from a checkpoint.
         runtime: ``onnxruntime`` or ``torch``.
         device: ``cpu`` or ``cuda``.
-        threads: Threads of ONNX Runtime; 0 for as many as there are cores (but one, where a batch is counted beside the next).
+        threads: Threads that compute; 0 for as many as there are cores.
     """
 
     shard: tuple[int, int] = (0, 1)
@@ -105,15 +105,10 @@ class Run:
     device: str = "cpu"
     threads: int = 0
 
-    def threads_for(self, parts: frozenset[str]) -> tuple[int, bool]:
-        """Return the threads of ONNX Runtime, and whether a core is left to count a batch beside the next one's inference.
-
-        Counting extremes alone costs too little to leave a core to it.
-        """
+    def lanes(self, counting: Counting) -> Lanes:
+        """Return how many batches are in work at once."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        if self.threads or not parts or cores <= 2:
-            return self.threads, bool(parts) and 0 < self.threads < cores
-        return cores - 1, True
+        return Lanes.of(self.threads, cores, self.runtime == "onnxruntime", counting.parts)
 
 
 def observer_of(recipe: Recipe) -> str:
@@ -178,8 +173,8 @@ class Observation:
             allow_non_finite=self.recipe.calibration.allow_non_finite,
         )
         indices = select(len(dataset), self.recipe.calibration.selection)
-        batch = self.batch(hook, names, dataset, indices)
-        work, part = self.work(hook, dataset, indices, batch)
+        batch, lanes = self.batch(hook, names, dataset, indices)
+        work, part = self.work(hook, dataset, indices, batch, lanes)
         blank = self.blank(dataset, len(indices), batch, part)
         seen = self.resumed(blank)
         if self.finished:
@@ -209,10 +204,9 @@ class Observation:
         return replace(blank, samples=part.stop - part.start, tensors=self.finished, check_inputs=seen.kept)
 
     @property
-    def threads(self) -> tuple[int, bool]:
-        """The threads of ONNX Runtime, and whether a core is left for counting."""
-        counting = Counting(observer_of(self.recipe), self.recipe.calibration.channels)
-        return self.run.threads_for(counting.parts)
+    def lanes(self) -> Lanes:
+        """How many batches are in work at once, where memory allows it."""
+        return self.run.lanes(Counting(observer_of(self.recipe), self.recipe.calibration.channels))
 
     def still_needed(self) -> tuple[str, ...]:
         """Return the tensors that the plan needs, as far as is known by now, and that were not observed."""
@@ -225,7 +219,7 @@ class Observation:
             from calibration.hooks.torch import ProgramHook
 
             return ProgramHook(self.source.program, names, self.run.device, self.source.name, self.aliases(names))
-        return Runner(lambda: with_outputs(self.folded, names), self.threads[0], self.source.name)
+        return Runner(lambda: with_outputs(self.folded, names), self.lanes.threads, self.source.name)
 
     def aliases(self, names: Sequence[str]) -> dict[str, str]:
         """Return what the program calls the tensors: of one that folding made, the one that holds its values in another shape."""
@@ -240,8 +234,10 @@ class Observation:
                 found.update({name: reshaped[0]} if reshaped else {})
         return found
 
-    def batch(self, hook: Hook, names: Sequence[str], dataset: Dataset, indices: NDArray[np.intp]) -> int:
-        """Return the batch size: the model's or the user's, or what fits into the caches; less where memory is short.
+    def batch(self, hook: Hook, names: Sequence[str], dataset: Dataset, indices: NDArray[np.intp]) -> tuple[int, Lanes]:
+        """Return the batch size, and how many are in work at once.
+
+        The size is the model's or the user's, or what fits into the caches; where memory is short, less, and one at a time.
 
         Raises:
             DataError: If not even one sample fits.
@@ -260,7 +256,7 @@ class Observation:
         sample = (sum(v.nbytes for v in feeds.values()) + sum(v.nbytes for v in found.values())) // rows
         if not fixed and wanted is None:
             batch = max(1, min(LARGEST_BATCH, BATCH_BYTES // max(sample, 1)))
-        held = resident_bytes()
+        held, lanes = resident_bytes(), self.lanes
         if self.run.max_memory is not None:
             room = (self.run.max_memory - held) // max(sample * 2, 1)  # twice: inputs of operators, and what is counted
             if room < (batch if fixed else 1):
@@ -270,16 +266,20 @@ class Observation:
                     "raise --max-memory",
                 )
             batch = batch if fixed else min(batch, room)
+            if room < batch * lanes.workers:
+                lanes = Lanes(lanes.threads)
         logger.info(
             "calibrating %d tensors over %d samples in batches of %d: about %s of memory",
             len(names),
             len(indices),
             batch,
-            mebibytes(held + 2 * sample * batch),
+            mebibytes(held + 2 * sample * batch * lanes.workers),
         )
-        return batch
+        return batch, lanes
 
-    def work(self, hook: Hook, dataset: Dataset, indices: NDArray[np.intp], batch: int) -> tuple[Work, Part]:
+    def work(
+        self, hook: Hook, dataset: Dataset, indices: NDArray[np.intp], batch: int, lanes: Lanes
+    ) -> tuple[Work, Part]:
         """Return the batches of this run, and which samples they hold.
 
         Raises:
@@ -308,7 +308,7 @@ class Observation:
         )
         part = Part(dataset.digest, usable, mine[0][0], mine[-1][1])
         columns = columns_needed(self.folded, self.recipe)
-        return Work(dataset, indices, mine, spans[0], counting, fixed, self.threads[1], columns), part
+        return Work(dataset, indices, mine, spans[0], counting, fixed, columns, lanes), part
 
     def blank(self, dataset: Dataset, chosen: int, batch: int, part: Part) -> Statistics:
         """Return the statistics with everything but what is counted."""
@@ -348,9 +348,9 @@ class Observation:
         if placement.floats or not pooled:
             return None
 
-        def build(settled: list[str]) -> tuple[Hook, dict[str, str]]:
+        def build(settled: list[str]) -> tuple[Hook, dict[str, tuple[str, int]]]:
             data, pooled = with_highest(self.folded, names, settled)
-            return Runner(data, self.threads[0], self.source.name), pooled
+            return Runner(data, self.lanes.threads, self.source.name), pooled
 
         return Shortcut(pooled, largest_safe(placement), build)
 
@@ -445,9 +445,11 @@ def known_floors(placement: Placement) -> dict[str, float]:
 
 
 def poolable(placement: Placement) -> frozenset[str]:
-    """Return the outputs that have something to pool over behind sample and channel."""
+    """Return the outputs that have something to pool over behind sample and a known number of channels."""
     shapes = {str(layer.output.name): layer.output.shape for layer in placement.layers}
-    return frozenset(name for name, shape in shapes.items() if shape is not None and len(shape) > 2)
+    return frozenset(
+        name for name, shape in shapes.items() if shape is not None and len(shape) > 2 and isinstance(shape[1], int)
+    )
 
 
 def largest_safe(placement: Placement) -> float:

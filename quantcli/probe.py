@@ -86,38 +86,59 @@ def with_outputs(model: ir.Model, names: Iterable[str]) -> bytes | Bundle:
 
 def with_highest(
     model: ir.Model, names: Iterable[str], settled: Iterable[str]
-) -> tuple[bytes | Bundle, dict[str, str]]:
+) -> tuple[bytes | Bundle, dict[str, tuple[str, int]]]:
     """Return the bytes of a model that gives the named tensors, but of the settled ones only their highest values.
 
     GlobalMaxPool finds them, one per sample and channel: ONNX Runtime runs it on the layout in which convolutions leave their
-    results, while handing a tensor out means copying it to another one.
+    results, while handing a tensor out means copying it to another one. Those of all tensors are handed out together.
 
     Args:
         model: The folded model.
         names: All tensors that are asked for.
-        settled: Those whose highest values are enough; each has three dimensions or more.
+        settled: Those whose highest values are enough; each has three dimensions or more, and a known number of channels.
 
     Returns:
-        The bytes, and the names of the outputs that hold the highest values.
+        The bytes; and for each settled tensor, in the order in which they stand there, the output that holds its highest values
+        along axis 1, and how many they are.
     """
     probed = model.clone()
     graph = probed.graph
     values = {str(value.name): value for node in graph for value in node.outputs}
     taken = {*values, *(str(value.name) for value in graph.inputs), *graph.initializers}
-    mark = "_highest"
-    while any(f"{name}{mark}" in taken for name in values):
-        mark += "_"
     held = {str(value.name) for value in graph.outputs}
-    pooled = {name: f"{name}{mark}" for name in settled}
-    for name in names:
-        value = values.get(name)
-        if value is None:
-            continue
+    pooled, wanted = set(settled), [name for name in names if name in values]
+    graph.outputs.extend(values[name] for name in wanted if name not in pooled and name not in held)
+    places: dict[str, tuple[str, int]] = {}
+    by_rank: dict[int, list[ir.Value]] = {}
+    for name in wanted:
         if name in pooled:
-            node = ir.node("GlobalMaxPool", [value])
-            node.outputs[0].name, node.outputs[0].type = pooled[name], value.type
-            graph.append(node)
-            graph.outputs.append(node.outputs[0])
-        elif name not in held:
-            graph.outputs.append(value)
-    return runnable(probed), pooled
+            by_rank.setdefault(len(values[name].shape or ()), []).append(values[name])
+    for rank, group in by_rank.items():
+        together = unused(f"highest_{rank}", taken)
+        parts = [added(graph, "GlobalMaxPool", [value], unused(f"{value.name}_highest", taken)) for value in group]
+        graph.outputs.append(added(graph, "Concat", parts, together, axis=1))
+        places.update((str(value.name), (together, channels(value))) for value in group)
+    return runnable(probed), places
+
+
+def added(graph: ir.Graph, operator: str, inputs: list[ir.Value], name: str, **attributes: int) -> ir.Value:
+    """Add a node to a graph and return its output."""
+    node = ir.node(operator, inputs, attributes=attributes or None)
+    node.outputs[0].name, node.outputs[0].type = name, inputs[0].type
+    graph.append(node)
+    return node.outputs[0]
+
+
+def unused(name: str, taken: set[str]) -> str:
+    """Return a name that is not taken yet, and take it."""
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
+
+
+def channels(value: ir.Value) -> int:
+    """Return the size of axis 1."""
+    size = value.shape[1] if value.shape is not None else None
+    assert isinstance(size, int)  # noqa: S101 - a convolution's weights fix it
+    return size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.collect import CHECK_SAMPLES, Checkpoint, Seen, Shortcut, Work, collect
+from calibration.collect import CHECK_SAMPLES, Checkpoint, Lanes, Seen, Shortcut, Work, collect
 from calibration.datasets import InputSpec
 from calibration.errors import DataError, RunError
 from calibration.hooks.onnxruntime import Runner
@@ -47,10 +48,14 @@ class Rows:
         return {self.name: self.values[indices]}
 
 
-def work(values: Array, batch: int, counting: Counting | None = None) -> Work:
+# One batch after the other; the last one counted beside the next; two and three computed beside one another.
+LANES = [Lanes(), Lanes(1, 1, 2), Lanes(1, 2, 2), Lanes(1, 3, 3)]
+
+
+def work(values: Array, batch: int, counting: Counting | None = None, lanes: Lanes = LANES[0]) -> Work:
     spans = [(start, min(start + batch, len(values))) for start in range(0, len(values), batch)]
     counting = counting or Counting(samples=len(values))
-    return Work(Rows(values), np.arange(len(values), dtype=np.intp), spans, spans[0], counting)
+    return Work(Rows(values), np.arange(len(values), dtype=np.intp), spans, spans[0], counting, lanes=lanes)
 
 
 def model(batch: int | str, *operators: str) -> Runner:
@@ -72,10 +77,11 @@ def of(values: Array) -> TensorStatistics:
     return TensorStatistics(float(values.min()), float(values.max()), values.size)
 
 
+@pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("batch", [1, 3, 10, 64])
-def test_the_loop_counts_what_numpy_counts(batch: int) -> None:
+def test_the_loop_counts_what_numpy_counts(batch: int, lanes: Lanes) -> None:
     done: list[int] = []
-    found = collect(model("n"), ["x", "doubled", "shifted"], work(ROWS, batch), progress=done.append)
+    found = collect(model("n"), ["x", "doubled", "shifted"], work(ROWS, batch, lanes=lanes), progress=done.append)
     doubled = ROWS * np.float32(2)
     assert found.tensors == {"x": of(ROWS), "doubled": of(doubled), "shifted": of(doubled + SHIFT)}
     assert found.samples == 10
@@ -109,6 +115,79 @@ def test_samples_that_are_finite_are_kept_for_checks() -> None:
     assert collect(model("n"), ["x"], work(rows, 5, counting)).kept["x"].tolist() == rows[[1, 3, 4]].tolist()
 
 
+class Uneven:
+    """A hook for which every other batch takes longer: batches beside one another are done out of order."""
+
+    def __init__(self, hook: Runner) -> None:
+        self.hook, self.runs = hook, 0
+
+    def rest(self) -> None:
+        pass
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        return self.hook.inputs
+
+    def run(self, feeds: dict[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        self.runs += 1
+        if self.runs % 2:
+            time.sleep(0.02)
+        return self.hook.run(feeds, outputs)
+
+
+@pytest.mark.parametrize("lanes", LANES[1:])
+def test_batches_are_counted_in_order_whatever_is_done_first(lanes: Lanes) -> None:
+    """A moving average depends on the order, to the last bit."""
+    counting = Counting("moving-average", momentum=0.7, samples=10)
+    done: list[int] = []
+    found = collect(Uneven(model("n")), ["x", "shifted"], work(ROWS, 1, counting, lanes), progress=done.append)
+    assert done == list(range(1, 11))
+    assert found.tensors == collect(model("n"), ["x", "shifted"], work(ROWS, 1, counting)).tensors
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_the_first_batch_that_fails_is_the_one_that_is_told(lanes: Lanes) -> None:
+    """Two batches hold a NaN; the later one is computed first. What came before is counted, what comes after is not."""
+    rows = ROWS.copy()
+    rows[[4, 5, 9], 1] = np.nan
+    done: list[int] = []
+    with pytest.raises(DataError, match="tensor 'x', samples 4 to 4"):
+        collect(Uneven(model("n")), ["x"], work(rows, 1, lanes=lanes), progress=done.append)
+    assert done == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_a_model_that_fails_ends_the_run(lanes: Lanes) -> None:
+    class Failing(Uneven):
+        def run(self, feeds: dict[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+            if feeds["x"][0, 0] == ROWS[3, 0]:
+                raise RunError("the model fails")
+            return super().run(feeds, outputs)
+
+    done: list[int] = []
+    with pytest.raises(RunError, match="the model fails"):
+        collect(Failing(model("n")), ["doubled"], work(ROWS, 1, lanes=lanes), progress=done.append)
+    assert done == [1, 2, 3][: len(done)]
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "beside", "parts", "wanted"),
+    [
+        (0, 1, True, {"histogram"}, Lanes(1, 1, 1)),
+        (0, 2, True, {"histogram"}, Lanes(1, 2, 2)),
+        (0, 16, True, set(), Lanes(15, 2, 2)),
+        (1, 2, True, {"histogram"}, Lanes(1, 1, 2)),
+        (1, 2, True, set(), Lanes(1, 1, 1)),
+        (0, 4, False, {"samples"}, Lanes(4, 1, 1)),
+        (2, 4, False, {"samples"}, Lanes(2, 1, 2)),
+    ],
+)
+def test_lanes_take_the_threads_there_are(
+    threads: int, cores: int, beside: bool, parts: set[str], wanted: Lanes
+) -> None:
+    assert Lanes.of(threads, cores, beside, frozenset(parts)) == wanted
+
+
 class Counted:
     """A hook that counts its runs and can be interrupted at one of them."""
 
@@ -129,18 +208,20 @@ class Counted:
         return self.hook.run(feeds, outputs)
 
 
+@pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("observer", ["minmax", "all"])
 @pytest.mark.parametrize("stop", [1, 3, 5])
-def test_an_interruption_keeps_whole_batches_and_the_run_goes_on(observer: str, stop: int) -> None:
+def test_an_interruption_keeps_whole_batches_and_the_run_goes_on(observer: str, stop: int, lanes: Lanes) -> None:
     counting = Counting(observer, samples=10)
     names = ["x", "shifted", "clipped"]
     unbroken = collect(model("n"), names, work(ROWS, 2, counting))
     saved: list[Seen] = []
     hook = Counted(model("n"), stop)
     with pytest.raises(KeyboardInterrupt):
-        collect(hook, names, work(ROWS, 2, counting), checkpoint=Checkpoint(save=saved.append))
+        collect(hook, names, work(ROWS, 2, counting, lanes), checkpoint=Checkpoint(save=saved.append))
     (seen,) = saved
-    assert seen.done == stop or (observer == "all" and seen.done == stop - 1)  # counted beside the next one
+    # Some are counted while others are computed; and what was told to another thread is heard here a little later.
+    assert stop - lanes.workers < seen.done <= (stop if lanes.computing == 1 else 5)
     again = collect(Counted(model("n")), names, work(ROWS, 2, counting), seen)
     assert again.samples == 10
     for name in names:
@@ -183,15 +264,16 @@ class Highest:
         return {"doubled": found["doubled"], "peaks": found["clipped"].max(axis=0)}
 
 
+@pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("limit", [1e9, 100.0])
-def test_the_shortcut_counts_what_the_whole_tensors_hold(limit: float) -> None:
+def test_the_shortcut_counts_what_the_whole_tensors_hold(limit: float, lanes: Lanes) -> None:
     """A value above the limit gives it up for good: that batch, and what follows, is counted from the whole tensors."""
     light = Highest(model("n"))
-    shortcut = Shortcut(frozenset({"clipped"}), limit, lambda settled: (light, dict.fromkeys(settled, "peaks")))
+    shortcut = Shortcut(frozenset({"clipped"}), limit, lambda settled: (light, dict.fromkeys(settled, ("peaks", 3))))
     names, floors = ["x", "doubled", "clipped"], {"clipped": 0.0}
-    found = collect(model("n"), names, work(ROWS, 2), None, floors, shortcut)
+    found = collect(model("n"), names, work(ROWS, 2, lanes=lanes), None, floors, shortcut)
     assert found.tensors == collect(model("n"), names, work(ROWS, 2)).tensors
-    assert light.runs == 4
+    assert light.runs == 5
 
 
 def test_a_tensor_whose_floor_was_not_seen_is_not_settled() -> None:

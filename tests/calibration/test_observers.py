@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from calibration import observers
 from calibration.errors import DataError, StatisticsError
 from calibration.observers import BINS, OBSERVERS, Counting, Histogram, SampleRanges, TensorStatistics
-from calibration.ranges import LEAST_SHARE, RANGES, Grid, RangeSpec, divergences, parse_range, range_of
+from calibration.ranges import RANGES, Grid, RangeSpec, Shares, parse_range, range_of
 
 Array = NDArray[Any]
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -289,29 +289,98 @@ def test_entropy_clips_what_is_rare_and_leaves_what_is_not() -> None:
     assert hi == pytest.approx(even.maximum, rel=0.02)
 
 
-@given(
-    st.lists(st.integers(0, 5000) | st.just(0), min_size=40, max_size=300).filter(any),
-    st.integers(2, 32),
-    st.integers(1, 9),
-)
-def test_divergences_are_those_of_the_definition(bins: list[int], levels: int, step: int) -> None:
-    counts = np.array(bins, dtype=np.float64)
-    ends = np.arange(levels, len(bins) + 1, step)
-    found = divergences(counts, ends, levels)
-    for end, cost in zip(ends.tolist(), found.tolist(), strict=True):
-        kept, reference = counts[:end], counts[:end].copy()
-        reference[-1] += counts[end:].sum()
-        spread = np.zeros(end)
-        for level in range(levels):
-            part = slice(level * end // levels, (level + 1) * end // levels)
-            held = kept[part] > 0
-            if held.any():
-                spread[part] = np.where(held, kept[part].sum() / held.sum(), 0.0)
-        p, q = reference / reference.sum(), np.maximum(spread / max(spread.sum(), 1.0), LEAST_SHARE)
-        terms = [a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist(), strict=True) if a > 0]
-        # Running sums of 300 terms, each off by 2^-53 of what has been summed: at most N·log(N/10^-10) in all, divided by N.
-        bound = 4 * 300 * 2.0**-53 * (math.log(counts.sum()) - math.log(LEAST_SHARE))
-        assert abs(cost - sum(terms)) <= bound
+def divergence(counts: list[int], lo: float, hi: float, steps: int, weight: int) -> float:
+    """Return what `entropy` says that a range costs, cell by cell and level by level; counts are of unit bins around zero."""
+    half, total = len(counts) // 2, sum(counts)
+
+    def below(value: float) -> float:
+        place = min(max(value + half, 0.0), float(len(counts)))
+        whole = int(place)
+        return sum(counts[:whole]) + (counts[whole] * (place - whole) if whole < len(counts) else 0.0)
+
+    def quantile(share: float) -> float:
+        passed = 0.0
+        for place, count in enumerate(counts):
+            if count and passed + count >= share * total:
+                return place - half + (share * total - passed) / count
+            passed += count
+        raise AssertionError
+
+    first, last = quantile(1 / 1024), quantile(1023 / 1024)
+    width = (last - first) / 16
+    cells = [below(first + (i + 1) * width) - below(first + i * width) for i in range(16)]
+    slopes = 0.0
+    for a, b in pairwise(cells):
+        if a + b > 0:
+            slopes += ((b - a) ** 2 - weight * (a + b)) / ((a + b) / 2) / width**2 / total
+    step = (hi - lo) / steps
+    cost = math.log1p(step**2 * max(slopes, 0.0) / 12) / 2
+    outside = 0.0
+    ends = [i for i, count in enumerate(counts) if count]
+    for sign, bound, end in ((1, hi, max(ends[-1] + 1 - half, 0)), (-1, -lo, max(half - ends[0], 0))):
+        within, less = (below(x) / total if sign > 0 else 1 - below(-x) / total for x in (bound, bound - step))
+        beyond = 1 - within
+        held = max(within - less, beyond * step / max(end - bound + step, step))
+        if beyond > 1e-12:
+            cost += (held + beyond) * math.log((held + beyond) / held)
+        outside += beyond
+    return cost + math.log1p(-outside) if outside <= 1 / 4 else math.inf
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 500), min_size=8, max_size=24), st.sampled_from([15, 255]), st.integers(1, 9))
+def test_entropy_finds_the_range_of_least_divergence(bins: list[int], steps: int, weight: int) -> None:
+    """No range of a raster costs less, by an evaluation of its own of what it says it minimizes."""
+    assume(sum(bins) > 0)
+    half = (len(bins) + 1) // 2
+    counts = [*bins, *[0] * (2 * half - len(bins))]
+    full = np.zeros(2 * BINS, dtype=np.int64)
+    full[BINS - half : BINS + half] = counts
+    ends = [i - half for i, count in enumerate(counts) if count]
+    seen = TensorStatistics(float(ends[0]), float(ends[-1] + 1), sum(counts))
+    seen.histogram = Histogram(exponent=0, counts=full, stride=weight)
+    lo, hi = range_of(RangeSpec("entropy"), "t", seen, Grid(steps))
+    lowest, highest = min(seen.minimum, 0.0), max(seen.maximum, 0.0)
+    shares = [place / 80 for place in range(1, 81, 3)]
+    found = divergence(counts, min(lo, 0.0), max(hi, 0.0), steps, weight)
+    for a in shares if lowest < 0 else [0.0]:
+        for b in shares if highest > 0 else [0.0]:
+            # Shares of at most 24·500 values from sums of floats, and a clipped share that is lost below 10^-12.
+            assert found <= divergence(counts, lowest * a, highest * b, steps, weight) + 1e-9
+
+
+@given(st.integers(-20, 20), st.sampled_from(sorted(SAMPLES)), st.booleans())
+@settings(deadline=None, max_examples=20)
+def test_entropy_follows_the_values_scale(exponent: int, kind: str, symmetric: bool) -> None:
+    rows = SAMPLES[kind].astype(np.float32)
+    lo, hi = range_of(RangeSpec("entropy"), "t", counted(rows), Grid(symmetric=symmetric))
+    scaled = range_of(RangeSpec("entropy"), "t", counted(np.ldexp(rows, exponent)), Grid(symmetric=symmetric))
+    assert scaled == (math.ldexp(lo, exponent), math.ldexp(hi, exponent))
+
+
+def test_slopes_are_fishers_information() -> None:
+    """Of a normal distribution it is 1/σ².
+
+    What lies beyond the cells is missing: 2·(z·φ(z) + Φ(−z)) at z = 3.1, 2.2 %. Differences of cells of d = 6.2σ/16 see the slope
+    of what is averaged over a cell twice, which is that of a normal of variance σ² + d²/6, and so 2.5 % less; the mean of two
+    neighbours in the denominator is another d²/8 wider, 1.9 %. As much again as the last two is left to their next orders. A
+    million values scatter by 0.2 %; twice that lies above.
+    """
+    for sigma in (0.5, 3.0):
+        rows = np.random.default_rng(5).normal(scale=sigma, size=(100, 10000)).astype(np.float32)
+        histogram = counted(rows).histogram
+        assert histogram is not None
+        found = Shares.of(histogram).slopes(1) * sigma**2
+        assert 1 - 0.022 - 2 * (0.025 + 0.019) < found < 1.004
+
+
+def test_few_values_have_no_slopes() -> None:
+    """What differs between cells is then what counting makes of an even distribution: clipping would have no reason."""
+    for seed in range(20):
+        rows = np.random.default_rng(seed).uniform(-1, 1, size=(4, 50)).astype(np.float32)
+        lo, hi = range_of(RangeSpec("entropy"), "t", counted(rows), Grid())
+        assert lo == pytest.approx(float(rows.min()), rel=0.05)
+        assert hi == pytest.approx(float(rows.max()), rel=0.05)
 
 
 def test_a_spike_at_zero_and_an_outlier_do_not_confuse_entropy() -> None:
