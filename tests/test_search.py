@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from calibration.errors import DataError
 from calibration.hooks.onnxruntime import Runner
-from quantcli import Recipe, convert, verify
+from quantcli import Recipe, convert, decision, verify
 from quantcli.cli import main
 from quantcli.errors import PlanError, UsageError
 from quantcli.recipe import Tune, Weight
-from quantcli.tune.search import Score, Search
+from quantcli.tune.data import compared
+from quantcli.tune.search import Score, Search, Step
 from tests.graphs import data_for, normal, residual_net
 
 
@@ -55,7 +58,11 @@ def test_it_raises_as_few_layers_as_the_metric_needs(tmp_path: Path, model: Path
     # What was promised is what is in the file.
     arrays = dict(np.load(labelled))
     found = Runner(done.model).run({"x": arrays["x"]})["y"].argmax(axis=1)
-    assert kept.score.drop == pytest.approx(100 * (found != arrays["labels"]).mean())
+    wrong = found != arrays["labels"]
+    held = np.arange(300) % 3 == 2
+    assert kept.score.drop == pytest.approx(100 * wrong[~held].mean())
+    assert kept.held.drop == pytest.approx(100 * wrong[held].mean())
+    assert kept.held.drop <= 4.0
     assert verify(done.sidecar_path, data).findings == []
     widths = {entry.qmax for entry in done.sidecar.tensors.values() if entry.role == "weight"}
     assert widths <= {1, 127}
@@ -75,7 +82,7 @@ def test_a_promise_that_cannot_be_kept_is_not_made(tmp_path: Path, model: Path, 
         labelled, x=arrays["x"], labels=(arrays["labels"] + np.arange(300) % 2) % 10
     )  # half of them are wrong in float
     with pytest.raises(PlanError, match="standard error"):
-        convert(model, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz"), recipe=searching(0.0), validate=labelled)
+        convert(model, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz"), recipe=searching(0.6), validate=labelled)
     assert not (tmp_path / "q.onnx").exists()
 
 
@@ -121,10 +128,17 @@ def test_it_goes_on_where_it_was(
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
 
-def test_bad_requests(tmp_path: Path, model: Path) -> None:
+def test_bad_requests(tmp_path: Path, model: Path, labelled: Path) -> None:
     data = data_for(tmp_path / "d.npz")
     with pytest.raises(DataError, match="needs labels"):
         convert(model, tmp_path / "q.onnx", data=data, recipe=searching(1.0))
+    with pytest.raises(
+        DataError, match=r"300 samples cannot show a drop of 0.1 points.*one of the others is 0.5 points"
+    ) as few:
+        convert(model, tmp_path / "q.onnx", data=data, recipe=searching(0.1), validate=labelled)
+    assert "give at least 1500, or allow more" in few.value.remedy
+    with pytest.raises(DataError, match="cannot show a drop of 0 points"):
+        convert(model, tmp_path / "q.onnx", data=data, recipe=searching(0.0), validate=labelled)
     with pytest.raises(UsageError, match="--mode weights"):
         convert(model, tmp_path / "q.onnx", recipe=Recipe(mode="weights", tune=Tune(max_drop=1.0)))
     with pytest.raises(UsageError, match="labelled data"):
@@ -136,3 +150,36 @@ def test_a_scores_uncertainty_is_that_of_paired_differences() -> None:
     assert score.drop == 1.0
     assert score.uncertainty == 1.0
     assert score.worst == 2.0
+    assert Score(92.0, 91.0, 400, 16).worst == 1.0  # a gain is luck
+    assert Score(91.0, 91.0, 400, 0).uncertainty == 0.25  # the next one may change
+    assert compared(np.zeros(0, bool), np.zeros(0, bool)).worst == 0.0
+
+
+@pytest.mark.parametrize(("enough", "wanted"), [(2, 2), (3, 3), (5, 5), (100, None)])
+def test_what_was_lucky_is_not_kept(
+    tmp_path: Path, model: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch, enough: int, wanted: int | None
+) -> None:
+    """Two steps are enough where it searches; on what was held back more are."""
+    fine, lost = Score(90.0, 90.0, 200, 0), Score(80.0, 90.0, 100, 10)
+    asked: list[int] = []
+    tuned = Search.tuned
+
+    def counted(self: Search, steps: Sequence[Step]) -> Any:
+        asked.append(len(steps))
+        return tuned(self, steps)
+
+    def score(_: bytes) -> tuple[Score, Score]:
+        return fine if asked[-1] >= 2 else lost, fine if asked[-1] >= enough else lost
+
+    monkeypatch.setattr(Search, "tuned", counted)
+    monkeypatch.setattr(decision, "scorer", lambda *_: (score, "digest"))
+    recipe = Recipe(weight=Weight(bits=2), tune=Tune(effort="fast", max_drop=1.0))
+    data = data_for(tmp_path / "d.npz")
+    if wanted is None:
+        with pytest.raises(PlanError, match="held back"):
+            convert(model, tmp_path / "q.onnx", data=data, recipe=recipe, validate=labelled)
+        return
+    done = convert(model, tmp_path / "q.onnx", data=data, recipe=recipe, validate=labelled)
+    kept = next(one for one in done.attempts if one.kept)
+    assert kept.steps == wanted
+    assert kept.held.drop == 0.0

@@ -252,16 +252,17 @@ def widths(terminal: Terminal, done: Conversion) -> None:
             f"{one.weight_bytes:,}",
             f"{one.score.quantized:.2f}",
             f"{one.score.drop:+.2f} ± {one.score.uncertainty:.2f}",
+            f"{one.held.drop:+.2f}",
             "kept" if one.kept else "",
         )
         for one in done.attempts
     ]
-    terminal.table("Widths tried", (">layers raised", ">weight bytes", ">metric", ">drop", ""), rows)
+    terminal.table("Widths tried", (">layers raised", ">weight bytes", ">metric", ">drop", ">held back", ""), rows)
     kept = next(one for one in done.attempts if one.kept)
     if kept.score.uncertainty > 0:
         terminal.say(
-            f"the drop was judged on {kept.score.samples} samples: on others it may differ by about "
-            f"{kept.score.uncertainty:.2f} points"
+            f"the drop was judged on {kept.score.samples} samples and confirmed on {kept.held.samples} held back: on others it may "
+            f"differ by about {kept.score.uncertainty:.2f} points"
         )
 
 
@@ -345,7 +346,9 @@ def as_document(done: Conversion) -> dict[str, Any]:
             "tries": [dataclasses.asdict(one) for one in done.tuned.tries],
             "equalized": dataclasses.asdict(done.tuned.equalized) if done.tuned.equalized else None,
         },
-        "attempts": [{**dataclasses.asdict(one), "drop": one.score.drop} for one in done.attempts],
+        "attempts": [
+            {**dataclasses.asdict(one), "drop": one.score.drop, "held_drop": one.held.drop} for one in done.attempts
+        ],
         "trials": [dataclasses.asdict(trial) for trial in done.trials],
         "explained": [dataclasses.asdict(found) for found in done.explained],
         "c": None if done.embedded is None else embedded_document(done.embedded),

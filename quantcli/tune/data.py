@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 # Samples that are run at once.
 BATCH = 32
+
+# One in so many labelled samples is held back from a search.
+HELD_BACK = 3
 
 
 def opened(data: Data, inputs: tuple[InputSpec, ...], recipe: Recipe) -> Dataset:
@@ -62,24 +66,45 @@ def tuning_samples(source: LoadedModel, folded: ir.Model, data: Data, recipe: Re
     return Samples(*parts) if all(parts) else None
 
 
-def scorer(source: LoadedModel, data: Data, recipe: Recipe) -> tuple[Callable[[bytes], Score], str]:
+def scorer(source: LoadedModel, data: Data, recipe: Recipe) -> tuple[Callable[[bytes], tuple[Score, Score]], str]:
     """Return what scores a quantized model's bytes on labelled data, and the data's digest.
 
+    Every third sample is held back: there are two scores, of the others and of those.
+
     Raises:
-        DataError: If the data has no labels.
+        DataError: If the data has no labels, or too few samples for the drop that is asked for.
     """
     runner = Runner(source.runnable, what=source.name)
     dataset = opened(data, runner.inputs, recipe)
     if dataset.labels is None:
         raise DataError("--max-drop needs labels and the data has none", "give --validate with labelled data")
+    held = np.arange(len(dataset)) % HELD_BACK == HELD_BACK - 1
+    one, wanted = 100.0 / max(int((~held).sum()), 1), recipe.tune.max_drop or 0.0
+    if one > wanted:
+        enough = f"give at least {math.ceil(HELD_BACK * 100.0 / ((HELD_BACK - 1) * wanted))}, or " if wanted else ""
+        raise DataError(
+            f"{len(dataset)} samples cannot show a drop of {wanted:g} points: a third is held back, and one of the others is "
+            f"{one:.2g} points",
+            f"{enough}allow more (--max-drop)",
+        )
     expected = right(runner, dataset, recipe.tune.metric)
 
-    def score(written: bytes) -> Score:
+    def score(written: bytes) -> tuple[Score, Score]:
         found = right(Runner(written, what="the quantized model"), dataset, recipe.tune.metric)
-        changed = int((found != expected).sum())
-        return Score(100.0 * float(found.mean()), 100.0 * float(expected.mean()), len(found), changed)
+        return compared(found[~held], expected[~held]), compared(found[held], expected[held])
 
     return score, dataset.digest
+
+
+def compared(found: NDArray[np.bool_], expected: NDArray[np.bool_]) -> Score:
+    """Return what a metric says of a model that has some samples right, beside one that has others right.
+
+    Of no samples nothing is lost.
+    """
+    if not found.size:
+        return Score(0.0, 0.0, 0, 0)
+    changed = int((found != expected).sum())
+    return Score(100.0 * float(found.mean()), 100.0 * float(expected.mean()), len(found), changed)
 
 
 def right(runner: Runner, dataset: Dataset, metric: str) -> NDArray[np.bool_]:

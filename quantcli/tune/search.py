@@ -4,7 +4,9 @@ Every layer begins at the recipe's width, and can be raised to 8 bits and then t
 measured layer by layer (as in HAWQ, Dong et al. 2019, arXiv 1905.03696, with the noise at the outputs in place of the Hessian's
 eigenvalue): the noise of a model that is wider everywhere else. Noise of different layers adds up, so steps are ordered by how much
 noise they take away per byte that they cost, and the shortest beginning of that order that keeps the metric is found by bisection.
-Each try is a whole tuned model, and is written down, so that a search that was cut off goes on where it was.
+Of many tries the luckiest is found, too: what bisection finds has to keep the metric on samples as well that were held back from
+it, and more steps are taken until it does. Each try is a whole tuned model, and is written down, so that a search that was cut off
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -70,13 +72,16 @@ class Score:
 
     @property
     def worst(self) -> float:
-        """The drop and its standard error: what a promise about other samples has to allow for."""
-        return self.drop + self.uncertainty
+        """The drop and its standard error: what a promise about other samples has to allow for. A gain is taken to be luck."""
+        return max(self.drop, 0.0) + self.uncertainty
 
     @property
     def uncertainty(self) -> float:
-        """The standard error of the drop, in points: √changed / samples (of paired differences, McNemar)."""
-        return 100.0 * math.sqrt(self.changed) / max(self.samples, 1)
+        """The standard error of the drop, in points: √changed / samples (of paired differences, McNemar).
+
+        Where nothing changed, the next sample may be the first one that does: no fewer than one counts.
+        """
+        return 100.0 * math.sqrt(max(self.changed, 1)) / self.samples if self.samples else 0.0
 
 
 @dataclass(frozen=True)
@@ -105,13 +110,15 @@ class Attempt:
     Attributes:
         steps: How many steps of the order it takes.
         weight_bytes: What its weights take, at their widths.
-        score: What the metric says of it.
+        score: What the metric says of it on the samples that are searched with.
+        held: What it says on those that are held back.
         kept: Whether it is what is written.
     """
 
     steps: int
     weight_bytes: int
     score: Score
+    held: Score
     kept: bool = False
 
 
@@ -138,7 +145,7 @@ class Search:
         recipe: What the user wants.
         samples: Calibration samples for tuning; None where nothing is tuned.
         observe: Calibrates another model, for equalization.
-        score: Says what a written model is worth.
+        score: Says what a written model is worth, on the samples that are searched with and on those that are held back.
         progress: Called with the stage, the tries done and their total.
         log: Where tries are written down; None for nowhere.
         key: What the tries depend on besides their widths.
@@ -149,13 +156,15 @@ class Search:
     recipe: Recipe
     samples: Samples | None
     observe: Callable[[ir.Model], Statistics] | None
-    score: Callable[[bytes], Score]
+    score: Callable[[bytes], tuple[Score, Score]]
     progress: Progress
     log: Path | None = None
     key: str = ""
 
     def run(self, max_drop: float) -> Found:
-        """Return the cheapest assignment whose metric drops by at most so many points, its standard error included.
+        """Return the cheapest assignment whose metric drops by at most so many points.
+
+        On the samples that are searched with, the drop's standard error is included.
 
         Raises:
             PlanError: If none does that still has an integer layer.
@@ -174,8 +183,7 @@ class Search:
                 else:
                     tuned = self.tuned(order[:steps])
                     last = steps, tuned
-                    score = self.score(written(tuned))
-                    attempts[steps] = Attempt(steps, self.bytes_of(order[:steps]), score)
+                    attempts[steps] = Attempt(steps, self.bytes_of(order[:steps]), *self.score(written(tuned)))
                     self.remember(digest, attempts[steps])
                 found = attempts[steps]
                 logger.info(
@@ -191,11 +199,16 @@ class Search:
             return attempts[steps].score.worst <= max_drop + 1e-9
 
         best = self.bisected(tried, len(order))
+        while best is not None and attempts[best].held.drop > max_drop + 1e-9:
+            found = attempts[best].held
+            logger.info("%d steps: the drop is %+.2f on %d samples held back", best, found.drop, found.samples)
+            best = self.further(tried, best, len(order))
         if best is None:
-            tightest = min(attempts.values(), key=lambda attempt: attempt.score.worst)
+            tightest = min(attempts.values(), key=lambda one: max(one.score.worst, one.held.drop))
             raise PlanError(
-                f"no widths keep the drop and its standard error within {max_drop:g} points (at best {tightest.score.drop:+.2f} ± "
-                f"{tightest.score.uncertainty:.2f} over {tightest.score.samples} samples)",
+                f"no widths keep the drop within {max_drop:g} points, with its standard error and on samples held back (at best "
+                f"{tightest.score.drop:+.2f} ± {tightest.score.uncertainty:.2f} over {tightest.score.samples} samples, "
+                f"{tightest.held.drop:+.2f} over {tightest.held.samples})",
                 "allow more, or judge on more samples (--validate)",
             )
         tuned = last[1] if last is not None and last[0] == best else self.tuned(order[:best])
@@ -214,6 +227,14 @@ class Search:
             middle = (least + most) // 2
             least, most = (least, middle) if tried(middle) else (middle, most)
         return most
+
+    def further(self, tried: Callable[[int], bool], steps: int, count: int) -> int | None:
+        """Return the next larger number of steps that keeps the metric, a quarter of what is left further on; None if none does."""
+        while steps < count - 1:
+            steps = min(steps + max((count - steps) // 4, 1), count - 1)
+            if tried(steps):
+                return steps
+        return None
 
     def weighted(self) -> list[tuple[str, str, int]]:
         """Return name, weight's name and weight's elements of every layer that accumulates with a weight of its own."""
