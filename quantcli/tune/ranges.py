@@ -98,8 +98,8 @@ def best_range(
 
     widest = error(lo, hi)
     best, lowest = (lo, hi), widest
-    named = [np.percentile(looked.real, (100 - p, p)) for p in PERCENTILES]
-    tries = [(max(lo, min(float(a), 0.0)), min(hi, max(float(b), 0.0))) for a, b in named]
+    named = np.percentile(looked.real, [(100 - p, p) for p in PERCENTILES]).tolist()
+    tries = [(max(lo, min(a, 0.0)), min(hi, max(b, 0.0))) for a, b in named]
     for low, high in dict.fromkeys(tries):
         if low < high and (found := error(low, high)) < lowest:
             best, lowest = (low, high), found

@@ -71,7 +71,13 @@ def output_error(change: NDArray[np.float64], moments: NDArray[np.float64]) -> N
 
 def nearest(weights: NDArray[np.float64], scales: NDArray[np.float64], limit: int) -> NDArray[np.float64]:
     """Return the nearest integers, (groups, outputs, inputs), of scales (groups, outputs)."""
-    return np.clip(np.rint(weights / scales[..., None]), -limit, limit)
+    return limited(np.rint(weights / scales[..., None]), limit)
+
+
+def limited(values: NDArray[np.float64], limit: int) -> NDArray[np.float64]:
+    """Return values within ±limit. Columns are short, and `numpy.clip` takes as long to begin as these to end."""
+    within: NDArray[np.float64] = np.minimum(np.maximum(values, -limit), limit)
+    return within
 
 
 def best_scales(
@@ -144,7 +150,7 @@ def propagated(
         last = min(first + BLOCK, len(order))
         lost = np.empty_like(left[:, first:last])
         for column in range(first, last):
-            integer = np.clip(np.rint(left[:, column] / scales), -limit, limit)
+            integer = limited(np.rint(left[:, column] / scales), limit)
             found[:, column] = integer
             error = (left[:, column] - integer * scales) / factor[:, column, column, None]
             lost[:, column - first] = error
@@ -167,14 +173,22 @@ def descended(
     slope = moments @ (found * scales[:, None] - weights.transpose(0, 2, 1))
     variance = np.einsum("gii->gi", moments)
     size = found.shape[1]
-    for _ in range(PASSES):
+
+    def change_of(columns: slice | int) -> NDArray[np.float64]:
+        """Return by how much columns would move, each by itself."""
+        steps = variance[:, columns, None] * (scales if isinstance(columns, int) else scales[:, None])
+        held = found[:, columns]
+        return limited(np.rint(held - slope[:, columns] / steps), limit) - held
+
+    for turn in range(PASSES):
         moved = False
         for first in range(0, size, BLOCK):
             last = min(first + BLOCK, size)
+            if turn and not change_of(slice(first, last)).any():
+                continue  # as of most blocks, once the first pass is over
             shift = np.zeros_like(found[:, first:last])
             for column in range(first, last):
-                best = found[:, column] - slope[:, column] / (variance[:, column, None] * scales)
-                change = np.clip(np.rint(best), -limit, limit) - found[:, column]
+                change = change_of(column)
                 if change.any():
                     found[:, column] += change
                     shift[:, column - first] = change * scales
