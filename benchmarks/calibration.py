@@ -33,8 +33,9 @@ if __package__ in {None, ""}:  # run as a file: its folder stands on the path in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.bed import as_feeds, bed_folder, entries, interleaved, load_bed, machine
-from calibration.collect import Lanes, Shortcut, Work, collect, computed
+from calibration.collect import Shortcut, Work, collect, computed
 from calibration.hooks.onnxruntime import Runner
+from calibration.lanes import Lanes
 from calibration.observers import OBSERVERS as OBSERVED
 from calibration.observers import Counting, Histogram, TensorStatistics
 from calibration.ranges import Grid, parse_range, range_of

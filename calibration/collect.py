@@ -6,18 +6,17 @@ import contextlib
 import signal
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from calibration.errors import DataError
+from calibration.lanes import ONE_BY_ONE, Lanes, in_line
 from calibration.observers import TensorStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from concurrent.futures import Future
 
     from numpy.typing import NDArray
 
@@ -66,39 +65,6 @@ class Shortcut:
     build: Callable[[list[str]], tuple[Hook, dict[str, tuple[str, int]]]]
 
 
-@dataclass(frozen=True)
-class Lanes:
-    """How many batches are in work at once. They are counted in order whatever their number, so that it changes no statistics.
-
-    Attributes:
-        threads: Threads of the runtime.
-        computing: How many batches the model computes beside one another.
-        workers: How many are in work at once, computed or counted: all that is ever held of the tensors.
-    """
-
-    threads: int = 0
-    computing: int = 1
-    workers: int = 1
-
-    @classmethod
-    def of(cls, threads: int, cores: int, beside: bool, parts: frozenset[str]) -> Lanes:
-        """Return what keeps so many threads busy.
-
-        Two batches beside one another lose less to waiting than one batch on twice the threads. A single thread computes batch
-        after batch; another core, where there is one, counts the last batch meanwhile, unless extremes are all that is counted.
-
-        Args:
-            threads: Threads for computing; 0 for as many as there are cores.
-            cores: How many there are.
-            beside: Whether the runtime can compute batches beside one another.
-            parts: What is counted besides the extremes.
-        """
-        threads = threads or cores
-        if threads > 1 and beside:
-            return cls(threads - 1, 2, 2)  # the runtime's threads are shared; each batch has its own besides
-        return cls(threads, 1, 2 if parts and threads < cores else 1)
-
-
 @dataclass(frozen=True, eq=False)
 class Work:
     """What is to be run.
@@ -121,7 +87,7 @@ class Work:
     counting: Counting
     whole: bool = False
     columns: frozenset[str] = frozenset()
-    lanes: Lanes = Lanes()
+    lanes: Lanes = ONE_BY_ONE
 
     def feeds(self, span: Span) -> dict[str, NDArray[Any]]:
         """Return a batch."""
@@ -226,15 +192,16 @@ def collect(
                     counter.take(shortcut, feeds)
                 yield span, feeds
 
-        def counted(span: Span) -> None:
-            seen.done, seen.samples = seen.done + 1, seen.samples + span[1] - span[0]
+        def counted(batch: Batch) -> None:
+            start, stop = batch[0]
+            seen.done, seen.samples = seen.done + 1, seen.samples + stop - start
             progress(seen.samples)
             if checkpoint.due or interrupted():
                 checkpoint.keep(seen)
             if interrupted():
                 raise KeyboardInterrupt
 
-        in_line(work.lanes, batches(), counter, counted)
+        in_line(work.lanes, batches(), counter.compute, counter.count, counted)
         if interrupted():  # while the last batch was counted in another thread
             checkpoint.keep(seen)
             raise KeyboardInterrupt
@@ -284,102 +251,6 @@ def computed(hook: Hook, names: Sequence[str], feeds: dict[str, NDArray[Any]]) -
     return {name: found[name] if name in found else feeds[name] for name in names}
 
 
-def in_line(lanes: Lanes, batches: Iterator[Batch], counter: Counter, after: Callable[[Span], None]) -> None:
-    """Compute and count batches, several in work at once where there are lanes for it; they are counted in order.
-
-    Args:
-        lanes: How many.
-        batches: The batches.
-        counter: Computes and counts one.
-        after: Called once a batch was counted, before the next one is; may raise, and then nothing more is counted.
-    """
-    if lanes.computing > 1:
-        Abreast(batches, counter, after).run(lanes.workers)
-        return
-    with ThreadPoolExecutor(1) if lanes.workers > 1 else contextlib.nullcontext() as apart:
-        pending: tuple[Future[None], Span] | None = None
-        for span, feeds in batches:
-            found = counter.compute(feeds)
-            if apart is None:
-                counter.count(feeds, span, found)
-                after(span)
-                continue
-            finish(pending, after)
-            pending = apart.submit(counter.count, feeds, span, found), span
-            del found  # it is let go as it is counted
-        finish(pending, after)
-
-
-def finish(pending: tuple[Future[None], Span] | None, after: Callable[[Span], None]) -> None:
-    """Wait for a batch that is being counted, where there is one; what its counting raised is raised here."""
-    if pending is not None:
-        pending[0].result()
-        after(pending[1])
-
-
-class Abreast:
-    """Threads that each take the next batch, compute it, and count it when those before it were counted.
-
-    Args:
-        batches: The batches.
-        counter: Computes and counts one.
-        after: Called once a batch was counted.
-    """
-
-    def __init__(self, batches: Iterator[Batch], counter: Counter, after: Callable[[Span], None]) -> None:
-        self.batches, self.counter, self.after = batches, counter, after
-        self.taking, self.turn = threading.Lock(), threading.Condition()
-        self.taken, self.counted = 0, 0
-        self.failure: tuple[int, BaseException] | None = None
-
-    def run(self, workers: int) -> None:
-        """Work until no batch is left; what went wrong with the first batch that could not be counted is raised here."""
-        others = [threading.Thread(target=self.work) for _ in range(workers - 1)]
-        for thread in others:
-            thread.start()
-        self.work()
-        for thread in others:
-            thread.join()
-        if self.failure is not None:
-            raise self.failure[1]
-
-    def work(self) -> None:
-        """Take batches while there are any."""
-        number = -1
-        try:
-            while True:
-                with self.taking:
-                    number = self.taken
-                    batch = None if self.failure is not None else next(self.batches, None)
-                    self.taken += 1
-                if batch is None:
-                    return
-                span, feeds = batch
-                found = self.counter.compute(feeds)
-                if not self.wait(number):
-                    return
-                self.counter.count(feeds, span, found)
-                self.after(span)
-                with self.turn:
-                    self.counted += 1
-                    self.turn.notify_all()
-        except BaseException as error:  # noqa: BLE001 - raised where the threads are waited for
-            with self.turn:
-                if self.failure is None or number < self.failure[0]:
-                    self.failure = number, error
-                self.turn.notify_all()
-
-    def wait(self, number: int) -> bool:
-        """Wait for a batch's turn to be counted; return whether it comes, which it does not if one before it failed."""
-        with self.turn:
-            self.turn.wait_for(lambda: self.counted == number or self.stopped(number))
-            return not self.stopped(number)
-
-    def stopped(self, number: int) -> bool:
-        """Whether a batch before this one failed."""
-        return self.failure is not None and self.failure[0] < number
-
-
 @dataclass
 class Counter:
     """Computes batches and counts them, by the shortcut while there is one.
@@ -401,14 +272,15 @@ class Counter:
         sample = feeds if self.work.whole else {name: values[:1] for name, values in feeds.items()}
         self.light = Light.of(shortcut, self.hook, self.seen, sample)
 
-    def compute(self, feeds: dict[str, NDArray[Any]]) -> Computed:
+    def compute(self, batch: Batch) -> Computed:
         """Run a batch; return the shortcut that was taken, and what the model gave."""
+        feeds = batch[1]
         light = self.light
         return light, computed(self.hook, list(self.seen.tensors), feeds) if light is None else light.run(feeds)
 
-    def count(self, feeds: dict[str, NDArray[Any]], span: Span, made: Computed) -> None:
+    def count(self, batch: Batch, made: Computed) -> None:
         """Count a batch; the whole tensors, where a value was too large for the shortcut, which is given up then."""
-        light, found = made
+        (span, feeds), (light, found) = batch, made
         if light is not None:
             if light.count(found, span):
                 return

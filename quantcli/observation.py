@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibration import statistics as statistics_file
-from calibration.collect import Checkpoint, Lanes, Seen, Shortcut, Work, collect, computed
+from calibration.collect import Checkpoint, Seen, Shortcut, Work, collect, computed
 from calibration.datasets import boundaries, first_samples, fitted_batch, fixes_batch, open_dataset, select
 from calibration.errors import DataError, StatisticsError
 from calibration.hooks.onnxruntime import Runner
+from calibration.lanes import Lanes
 from calibration.observers import OBSERVERS, Counting, TensorStatistics
 from calibration.ranges import observer_for, parse_range
 from calibration.statistics import Part, Statistics

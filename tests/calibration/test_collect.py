@@ -15,11 +15,12 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.collect import CHECK_SAMPLES, Checkpoint, Lanes, Seen, Shortcut, Work, collect
+from calibration.collect import CHECK_SAMPLES, Checkpoint, Seen, Shortcut, Work, collect
 from calibration.datasets import InputSpec
 from calibration.errors import DataError, RunError
 from calibration.hooks.onnxruntime import Runner
 from calibration.hooks.torch import ModuleHook, ProgramHook
+from calibration.lanes import Lanes
 from calibration.observers import Counting, TensorStatistics
 
 Array = NDArray[Any]
@@ -115,8 +116,8 @@ def test_samples_that_are_finite_are_kept_for_checks() -> None:
     assert collect(model("n"), ["x"], work(rows, 5, counting)).kept["x"].tolist() == rows[[1, 3, 4]].tolist()
 
 
-class Uneven:
-    """A hook for which every other batch takes longer: batches beside one another are done out of order."""
+class Around:
+    """A hook around another that counts its runs."""
 
     def __init__(self, hook: Runner) -> None:
         self.hook, self.runs = hook, 0
@@ -130,9 +131,16 @@ class Uneven:
 
     def run(self, feeds: dict[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         self.runs += 1
+        return self.hook.run(feeds, outputs)
+
+
+class Uneven(Around):
+    """Every other batch takes longer: batches beside one another are done out of order."""
+
+    def run(self, feeds: dict[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         if self.runs % 2:
             time.sleep(0.02)
-        return self.hook.run(feeds, outputs)
+        return super().run(feeds, outputs)
 
 
 @pytest.mark.parametrize("lanes", LANES[1:])
@@ -188,24 +196,17 @@ def test_lanes_take_the_threads_there_are(
     assert Lanes.of(threads, cores, beside, frozenset(parts)) == wanted
 
 
-class Counted:
-    """A hook that counts its runs and can be interrupted at one of them."""
+class Counted(Around):
+    """Can be interrupted at one of its runs."""
 
     def __init__(self, hook: Runner, stop: int = -1) -> None:
-        self.hook, self.stop, self.runs = hook, stop, 0
-
-    def rest(self) -> None:
-        pass
-
-    @property
-    def inputs(self) -> tuple[InputSpec, ...]:
-        return self.hook.inputs
+        super().__init__(hook)
+        self.stop = stop
 
     def run(self, feeds: dict[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        self.runs += 1
-        if self.runs == self.stop:
+        if self.runs + 1 == self.stop:
             os.kill(os.getpid(), signal.SIGINT)
-        return self.hook.run(feeds, outputs)
+        return super().run(feeds, outputs)
 
 
 @pytest.mark.parametrize("lanes", LANES)
@@ -244,23 +245,12 @@ def test_checkpoints_are_kept_as_often_as_asked() -> None:
 # ---- the shortcut --------------------------------------------------------------------------------------------------------------
 
 
-class Highest:
+class Highest(Around):
     """What `quantcli.probe.with_highest` makes of a model: the highest value of "clipped", the others whole."""
-
-    def __init__(self, hook: Runner) -> None:
-        self.hook, self.runs = hook, 0
-
-    def rest(self) -> None:
-        pass
-
-    @property
-    def inputs(self) -> tuple[InputSpec, ...]:
-        return self.hook.inputs
 
     def run(self, feeds: dict[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         assert "peaks" in (outputs or ())
-        self.runs += 1
-        found = self.hook.run(feeds, ["doubled", "clipped"])
+        found = super().run(feeds, ["doubled", "clipped"])
         return {"doubled": found["doubled"], "peaks": found["clipped"].max(axis=0)}
 
 

@@ -1,0 +1,161 @@
+"""Batches in work at once: computed beside one another, or one counted while the next is computed; always counted in order."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
+
+Batch = TypeVar("Batch")
+Computed = TypeVar("Computed")
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """How many batches are in work at once. They are counted in order whatever their number, so that it changes no statistics.
+
+    Attributes:
+        threads: Threads of the runtime.
+        computing: How many batches the model computes beside one another.
+        workers: How many are in work at once, computed or counted: all that is ever held of the tensors.
+    """
+
+    threads: int = 0
+    computing: int = 1
+    workers: int = 1
+
+    @classmethod
+    def of(cls, threads: int, cores: int, beside: bool, parts: frozenset[str]) -> Lanes:
+        """Return what keeps so many threads busy.
+
+        Two batches beside one another lose less to waiting than one batch on twice the threads. A single thread computes batch
+        after batch; another core, where there is one, counts the last batch meanwhile, unless extremes are all that is counted.
+
+        Args:
+            threads: Threads for computing; 0 for as many as there are cores.
+            cores: How many there are.
+            beside: Whether the runtime can compute batches beside one another.
+            parts: What is counted besides the extremes.
+        """
+        threads = threads or cores
+        if threads > 1 and beside:
+            return cls(threads - 1, 2, 2)  # the runtime's threads are shared; each batch has its own besides
+        return cls(threads, 1, 2 if parts and threads < cores else 1)
+
+
+ONE_BY_ONE = Lanes()
+
+
+def in_line(
+    lanes: Lanes,
+    batches: Iterator[Batch],
+    compute: Callable[[Batch], Computed],
+    count: Callable[[Batch, Computed], None],
+    after: Callable[[Batch], None],
+) -> None:
+    """Compute and count batches, several in work at once where there are lanes for it; they are counted in order.
+
+    Args:
+        lanes: How many.
+        batches: The batches.
+        compute: Computes one; in several threads at once where lanes compute several.
+        count: Counts what was computed; one at a time.
+        after: Called once a batch was counted, before the next one is; may raise, and then nothing more is counted.
+    """
+    if lanes.computing > 1:
+        Abreast(batches, compute, count, after).run(lanes.workers)
+        return
+    with ThreadPoolExecutor(1) if lanes.workers > 1 else contextlib.nullcontext() as apart:
+        pending: tuple[Future[None], Batch] | None = None
+        for batch in batches:
+            found = compute(batch)
+            if apart is None:
+                count(batch, found)
+                after(batch)
+                continue
+            finish(pending, after)
+            pending = apart.submit(count, batch, found), batch
+            del found  # it is let go as it is counted
+        finish(pending, after)
+
+
+def finish(pending: tuple[Future[None], Batch] | None, after: Callable[[Batch], None]) -> None:
+    """Wait for a batch that is being counted, where there is one; what its counting raised is raised here."""
+    if pending is not None:
+        pending[0].result()
+        after(pending[1])
+
+
+class Abreast(Generic[Batch, Computed]):
+    """Threads that each take the next batch, compute it, and count it when those before it were counted.
+
+    Args:
+        batches: The batches.
+        compute: Computes one.
+        count: Counts what was computed.
+        after: Called once a batch was counted.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[Batch],
+        compute: Callable[[Batch], Computed],
+        count: Callable[[Batch, Computed], None],
+        after: Callable[[Batch], None],
+    ) -> None:
+        self.batches, self.compute, self.count, self.after = batches, compute, count, after
+        self.taking, self.turn = threading.Lock(), threading.Condition()
+        self.taken, self.counted = 0, 0
+        self.failure: tuple[int, BaseException] | None = None
+
+    def run(self, workers: int) -> None:
+        """Work until no batch is left; what went wrong with the first batch that could not be counted is raised here."""
+        others = [threading.Thread(target=self.work) for _ in range(workers - 1)]
+        for thread in others:
+            thread.start()
+        self.work()
+        for thread in others:
+            thread.join()
+        if self.failure is not None:
+            raise self.failure[1]
+
+    def work(self) -> None:
+        """Take batches while there are any."""
+        number = -1
+        try:
+            while True:
+                with self.taking:
+                    number = self.taken
+                    batch = None if self.failure is not None else next(self.batches, None)
+                    self.taken += 1
+                if batch is None:
+                    return
+                found = self.compute(batch)
+                if not self.wait(number):
+                    return
+                self.count(batch, found)
+                self.after(batch)
+                with self.turn:
+                    self.counted += 1
+                    self.turn.notify_all()
+        except BaseException as error:  # noqa: BLE001 - raised where the threads are waited for
+            with self.turn:
+                if self.failure is None or number < self.failure[0]:
+                    self.failure = number, error
+                self.turn.notify_all()
+
+    def wait(self, number: int) -> bool:
+        """Wait for a batch's turn to be counted; return whether it comes, which it does not if one before it failed."""
+        with self.turn:
+            self.turn.wait_for(lambda: self.counted == number or self.stopped(number))
+            return not self.stopped(number)
+
+    def stopped(self, number: int) -> bool:
+        """Whether a batch before this one failed."""
+        return self.failure is not None and self.failure[0] < number
