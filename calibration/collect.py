@@ -328,12 +328,17 @@ class Light:
 
     @classmethod
     def of(cls, shortcut: Shortcut, whole: Hook, seen: Seen, feeds: dict[str, NDArray[Any]]) -> Light | None:
-        """Return the shortcut for the tensors that hold their floor in some samples; None where there are none."""
+        """Return the shortcut for the tensors that hold their floor in some samples; None where there are none.
+
+        A tensor without elements has no extremes: then there is none either.
+        """
         found = computed(whole, list(seen.tensors), feeds)
         settled = [
-            name for name, held in seen.tensors.items() if name in shortcut.pooled and found[name].min() == held.floor
+            name
+            for name, held in seen.tensors.items()
+            if name in shortcut.pooled and found[name].size and found[name].min() == held.floor
         ]
-        if not settled:
+        if not settled or not all(values.size for values in found.values()):
             return None
         whole.rest()
         hook, places = shortcut.build(settled)

@@ -275,6 +275,21 @@ def test_a_tensor_whose_floor_was_not_seen_is_not_settled() -> None:
     assert found.tensors["clipped"].minimum > 0
 
 
+def test_empty_tensors_have_no_shortcut() -> None:
+    shortcut = Shortcut(
+        frozenset({"clipped", "empty"}), 1e9, lambda settled: pytest.fail(f"there is one for {settled}")
+    )
+
+    class Empty(Around):
+        def run(self, feeds: dict[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+            found = super().run(feeds, [name for name in outputs or () if name != "empty"])
+            return {**found, "empty": found["clipped"][:, :0]}
+
+    found = collect(Empty(model("n")), ["clipped", "empty"], work(ROWS, 2), None, {"clipped": 0.0}, shortcut).tensors
+    assert found["empty"] == TensorStatistics()
+    assert found["clipped"].elements == ROWS.size
+
+
 # ---- torch ---------------------------------------------------------------------------------------------------------------------
 
 
