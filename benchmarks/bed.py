@@ -6,6 +6,7 @@ import importlib.util
 import math
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -49,7 +50,9 @@ def entries(bed: Any, wanted: Sequence[str]) -> list[str]:
 
 
 def interleaved(runs: int, *actions: Callable[[], object], least: float = 0.0) -> list[float]:
-    """Return the median seconds of each action, run in turn after five warm-ups.
+    """Return the median seconds of each action, run in turn after five warm-ups, in another order each time.
+
+    What ran before an action leaves the caches as it found use for them; so none comes always after the same one.
 
     Args:
         runs: How many times each is timed.
@@ -60,10 +63,10 @@ def interleaved(runs: int, *actions: Callable[[], object], least: float = 0.0) -
     times: list[list[float]] = [[] for _ in actions]
     repeats = [1 for _ in actions]
     for turn in range(runs + 5):
-        for place, action in enumerate(actions):
+        for place in random.Random(turn).sample(range(len(actions)), len(actions)):
             start = time.perf_counter()
             for _ in range(repeats[place]):
-                action()
+                actions[place]()
             took = (time.perf_counter() - start) / repeats[place]
             if turn >= 5:
                 times[place].append(took)
@@ -80,6 +83,16 @@ def timed_blocks(blocks: int, runs: int, *actions: Callable[[], object]) -> list
 def median_ratio(blocks: Sequence[Sequence[float]], above: int, below: int) -> float:
     """Return the median over the blocks of one action's time over another's in the same block."""
     return statistics.median(block[above] / block[below] for block in blocks)
+
+
+def session(path: Path) -> Any:
+    """Return a session with one thread."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def machine() -> str:

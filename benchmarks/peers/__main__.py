@@ -28,10 +28,10 @@ from rich.live import Live
 from rich.table import Table
 
 if __package__ in {None, ""}:  # run as a file: its folder stands on the path in the project's place
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import quantcli
-from benchmarks.bed import as_feeds, bed_folder, entries, load_bed, machine, median_ratio, timed_blocks
+from benchmarks.bed import as_feeds, bed_folder, entries, load_bed, machine, median_ratio, session, timed_blocks
 from quantcli import convert
 
 BATCH = 8  # samples per run where the model leaves the batch free
@@ -96,14 +96,6 @@ class Reader:
     def get_next(self) -> dict[str, NDArray[Any]] | None:
         """Return the next batch, or None."""
         return next(self.batches, None)
-
-
-def session(path: Path) -> Any:
-    """Return a session with one thread."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def peer_quantize(model: Path, output: Path, feeds: dict[str, NDArray[Any]], batch: int, per_channel: bool) -> None:
