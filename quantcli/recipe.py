@@ -96,9 +96,9 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is done to lose less (section ``[tune]``); None leaves it to the target.
 
     ``effort`` says how much is tried (`quantcli.tune.effort`), over ``samples`` calibration samples. Each step can be switched on
-    or off by itself: ``ranges`` by output error, ``equalize`` the channels of neighbouring layers, ``compensation`` of what the
-    layers before have changed, weight ``scales`` and ``rounding`` by output error, ``bias`` correction, and regard to what
-    ``activations`` cut.
+    or off by itself: ``ranges`` by the error that they leave (``outputs``: at the model's outputs, not at their readers),
+    ``equalize`` the channels of neighbouring layers, ``compensation`` of what the layers before have changed, weight ``scales`` and
+    ``rounding`` by output error, ``bias`` correction, and regard to what ``activations`` cut.
 
     With ``max_drop`` widths are searched that keep ``metric`` within so many points of float's (`quantcli.tune.search`).
     ``optimize`` times candidate plans on this machine and keeps the fastest (`quantcli.tune.latency`). ``smooth`` evens the columns
@@ -110,7 +110,7 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_drop: Annotated[float, msgspec.Meta(ge=0)] | None = None
     metric: Literal["top1", "top5"] = "top1"
     samples: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    ranges: bool | None = None
+    ranges: bool | Literal["outputs"] | None = None
     equalize: bool | None = None
     compensation: bool | None = None
     scales: bool | None = None

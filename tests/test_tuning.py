@@ -18,15 +18,16 @@ from numpy.typing import NDArray
 
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe, calibrate, convert, verify
+from quantcli.arithmetic.affine import IntegerType
 from quantcli.fold import constant, fold
 from quantcli.load import load
 from quantcli.probe import model_bytes, with_outputs
 from quantcli.recipe import Activation, Layers, Tune, Weight
 from quantcli.tune.bias import channel_means, corrected
-from quantcli.tune.effort import is_distribution, logarithms
 from quantcli.tune.equalize import equalize
 from quantcli.tune.moments import Matrix, drawn_rows, matrix_of, moments_of
-from quantcli.tune.ranges import best_range, look
+from quantcli.tune.outputs import is_distribution, logarithms
+from quantcli.tune.ranges import Grid, best_range, look
 from quantcli.tune.rounding import best_scales, compensated, damped, descended, nearest, output_error, rounded
 from tests.graphs import data_for, node, normal, residual_net, save
 
@@ -151,17 +152,16 @@ def test_a_corrected_bias_takes_the_mean_error_away() -> None:
 
 
 def test_ranges_clip_outliers_and_leave_others_alone() -> None:
-    def on_grid(values: NDArray[np.float32], low: float, high: float) -> NDArray[np.float32]:
-        step = (high - low) / 15
-        held: NDArray[np.float32] = np.clip(np.rint(values / step) * step, low, high).astype(np.float32)
-        return held
+    def grid(low: float, high: float) -> Grid:
+        scale = np.float32((high - low) / 15)
+        return Grid(scale, round(-low / float(scale)), IntegerType("uint4"))
 
     even = np.linspace(-1, 1, 5000, dtype=np.float32)
     looked = look([even], [even], None, 0, 0)
-    assert best_range(looked, -1.0, 1.0, symmetric=False, rounder=on_grid)[0] == (-1.0, 1.0)
+    assert best_range(looked, -1.0, 1.0, symmetric=False, grid=grid)[0] == (-1.0, 1.0)
     spiked = np.append(normal(200_000, seed=3), np.float32(40.0))
     spikes = look([spiked], [spiked], None, 0, 0)
-    (low, high), before, after = best_range(spikes, float(spiked.min()), 40.0, symmetric=False, rounder=on_grid)
+    (low, high), before, after = best_range(spikes, float(spiked.min()), 40.0, symmetric=False, grid=grid)
     assert high < 40.0
     assert low <= 0
     assert after < before

@@ -7,9 +7,10 @@ plan is always one of them, so that tuning never makes a model worse by that mea
 fast     nothing: ranges as calibration gives them, weights rounded to nearest
 default  one sweep over 64 samples: ranges and weight scales by error, rounding by second moments, bias correction;
          compensation where weights have less than 8 bits, one scale per tensor or scales of powers of two; with one scale
-         per tensor also on the equalized model; without ranges by error, where that was no better than nothing
-best     sweeps over 256 samples: the above, and then each of compensation, ranges by error, regard to activations and
-         equalization the other way, kept where that is better
+         per tensor also on the equalized model; of a small model, another sweep with ranges by what they do to the outputs;
+         without ranges by error, where all that was no better than nothing
+best     sweeps over 256 samples: the above, of larger models, too; and then each of compensation, ranges by error, regard to
+         activations and equalization the other way, kept where that is better
 ======== ================================================================================================================
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import sys
 import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.hooks.onnxruntime import Runner, first_line
-from quantcli.cost import values_of
+from quantcli.arithmetic.affine import IntegerType
+from quantcli.cost import values_of, work_of
 from quantcli.evaluation.metrics import Comparison
 from quantcli.placement import place
 from quantcli.plan import make_plan, unresolvable
@@ -34,13 +37,14 @@ from quantcli.quantize import quantize
 from quantcli.recipe import resolve_target
 from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.equalize import Equalized, equalize
+from quantcli.tune.outputs import TRIES, logarithms
 from quantcli.tune.smooth import Smoothed, smooth
 from quantcli.tune.sweep import Steps, Sweep
 from quantcli.tuning import UNTUNED, Tuning
 from quantcli.write import WRITERS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -64,9 +68,10 @@ ROOM = 1 << 30
 LARGEST = 1 << 30
 # A candidate is kept only where it is better by so many dB.
 MARGIN = 0.05
+# How many multiply-accumulates may go into ranges by what they do to the outputs, and the least samples that tell something.
+AHEAD = {"default": 5 * 10**11, "best": 10**13}
+FEWEST_AHEAD = 32
 UNTOUCHED = "as calibrated"
-# Probabilities far below this are all the same.
-FAINTEST = 1e-4
 
 
 @dataclass(frozen=True)
@@ -200,8 +205,11 @@ def tune(
         plan = make_plan(final, seen, recipe, start.tuning)
         return Tuned(final, plan, evened, why_not="no layer has a weight to tune")
     trying = Trying(start, recipe, samples, observe, progress, judge)
-    for choice in first_choices(recipe, observe is not None):
+    asked = trying.batches if recipe.tune.ranges == "outputs" else 0
+    for choice in first_choices(recipe, observe is not None, asked):
         trying.attempt(choice)
+    if trying.found and trying.batches:
+        trying.attempt(trying.best.toggled("outputs", trying.batches))
     again = open_steps(recipe, observe is not None) if recipe.tune.effort == "best" else []
     if not again and recipe.tune.ranges is None and all(one.sqnr <= found[0][0].sqnr for one, _ in trying.found):
         again = ["ranges"]
@@ -228,19 +236,20 @@ class Choice:
     equalize: bool
     steps: Steps
 
-    def toggled(self, step: str) -> Choice:
-        """Return the choice with one step the other way."""
+    def toggled(self, step: str, batches: int = 0) -> Choice:
+        """Return the choice with one step the other way; ranges by what they do to the outputs need a number of batches."""
         if step == "equalize":
             return replace(self, equalize=not self.equalize)
+        if step == "outputs":
+            return replace(self, steps=replace(self.steps, outputs=batches))
         return replace(self, steps=replace(self.steps, **{step: not getattr(self.steps, step)}))
 
     @property
     def name(self) -> str:
         """What was done, in words."""
         parts = ["equalization"] if self.equalize else []
-        parts += [
-            step for step in ("ranges", "compensation", "scales", "rounding", "bias") if getattr(self.steps, step)
-        ]
+        parts += ["ranges by outputs" if self.steps.outputs else "ranges"] if self.steps.ranges else []
+        parts += [step for step in ("compensation", "scales", "rounding", "bias") if getattr(self.steps, step)]
         parts += ["activations"] if self.steps.activations else []
         return ", ".join(parts) or "nothing"
 
@@ -258,6 +267,23 @@ class Trying:
     found: list[tuple[Try, Candidate]] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
     equal: Candidate | None = None
+    learned: dict[bool, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def batches(self) -> int:
+        """Over how many batches ranges can be judged by what they do to the outputs; 0 where that is not wanted or too much."""
+        wished, target = self.recipe.tune.ranges, resolve_target(self.recipe)
+        if wished == "outputs":
+            return len(self.samples.swept)
+        finer = (
+            IntegerType(target.activation.grid).bits > target.weight.bits
+        )  # then weights are what an output's noise is from
+        if wished is not None or (finer and self.recipe.tune.effort != "best"):
+            return 0
+        room = AHEAD[self.recipe.tune.effort] // max(work_ahead(self.start, self.recipe), 1)
+        rows = np.cumsum([len(next(iter(feeds.values()))) for feeds in self.samples.swept])
+        fitting = int(np.searchsorted(rows, room, side="right"))
+        return fitting if fitting and (rows[fitting - 1] >= FEWEST_AHEAD or fitting == len(rows)) else 0
 
     @property
     def best(self) -> Choice:
@@ -276,25 +302,32 @@ class Trying:
             if self.equal is None:
                 return
             base = self.equal
+        steps = choice.steps
+        if (
+            steps.ranges and steps.outputs and choice.equalize in self.learned
+        ):  # found once, they hold for other choices, too
+            base = replace(base, tuning=replace(base.tuning, ranges=self.learned[choice.equalize]))
+            steps = replace(steps, ranges=False)
         stage = f"tune {len(self.choices) + 1}"
         try:
-            candidate, gains = swept(
-                base, self.recipe, choice.steps, self.samples, functools.partial(self.progress, stage)
-            )
+            candidate, gains = swept(base, self.recipe, steps, self.samples, functools.partial(self.progress, stage))
             worth = self.judge.sqnr(candidate)
         except Exception as error:  # noqa: BLE001 - the plan as calibrated is there in any case
             logger.warning("tuning (%s) failed and is left out: %s", choice.name, first_line(error))
             return
+        if steps.ranges and steps.outputs:
+            self.learned[choice.equalize] = candidate.tuning.ranges
         self.choices.append(choice)
         self.found.append((Try(choice.name, worth, time.perf_counter() - begun, gains), candidate))
 
 
-def first_choices(recipe: Recipe, may_equalize: bool) -> list[Choice]:
-    """Return what is tried in any case."""
+def first_choices(recipe: Recipe, may_equalize: bool, outputs: int = 0) -> list[Choice]:
+    """Return what is tried in any case, with ranges by what they do to the outputs over so many batches."""
     wishes, target = recipe.tune, resolve_target(recipe)
     coarse = target.weight.bits < 8 or not target.weight.per_channel or target.weight.power_of_two
     steps = Steps(
         ranges=wishes.ranges is not False,
+        outputs=outputs,
         compensation=coarse if wishes.compensation is None else wishes.compensation,
         scales=wishes.scales is not False,
         rounding=wishes.rounding is not False,
@@ -348,7 +381,20 @@ def swept(
     sweep = Sweep(changed, placement, resolve_target(recipe), ranges, dict(base.tuning.bits), steps, samples.swept)
     tuning = sweep.run(progress)
     gains = {step: (sweep.gains.layers[step], sweep.gains.mean(step)) for step in sweep.gains.layers}
+    tuning = replace(tuning, ranges={**base.tuning.ranges, **tuning.ranges})
     return replace(base, model=changed, tuning=tuning), gains
+
+
+def work_ahead(candidate: Candidate, recipe: Recipe) -> int:
+    """Return about how many multiply-accumulates it takes, per sample, to judge ranges by what they do to the outputs.
+
+    Every range takes a run of what is left of the model behind its tensor, which is half of it on average.
+    """
+    placement = place(candidate.model, recipe, unresolvable(candidate.statistics.tensors))
+    work = [work_of(node) for node in candidate.model.graph]
+    if any(one.macs is None or one.made is None for one in work):
+        return sys.maxsize
+    return len(placement.observed()) * TRIES * sum((one.macs or 0) + (one.made or 0) for one in work) // 2
 
 
 class Judge:
@@ -384,25 +430,3 @@ class Judge:
         for feeds, expected in zip(self.batches, self.expected, strict=True):
             comparison.update(*logarithms(expected, runner.run(feeds)))
         return list(comparison.outputs.values())
-
-
-def logarithms(expected: Feeds, found: Feeds) -> tuple[Feeds, Feeds]:
-    """Return outputs to compare; of probabilities their logarithms about their mean.
-
-    Probabilities hide what a model has lost where it is sure of itself, and show little else where it is not.
-    """
-    ours, theirs = {}, {}
-    for name, values in expected.items():
-        pair = values, found[name]
-        if is_distribution(values):
-            both = [np.log(np.maximum(array, 0.0).astype(np.float64) + FAINTEST) for array in pair]
-            pair = both[0] - both[0].mean(axis=-1, keepdims=True), both[1] - both[1].mean(axis=-1, keepdims=True)
-        ours[name], theirs[name] = pair
-    return ours, theirs
-
-
-def is_distribution(values: NDArray[Any]) -> bool:
-    """Tell whether every row along the last axis holds probabilities."""
-    if values.dtype.kind != "f" or values.ndim < 2 or values.shape[-1] < 2 or not values.size:
-        return False
-    return bool(values.min() >= 0) and bool(np.abs(values.sum(axis=-1) - 1).max() < 1e-3)

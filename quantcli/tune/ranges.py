@@ -8,7 +8,7 @@ them with: for errors that do not depend on each other, that is the error of the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,12 +17,33 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from quantcli.arithmetic.affine import IntegerType
+
 # Elements that are looked at.
 ELEMENTS = 1 << 18
 PERCENTILES = (99.99, 99.999)
 SHARES = (0.97, 0.94, 0.9, 0.85, 0.8)
 # What is clipped is rare and large: a range gives way only to one whose error is this part of its own, or less.
 ENOUGH = 0.8
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grid of a quantized activation."""
+
+    scale: np.float32
+    zero_point: int
+    integer: IntegerType
+
+    def round(self, values: NDArray[Any]) -> NDArray[np.float32]:
+        """Return values on the grid: quantized (ties to even) and dequantized."""
+        offset = np.float32(self.zero_point)
+        q = np.asarray(np.rint(values / self.scale), dtype=np.float32)
+        q += offset
+        np.clip(q, self.integer.qmin, self.integer.qmax, out=q)
+        q -= offset
+        q *= self.scale
+        return q
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +99,7 @@ def best_range(
     lo: float,
     hi: float,
     symmetric: bool,
-    rounder: Callable[[NDArray[np.float32], float, float], NDArray[np.float32]],
+    grid: Callable[[float, float], Grid],
     more: tuple[float, ...] = (),
 ) -> tuple[tuple[float, float], float, float]:
     """Return the best range within [lo, hi], and the errors of [lo, hi] and of it.
@@ -88,12 +109,12 @@ def best_range(
         lo: The lowest value seen, at most 0.
         hi: The highest, at least 0.
         symmetric: Whether only ranges about zero can be had.
-        rounder: Quantizes and dequantizes values on the grid for a range.
+        grid: Gives the grid of a range.
         more: Parts of the range that are tried as well.
     """
 
     def error(low: float, high: float) -> float:
-        difference = rounder(looked.made, low, high) - looked.real
+        difference = grid(low, high).round(looked.made) - looked.real
         return float((difference * difference * looked.weight).mean(dtype=np.float64))
 
     widest = error(lo, hi)

@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from calibration.hooks.onnxruntime import Runner
 from quantcli.arithmetic.affine import IntegerType, fixed_parameters, scales_wide_enough_for_bias, symmetric_scales
 from quantcli.arithmetic.affine import power_of_two as to_power_of_two
 from quantcli.fold import constant
 from quantcli.island import captured, single_node
 from quantcli.plan import activation_bounds, activation_parameters, bias_of
+from quantcli.probe import runnable
 from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.bias import biased, corrected, within
 from quantcli.tune.moments import drawn_rows, matrix_of, moments_of, weighted_moments
-from quantcli.tune.ranges import best_range, look
+from quantcli.tune.outputs import OLDEST_OPSET, Ahead, Channels, range_for_outputs
+from quantcli.tune.ranges import Grid, best_range, look
 from quantcli.tune.rounding import best_scales, compensated, damped, nearest, output_error, rounded
 from quantcli.tuning import Tuning
 
@@ -47,7 +50,8 @@ class Steps:
     """What a sweep does.
 
     Attributes:
-        ranges: Choose activation ranges by output error.
+        ranges: Choose activation ranges by what they do to the layers that read them.
+        outputs: Choose them by what they do to the model's outputs instead, over so many batches; 0: not.
         scales: Choose weight scales by output error.
         rounding: Round weights by second moments, not to nearest.
         compensation: Let weights make up for what the layers before have changed.
@@ -58,6 +62,7 @@ class Steps:
     """
 
     ranges: bool = True
+    outputs: int = 0
     scales: bool = True
     rounding: bool = True
     compensation: bool = True
@@ -89,25 +94,6 @@ class Gains:
     def mean(self, step: str) -> float:
         """Return a step's mean gain in dB; 0 where it looked at nothing."""
         return self.ratios.get(step, 0.0) / max(self.layers[step], 1)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The grid of a quantized activation."""
-
-    scale: np.float32
-    zero_point: int
-    integer: IntegerType
-
-    def round(self, values: NDArray[Any]) -> NDArray[np.float32]:
-        """Return values on the grid: quantized (ties to even) and dequantized."""
-        offset = np.float32(self.zero_point)
-        q = np.asarray(np.rint(values / self.scale), dtype=np.float32)
-        q += offset
-        np.clip(q, self.integer.qmin, self.integer.qmax, out=q)
-        q -= offset
-        q *= self.scale
-        return q
 
 
 class Sweep:
@@ -145,6 +131,11 @@ class Sweep:
         self.chosen: dict[str, tuple[float, float]] = {}
         self.scales: dict[str, NDArray[np.float32]] = {}
         self.gains = Gains()
+        self.done: set[ir.Node] = set()
+        self.expected: list[dict[str, NDArray[Any]]] = []
+        if steps.ranges and steps.outputs and model.opset_imports.get("", 0) >= OLDEST_OPSET:
+            runner = Runner(runnable(model), what="the folded model")
+            self.expected = [runner.run(batch) for batch in feeds[: steps.outputs]]
         self.left = Counter(v for node in model.graph for v in {*node.inputs, *captured(node)} if v is not None)
         self.left.update(model.graph.outputs)
         for value in model.graph.inputs:
@@ -161,6 +152,7 @@ class Sweep:
                     self.pass_node(node)
                 else:
                     self.pass_layer(layer)
+            self.done.add(node)
             for value in {*node.inputs, *captured(node)}:
                 if value is not None:
                     self.release(value)
@@ -229,18 +221,27 @@ class Sweep:
         if made[0].dtype != np.float32 or not all(array.size for array in made):
             return lo, hi
         weights, axis = self.importance(value)
-        looked = look(real, made, weights, axis, self.steps.seed)
-
-        def on_grid(values: NDArray[np.float32], low: float, high: float) -> NDArray[np.float32]:
-            scale, zero_point = activation_parameters(low, high, self.target)
-            return Grid(scale, zero_point, IntegerType(self.target.activation.grid)).round(values)
-
-        more = (0.5,) if self.target.activation.power_of_two else ()
-        best, before, after = best_range(looked, lo, hi, self.target.activation.symmetric, on_grid, more)
+        symmetric = self.target.activation.symmetric
+        if self.expected:
+            ahead = Ahead(self.model, self.done, value, self.made, self.expected)
+            count = len(self.expected)
+            known = weights is not None or made[0].ndim != 3  # of three axes, the last or the second one are channels
+            channels = Channels.of(real[:count], made[:count], axis) if known else None
+            every = np.concatenate([array.reshape(-1) for array in real[:count]])
+            best, before, after = range_for_outputs(ahead, every, channels, (lo, hi), symmetric, self.grid_of)
+        else:
+            looked = look(real, made, weights, axis, self.steps.seed)
+            more = (0.5,) if self.target.activation.power_of_two else ()
+            best, before, after = best_range(looked, lo, hi, symmetric, self.grid_of, more)
         self.gains.count("ranges", before, after)
         if best != (lo, hi):
             self.chosen[name] = best
         return best
+
+    def grid_of(self, low: float, high: float) -> Grid:
+        """Return the grid for an activation's range."""
+        scale, zero_point = activation_parameters(low, high, self.target)
+        return Grid(scale, zero_point, IntegerType(self.target.activation.grid))
 
     def accumulated(self, value: ir.Value) -> bool:
         """Tell whether some layer behind a tensor accumulates: what the model gives out is not clipped for its mean error."""
@@ -320,6 +321,7 @@ class Sweep:
             self.real[value], self.made[value] = real[position], made[position]
         for follower in layer.absorbed:
             self.pass_node(follower)
+        self.done.update((node, *layer.absorbed))
         if layer.real:
             return
         for value in layer.outputs:
