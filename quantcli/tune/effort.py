@@ -7,10 +7,10 @@ plan is always one of them, so that tuning never makes a model worse by that mea
 fast     nothing: ranges as calibration gives them, weights rounded to nearest
 default  one sweep over 64 samples: ranges and weight scales by error, rounding by second moments, bias correction;
          compensation where weights have less than 8 bits, one scale per tensor or scales of powers of two; with one scale
-         per tensor also on the equalized model; of a small model, another sweep with ranges by what they do to the outputs;
-         without ranges by error, where all that was no better than nothing
-best     sweeps over 256 samples: the above, of larger models, too; and then each of compensation, ranges by error, regard to
-         activations and equalization the other way, kept where that is better
+         per tensor also on the equalized model; without ranges by error, where that was no better than nothing. The error of
+         a range is that of the model's outputs where the model is small, and that of the tensor's readers elsewhere
+best     sweeps over 256 samples: the above, with the outputs' error of larger models, too; and then each of the two errors,
+         compensation, ranges by error, regard to activations and equalization the other way, kept where that is better
 ======== ================================================================================================================
 """
 
@@ -205,11 +205,8 @@ def tune(
         plan = make_plan(final, seen, recipe, start.tuning)
         return Tuned(final, plan, evened, why_not="no layer has a weight to tune")
     trying = Trying(start, recipe, samples, observe, progress, judge)
-    asked = trying.batches if recipe.tune.ranges == "outputs" else 0
-    for choice in first_choices(recipe, observe is not None, asked):
+    for choice in first_choices(recipe, observe is not None, trying.batches):
         trying.attempt(choice)
-    if trying.found and trying.batches:
-        trying.attempt(trying.best.toggled("outputs", trying.batches))
     again = open_steps(recipe, observe is not None) if recipe.tune.effort == "best" else []
     if not again and recipe.tune.ranges is None and all(one.sqnr <= found[0][0].sqnr for one, _ in trying.found):
         again = ["ranges"]
@@ -236,12 +233,12 @@ class Choice:
     equalize: bool
     steps: Steps
 
-    def toggled(self, step: str, batches: int = 0) -> Choice:
-        """Return the choice with one step the other way; ranges by what they do to the outputs need a number of batches."""
+    def toggled(self, step: str) -> Choice:
+        """Return the choice with one step the other way."""
         if step == "equalize":
             return replace(self, equalize=not self.equalize)
-        if step == "outputs":
-            return replace(self, steps=replace(self.steps, outputs=batches))
+        if step == "outputs":  # of the two ways to choose ranges, the one that costs less
+            return replace(self, steps=replace(self.steps, outputs=0))
         return replace(self, steps=replace(self.steps, **{step: not getattr(self.steps, step)}))
 
     @property
@@ -321,8 +318,8 @@ class Trying:
         self.found.append((Try(choice.name, worth, time.perf_counter() - begun, gains), candidate))
 
 
-def first_choices(recipe: Recipe, may_equalize: bool, outputs: int = 0) -> list[Choice]:
-    """Return what is tried in any case, with ranges by what they do to the outputs over so many batches."""
+def first_choices(recipe: Recipe, may_equalize: bool, outputs: int) -> list[Choice]:
+    """Return what is tried in any case; ranges by what they do to the outputs over so many batches, to their readers if 0."""
     wishes, target = recipe.tune, resolve_target(recipe)
     coarse = target.weight.bits < 8 or not target.weight.per_channel or target.weight.power_of_two
     steps = Steps(
@@ -343,7 +340,8 @@ def first_choices(recipe: Recipe, may_equalize: bool, outputs: int = 0) -> list[
 def open_steps(recipe: Recipe, may_equalize: bool) -> list[str]:
     """Return the steps that are tried both ways, as far as the recipe leaves them open."""
     names = ["compensation", "ranges", "activations", *(["equalize"] if may_equalize else [])]
-    return [name for name in names if getattr(recipe.tune, name) is None]
+    both = ["outputs"] if recipe.tune.ranges is None else []
+    return both + [name for name in names if getattr(recipe.tune, name) is None]
 
 
 def tunable(model: ir.Model, statistics: Statistics, recipe: Recipe) -> bool:
