@@ -41,6 +41,20 @@ def test_first_and_depthwise_convolutions_are_tried(tmp_path: Path) -> None:
     }
 
 
+def test_the_first_convolutions_are_tried_together(tmp_path: Path) -> None:
+    nodes = [node("Conv", [f"t{n}", "w"], [f"t{n + 1}"]) for n in range(5)]
+    path = save(tmp_path / "m.onnx", nodes, {"t0": ["N", 4, 8, 8]}, {"t5": None}, {"w": normal(4, 4, 1, 1)})
+    found = candidates(fold(load(path).graph), Recipe())
+    names = [f"t{n + 1}_node" for n in range(5)]
+    assert found == {
+        RULE: (),
+        "first convolutions in float": (names[0],),
+        "the first 2 convolutions in float": tuple(names[:2]),
+        "the first 3 convolutions in float": tuple(names[:3]),
+        "the first 4 convolutions in float": tuple(names[:4]),
+    }
+
+
 def test_a_convolution_behind_a_moved_input_is_a_first_one(tmp_path: Path) -> None:
     nodes = [
         node("Transpose", ["x"], ["t"], perm=[0, 3, 1, 2]),

@@ -1,12 +1,13 @@
 """Which layer groups run faster in float on this machine: candidates are written, timed in turn, and the fastest is kept.
 
-Integer kernels gain little where a convolution has few inputs per output: the first one of a network (3 channels at full size), and
-depthwise ones. Whether they gain or lose depends on the machine and on what stands around them, so it is measured.
+Integer kernels gain little where a convolution has few inputs per output: the first ones of a network (few channels at full size),
+and depthwise ones. Whether they gain or lose depends on the machine and on what stands around them, so it is measured.
 """
 
 from __future__ import annotations
 
 import functools
+import random
 import statistics
 import time
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 # A candidate must be faster than the rule's plan by more than this part, or noise decides.
 MARGIN = 0.03
 WARM_UPS, RUNS = 5, 25
+# How many convolutions, from a network's inputs on, are tried in float together.
+LEADING = (2, 3, 4, 6)
 RULE = "by rule"
 
 
@@ -72,6 +75,11 @@ def candidates(model: ir.Model, recipe: Recipe) -> dict[str, tuple[str, ...]]:
         found["depthwise convolutions in float"] = depthwise
     if first and depthwise:
         found["first and depthwise convolutions in float"] = first + depthwise
+    names = [str(node.name) for node in convolutions]
+    for count in LEADING:
+        leading = tuple(dict.fromkeys((*first, *names[:count])))
+        if len(leading) < len(names) and leading not in found.values():
+            found[f"the first {count} convolutions in float"] = leading
     rest = {str(layer.node.name) for layer in placement.layers}
     return {name: layers for name, layers in found.items() if set(layers) < rest}
 
@@ -84,14 +92,17 @@ def source_of(value: ir.Value | None, moved: Mapping[ir.Value, ir.Value]) -> ir.
 
 
 def interleaved(actions: Sequence[Callable[[], object]]) -> list[float]:
-    """Return the median seconds of each action, run in turn after warm-ups."""
+    """Return the median seconds of each action, run in turn after warm-ups, in another order each time.
+
+    What ran before an action leaves the caches as it found use for them; so none comes always after the same one.
+    """
     times: list[list[float]] = [[] for _ in actions]
     for turn in range(WARM_UPS + RUNS):
-        for spent, action in zip(times, actions, strict=True):
+        for which in random.Random(turn).sample(range(len(actions)), len(actions)):
             start = time.perf_counter()
-            action()
+            actions[which]()
             if turn >= WARM_UPS:
-                spent.append(time.perf_counter() - start)
+                times[which].append(time.perf_counter() - start)
     return [statistics.median(spent) for spent in times]
 
 
