@@ -285,7 +285,8 @@ def loaded_statistics(statistics: Statistics | Path | str) -> Statistics:
 def unobserved(source: LoadedModel, data: Data | None, recipe: Recipe) -> Statistics:
     """Return statistics of nothing, with some samples for the self-check: of the data, or random ones."""
     runner = Runner(source.runnable, what=source.name)
-    given = data if data is not None and (data.path or data.function) else Data(synthetic=CHECKED)
+    batch = fitted_batch(runner.inputs, None) if fixes_batch(runner.inputs) else 0
+    given = data if data is not None and (data.path or data.function) else Data(synthetic=batch or CHECKED)
     dataset = open_dataset(
         given.path,
         runner.inputs,
@@ -295,8 +296,8 @@ def unobserved(source: LoadedModel, data: Data | None, recipe: Recipe) -> Statis
         function=given.function,
         synthetic=given.synthetic,
     )
-    size = fitted_batch(runner.inputs, None) if fixes_batch(runner.inputs) else min(CHECKED, len(dataset))
-    spans = boundaries(dataset, np.arange(len(dataset), dtype=np.intp), size, fixes_batch(runner.inputs))
+    size = batch or min(CHECKED, len(dataset))
+    spans = boundaries(dataset, np.arange(len(dataset), dtype=np.intp), size, batch > 0)
     if not spans:
         raise DataError(f"the model takes batches of {size} and there are {len(dataset)} samples", "give more samples")
     inputs = dataset.read(np.arange(*spans[0], dtype=np.intp))

@@ -27,6 +27,8 @@ WEIGHTS: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 PRODUCTS = frozenset({"MatMul", "Gemm"})
 RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
+# What the runtime can run with activations that are quantized on the way.
+DYNAMIC = PRODUCTS | {"Conv", "LSTM"}
 # Weights of fewer values are not worth the operator that dequantizes them.
 SMALLEST_WEIGHT = 512
 DEFAULT_BLOCK = 32
@@ -77,7 +79,7 @@ def why_float(node: ir.Node, recipe: Recipe, forced: bool) -> str | None:
     ):
         return "its first operand is transposed, or alpha is not 1"
     if recipe.mode == "dynamic":
-        if node.op_type not in PRODUCTS | {"Conv"}:
+        if node.op_type not in DYNAMIC:
             return "the runtime has no kernel of dynamic integers for it"
         if node.op_type == "Conv" and not forced:
             return "convolutions run slower with dynamic integers than in float; include it to have it all the same"
@@ -122,9 +124,13 @@ def layer_of(node: ir.Node, recipe: Recipe, tensors: dict[str, TensorPlan]) -> L
         arithmetic, why = Arithmetic.LOOKUP, "its table is stored in a quarter of the bytes"
     elif recipe.mode == "dynamic":
         arithmetic, why = Arithmetic.DYNAMIC, "its operands are multiplied in integers, quantized while the model runs"
+        if node.op_type in RECURRENT:
+            why = (
+                "its weights are integers; what they are multiplied by is quantized at every step while the model runs"
+            )
     else:
         arithmetic, why = Arithmetic.STORED, "its weights are stored as integers"
-    scale = tensors[names[0]].scale if arithmetic is not Arithmetic.STORED else ()
+    scale = tensors[names[0]].scale if arithmetic is not Arithmetic.STORED and len(names) == 1 else ()
     outputs = tuple(str(value.name) for value in node.outputs if value.name)
     return LayerPlan(
         str(node.name), node.op_type, arithmetic, tuple(names), outputs, (), (), "single", None, scale, why

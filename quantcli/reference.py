@@ -124,7 +124,8 @@ def mode_row(name: str) -> str:
     if name in LOOKUPS:
         return f"| {name} of a large table | int8 per column | int8 per column |"
     stored = "int8 per channel, or blocks of 4 or 8 bits" if name in PRODUCTS else "int8 per channel"
-    dynamic = "MatMulInteger" if name in PRODUCTS else "ConvInteger, where it is included" if name == "Conv" else "—"
+    kernels = {"Conv": "ConvInteger, where it is included", "LSTM": "DynamicQuantizeLSTM of ONNX Runtime"}
+    dynamic = "MatMulInteger" if name in PRODUCTS else kernels.get(name, "—")
     return f"| {name} | {stored} | {dynamic} |"
 
 

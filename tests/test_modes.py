@@ -129,6 +129,56 @@ RECURRENT = {"LSTM": 4, "GRU": 3, "RNN": 1}
 HIDDEN = 12
 
 
+@pytest.mark.parametrize("direction", ["forward", "bidirectional"])
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "states and peepholes"])
+def test_an_lstm_is_dynamic_in_the_runtimes_own_operator(tmp_path: Path, direction: str, more: bool) -> None:
+    sides = 2 if direction == "bidirectional" else 1
+    constants = {
+        "w": normal(sides, 4 * HIDDEN, K, seed=1, scale=0.2),
+        "r": normal(sides, 4 * HIDDEN, HIDDEN, seed=2, scale=0.2),
+        "b": normal(sides, 8 * HIDDEN, seed=3, scale=0.2),
+    }
+    inputs = ["x", "w", "r", "b"]
+    if more:
+        constants["h"], constants["c"] = (normal(sides, 5, HIDDEN, seed=seed, scale=0.5) for seed in (4, 5))
+        constants["p"] = normal(sides, 3 * HIDDEN, seed=6, scale=0.1)
+        inputs += ["", "h", "c", "p"]
+    nodes = [
+        node("LSTM", inputs, ["s", "", "last"], hidden_size=HIDDEN, direction=direction),
+        node("ReduceSum", ["s", "axes"], ["t"], keepdims=0),
+        node("Add", ["t", "last"], ["y"]),
+    ]
+    constants["axes"] = np.array([0], np.int64)
+    path, done = written(tmp_path, nodes, constants, Recipe(mode="dynamic"), (7, 5, K))
+    made = next(n for n in onnx.load(done.model).graph.node if n.op_type == "DynamicQuantizeLSTM")
+    assert made.domain == "com.microsoft"
+    assert made.name == done.plan.layers[0].name
+    held = stored(done)
+    for name, integers in (("w", "w_quantized"), ("r", "r_quantized")):
+        entry = done.sidecar.tensors[name]
+        assert entry.axis == 1
+        assert held[integers].dtype == np.int8
+        assert held[f"{name}_scale"].tolist() == [entry.scale] * sides
+        largest = np.abs(constants[name]).max(axis=(0, 2))
+        assert np.array_equal(np.array(entry.scale, np.float32), (largest / np.float32(127)).astype(np.float32))
+    assert not set(held) & {"w", "r"}  # no float copy stays
+    x = {"x": normal(7, 5, K, seed=9)}
+    found, expected = Runner(done.model).run(x)["y"], Runner(path).run(x)["y"]
+    # Inputs of 8 bits and weights of 8 bits leave about 40 dB of a product; seven steps are added up.
+    assert 10 * np.log10((expected**2).sum() / ((found - expected) ** 2).sum()) > 30
+
+
+def test_wrong_scales_of_a_dynamic_lstm_are_found(tmp_path: Path) -> None:
+    constants = {"w": normal(1, 4 * HIDDEN, K, seed=1), "r": normal(1, 4 * HIDDEN, HIDDEN, seed=2)}
+    nodes = [node("LSTM", ["x", "w", "r"], ["y"], hidden_size=HIDDEN)]
+    _, done = written(tmp_path, nodes, constants, Recipe(mode="dynamic"), (7, 5, K))
+    sidecar = json.loads(done.sidecar_path.read_text())
+    sidecar["tensors"]["r"]["scale"][3] *= 1.5
+    done.sidecar_path.write_text(json.dumps(sidecar))
+    assert [str(found) for found in verify(done.sidecar_path).findings] != []
+    assert "scale of 'r', index 3" in str(verify(done.sidecar_path).findings[0])
+
+
 @pytest.mark.parametrize("operator", RECURRENT)
 def test_recurrent_weights_are_stored_as_integers(tmp_path: Path, operator: str) -> None:
     gates = RECURRENT[operator]

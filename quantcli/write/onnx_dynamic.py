@@ -1,6 +1,6 @@
 """Write products whose activations are quantized while the model runs: DynamicQuantizeLinear and MatMulInteger or ConvInteger.
 
-In this form ONNX Runtime fuses them (DynamicQuantizeMatMul, MatMulIntegerToFloat).
+In this form ONNX Runtime fuses them (DynamicQuantizeMatMul, MatMulIntegerToFloat). For an LSTM it has one operator of its own.
 """
 
 from __future__ import annotations
@@ -11,11 +11,16 @@ import numpy as np
 import onnx_ir as ir
 
 from quantcli.fold import add_constant
+from quantcli.integer_operators import MICROSOFT
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from quantcli.plan import TensorPlan
+
+
+# The inputs of an LSTM; those of DynamicQuantizeLSTM go on with scales and zero points of both weights.
+LSTM_INPUTS = 8
 
 
 class DynamicProducts:
@@ -60,6 +65,33 @@ class DynamicProducts:
             new.outputs[0].name = f"{name}_{part}{self.mark}"
         product.name = node.name
         ir.convenience.replace_nodes_and_values(self.graph, node, [node], nodes, [output], [nodes[-1].outputs[0]])
+
+    def recur(self, node: ir.Node, weights: list[tuple[ir.Value, TensorPlan]]) -> None:
+        """Put DynamicQuantizeLSTM (of ONNX Runtime's own operators) in the place of an LSTM.
+
+        Args:
+            node: The operator; its weights W and R are (directions, gates · hidden, inputs).
+            weights: The integers of W and R, with their parameters; the directions share their scales.
+        """
+        inputs = [*node.inputs, *[None] * (LSTM_INPUTS - len(node.inputs))]
+        for position, (stored, tensor) in enumerate(weights, 1):
+            # The kernel wants the inputs before the gates; ONNX Runtime does this once, as it loads the model.
+            turned = ir.node("Transpose", [stored], {"perm": [0, 2, 1]}, name=f"{tensor.name}_transposed{self.mark}")
+            turned.outputs[0].name = f"{tensor.name}_transposed{self.mark}"
+            turned.outputs[0].type = ir.TensorType(ir.DataType.INT8)
+            self.graph.insert_before(node, turned)
+            inputs[position] = turned.outputs[0]
+            directions = np.asarray(stored.const_value).shape[0]
+            scale = np.tile(np.array(tensor.scale, np.float32), (directions, 1))
+            inputs.append(self.constant(f"{tensor.name}_scale", scale))
+            inputs.append(self.constant(f"{tensor.name}_zero_point", np.zeros(scale.shape, np.int8)))
+        attributes = [attribute for name, attribute in node.attributes.items() if name != "layout"]
+        made = ir.Node(
+            MICROSOFT, "DynamicQuantizeLSTM", inputs, attributes, num_outputs=len(node.outputs), name=node.name
+        )
+        for old, new in zip(node.outputs, made.outputs, strict=True):
+            new.name = old.name
+        ir.convenience.replace_nodes_and_values(self.graph, node, [node], [made], node.outputs, made.outputs)
 
     def quantizer(self, value: ir.Value) -> ir.Node:
         """Return the DynamicQuantizeLinear of an activation, made once for all its readers."""

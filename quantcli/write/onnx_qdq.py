@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from quantcli.fold import add_constant
+from quantcli.integer_operators import MICROSOFT
 from quantcli.placement import ACTIVATIONS
 from quantcli.rules import Arithmetic
 from quantcli.write.integers import move_integers, quantizer_of
@@ -35,7 +36,18 @@ LOOKED_UP = "_looked_up"
 # What ends the name of a Clip that keeps reals on a narrow grid.
 ON_GRID = "_on_grid"
 ENDS = ("_lowest", "_highest")
-SUFFIXES = ("_quantized", "_dequantized", "_unrounded", "_scale", "_zero_point", FENCE, LOOKED_UP, ON_GRID, *ENDS)
+SUFFIXES = (
+    "_quantized",
+    "_dequantized",
+    "_unrounded",
+    "_scale",
+    "_zero_point",
+    "_transposed",
+    FENCE,
+    LOOKED_UP,
+    ON_GRID,
+    *ENDS,
+)
 
 
 def write(quantized: QuantizedModel) -> ir.Model:
@@ -43,6 +55,8 @@ def write(quantized: QuantizedModel) -> ir.Model:
     model = quantized.model.clone()
     model.producer_name, model.producer_version = "quantcli", ""
     Writer(quantized, model.graph).write()
+    if any(node.domain == MICROSOFT for node in model.graph):
+        model.opset_imports[MICROSOFT] = 1
     return model
 
 
@@ -98,8 +112,12 @@ class Writer:
             if layer.arithmetic is Arithmetic.LOOKUP:
                 self.look_up(layer)
             elif layer.arithmetic is Arithmetic.DYNAMIC:
-                tensor = self.plan.tensors[layer.inputs[0]]
-                self.dynamic.rewrite(self.nodes[layer.name], self.stored_constant(tensor), tensor)
+                tensors = [self.plan.tensors[name] for name in layer.inputs]
+                weights = [(self.stored_constant(tensor), tensor) for tensor in tensors]
+                if layer.operator == "LSTM":
+                    self.dynamic.recur(self.nodes[layer.name], weights)
+                else:
+                    self.dynamic.rewrite(self.nodes[layer.name], *weights[0])
             else:
                 self.quantize_constants(layer)
         values = {str(value.name): value for value in self.graph.inputs}
