@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from calibration.hooks.onnxruntime import Runner
-from quantcli import Recipe, convert, verify
+from quantcli import Recipe, calibrate, convert, verify
 from quantcli.arithmetic.affine import IntegerType
 from quantcli.fold import fold
 from quantcli.load import load
@@ -157,6 +157,20 @@ def test_small_models_are_judged_at_their_outputs_and_the_bytes_are_the_same_twi
     assert written[0] == written[1]
 
 
+def test_ranges_are_judged_at_their_readers_where_the_rest_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> bytes:
+        return b"no model"
+
+    monkeypatch.setattr(Ahead, "written", refuse)
+    model, data = residual_net(tmp_path / "m.onnx"), data_for(tmp_path / "x.npz", 96)
+    done = convert(model, tmp_path / "q.onnx", data=data, recipe=Recipe(tune=Tune(ranges="outputs")))
+    other = convert(model, tmp_path / "r.onnx", data=data, recipe=Recipe(tune=Tune(ranges=True)))
+    assert done.tuned.tries[1].sqnr == other.tuned.tries[1].sqnr
+    assert done.tuned.tries[1].gains == other.tuned.tries[1].gains
+
+
 def test_best_finds_ranges_once_and_keeps_them_for_other_choices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +192,24 @@ def test_best_finds_ranges_once_and_keeps_them_for_other_choices(
     assert len([one for one in done.tuned.tries if "by outputs" in one.name]) >= 2
     assert searched
     assert len(searched) == len(set(searched))
+
+
+def test_sizes_that_a_model_leaves_free_count_as_the_samples_have_them(tmp_path: Path) -> None:
+    from quantcli.tune.effort import Candidate, work_ahead
+
+    work = []
+    for name, side in (("fixed", 8), ("free", "S")):
+        path = save(
+            tmp_path / f"{name}.onnx",
+            [node("Conv", ["x", "w"], ["a"]), node("Relu", ["a"], ["r"]), node("Conv", ["r", "w"], ["y"])],
+            {"x": ["N", 4, side, 8]},
+            {"y": None},
+            {"w": normal(4, 4, 1, 1)},
+        )
+        model = fold(load(path).graph)
+        statistics = calibrate(path, data_for(tmp_path / "x.npz", 8, x=(4, 8, 8)))
+        work.append(work_ahead(Candidate(model, statistics, ()), Recipe(), {"x": normal(8, 4, 8, 8)}))
+    assert work[0] == work[1] > 0
 
 
 def test_too_large_a_model_is_not_judged_at_its_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

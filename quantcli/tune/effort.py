@@ -277,7 +277,7 @@ class Trying:
         )  # then weights are what an output's noise is from
         if wished is not None or (finer and self.recipe.tune.effort != "best"):
             return 0
-        room = AHEAD[self.recipe.tune.effort] // max(work_ahead(self.start, self.recipe), 1)
+        room = AHEAD[self.recipe.tune.effort] // max(work_ahead(self.start, self.recipe, self.samples.swept[0]), 1)
         rows = np.cumsum([len(next(iter(feeds.values()))) for feeds in self.samples.swept])
         fitting = int(np.searchsorted(rows, room, side="right"))
         return fitting if fitting and (rows[fitting - 1] >= FEWEST_AHEAD or fitting == len(rows)) else 0
@@ -383,16 +383,23 @@ def swept(
     return replace(base, model=changed, tuning=tuning), gains
 
 
-def work_ahead(candidate: Candidate, recipe: Recipe) -> int:
+def work_ahead(candidate: Candidate, recipe: Recipe, feeds: Feeds) -> int:
     """Return about how many multiply-accumulates it takes, per sample, to judge ranges by what they do to the outputs.
 
-    Every range takes a run of what is left of the model behind its tensor, which is half of it on average.
+    Every range takes a run of what is left of the model behind its tensor, which is half of it on average. Sizes that the model
+    leaves free count as 1 in its shapes; so all counts for as many times more as an input is larger than its shape says.
     """
     placement = place(candidate.model, recipe, unresolvable(candidate.statistics.tensors))
     work = [work_of(node) for node in candidate.model.graph]
     if any(one.macs is None or one.made is None for one in work):
         return sys.maxsize
-    return len(placement.observed()) * TRIES * sum((one.macs or 0) + (one.made or 0) for one in work) // 2
+    larger: list[int] = [
+        math.ceil(feeds[str(value.name)][0].size / max(values_of(value) or 1, 1))
+        for value in candidate.model.graph.inputs
+        if value.name in feeds
+    ]
+    once = sum((one.macs or 0) + (one.made or 0) for one in work) * max([1, *larger])
+    return len(placement.observed()) * TRIES * once // 2
 
 
 class Judge:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from calibration.errors import RunError
 from calibration.hooks.onnxruntime import Runner
 from quantcli.fold import constant
 from quantcli.island import captured
@@ -78,7 +79,7 @@ class Ahead:
         expected: What the float model gives out, batch by batch: as many as are to be looked at.
 
     Raises:
-        RunError: If ONNX Runtime refuses the rest of the model.
+        RunError: If ONNX Runtime refuses the rest of the model, or that reads what is no tensor.
     """
 
     def __init__(
@@ -98,6 +99,9 @@ class Ahead:
         given = {str(v.name): made[v] for v in read if v not in inner and str(v.name) not in held}
         self.given = {name: batches for name, batches in given.items() if name != value.name}
         self.given[self.names[0]] = made[value]
+        for name, batches in self.given.items():
+            if not isinstance(batches[0], np.ndarray):
+                raise RunError(f"'{name}' is no tensor")
         self.rank = made[value][0].ndim
         self.outputs = [
             str(v.name) for v in model.graph.outputs if v in inner and expected[0][str(v.name)].dtype.kind == "f"

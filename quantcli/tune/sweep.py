@@ -6,6 +6,7 @@ errors are met where they arise and do not add up (Nagel et al. 2019, section 4.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from calibration.errors import RunError
 from calibration.hooks.onnxruntime import Runner
 from quantcli.arithmetic.affine import IntegerType, fixed_parameters, scales_wide_enough_for_bias, symmetric_scales
 from quantcli.arithmetic.affine import power_of_two as to_power_of_two
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from quantcli.tune.moments import Matrix
 
     Batches = list[NDArray[Any]]
+
+logger = logging.getLogger(__name__)
 
 # A layer of more inputs has second moments that take too long to be worth it.
 MOST_INPUTS = 2304
@@ -220,23 +224,35 @@ class Sweep:
         real, made = self.real[value], self.made[value]
         if made[0].dtype != np.float32 or not all(array.size for array in made):
             return lo, hi
-        weights, axis = self.importance(value)
-        symmetric = self.target.activation.symmetric
-        if self.expected:
-            ahead = Ahead(self.model, self.done, value, self.made, self.expected)
-            count = len(self.expected)
-            known = weights is not None or made[0].ndim != 3  # of three axes, the last or the second one are channels
-            channels = Channels.of(real[:count], made[:count], axis) if known else None
-            every = np.concatenate([array.reshape(-1) for array in real[:count]])
-            best, before, after = range_for_outputs(ahead, every, channels, (lo, hi), symmetric, self.grid_of)
-        else:
+        found = self.by_outputs(value, (lo, hi)) if self.expected else None
+        if found is None:
+            weights, axis = self.importance(value)
             looked = look(real, made, weights, axis, self.steps.seed)
             more = (0.5,) if self.target.activation.power_of_two else ()
-            best, before, after = best_range(looked, lo, hi, symmetric, self.grid_of, more)
+            found = best_range(looked, lo, hi, self.target.activation.symmetric, self.grid_of, more)
+        best, before, after = found
         self.gains.count("ranges", before, after)
         if best != (lo, hi):
             self.chosen[name] = best
         return best
+
+    def by_outputs(self, value: ir.Value, ends: tuple[float, float]) -> tuple[tuple[float, float], float, float] | None:
+        """Return the range that leaves the model's outputs least noise, and the noise of the ends and of it.
+
+        None where the rest of the model does not run by itself.
+        """
+        count = len(self.expected)
+        real, made = self.real[value][:count], self.made[value][:count]
+        weights, axis = self.importance(value)
+        known = weights is not None or made[0].ndim != 3  # of three axes, the last or the second one are channels
+        channels = Channels.of(real, made, axis) if known else None
+        every = np.concatenate([array.reshape(-1) for array in real])
+        try:
+            ahead = Ahead(self.model, self.done, value, self.made, self.expected)
+            return range_for_outputs(ahead, every, channels, ends, self.target.activation.symmetric, self.grid_of)
+        except RunError as error:
+            logger.debug("the range of '%s' is judged at its readers: %s", value.name, error)
+            return None
 
     def grid_of(self, low: float, high: float) -> Grid:
         """Return the grid for an activation's range."""
