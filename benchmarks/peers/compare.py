@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOLS = Path(__file__).resolve().parent / "tools"
 OURS = {"default": Recipe(), "best": Recipe(tune=Tune(effort="best")), "fast": Recipe(tune=Tune(effort="fast"))}
 BATCH = 8  # samples per run where the model leaves the batch free
+CALIBRATION_BATCH = 32  # NNCF averages the extremes of batches: of single samples, they clip much more
 BLOCKS = 3  # blocks of interleaved runs, of whose ratios the median is taken
 SECONDS = 900  # after which a conversion is given up
 SMALLER = 0.95  # an output above this share of the float model's bytes is not counted among the quantized ones
@@ -200,7 +201,7 @@ def compare(
         entry.results.append(ours(form, model, data, next(fresh)))
     for tool in tools:
         for form in tool.forms:
-            result, found = tool.convert(form, model, data, fixed or 1, next(fresh))
+            result, found = tool.convert(form, model, data, fixed or CALIBRATION_BATCH, next(fresh))
             entry.results.append(result)
             versions.update(found)
             print(f"{name}: {tool.name} {form} {result.failure or 'done'}", file=sys.stderr, flush=True)
