@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 # Where a node keeps the reason for which it stands in the graph as a float operator, if we put it there.
 WHY = "quantcli.why"
 ACTIVATIONS = frozenset({"Relu", "Clip"})
+# What other modes do for operators without a rule.
+ELSEWHERE = {
+    "LSTM": "; --mode dynamic multiplies in integers, --mode weights stores them",
+    "GRU": "; --mode weights stores integers",
+    "RNN": "; --mode weights stores integers",
+}
 # A table of fewer values is not worth the operator that dequantizes what is looked up.
 WORTH_STORING = 1 << 16
 # How many times fewer the float values must be than the integers they are combined with, to be quantized for it: of n values each,
@@ -179,11 +185,9 @@ def why_float(node: ir.Node, excluded: dict[ir.Node, str]) -> str | None:
     """Return why an operator cannot become an integer layer, as far as it alone can tell; None if it can."""
     rule = RULES.get(node.op_type) if node.domain in {"", "ai.onnx"} else None
     if rule is None:
-        return (
-            "no rule for this operator"
-            if node.domain in {"", "ai.onnx"}
-            else f"an operator of the domain {node.domain}"
-        )
+        if node.domain not in {"", "ai.onnx"}:
+            return f"an operator of the domain {node.domain}"
+        return f"no rule for this operator{ELSEWHERE.get(node.op_type, '')}"
     if node in excluded:
         return excluded[node]
     if WHY in node.meta:
