@@ -34,7 +34,7 @@ from quantcli import Conversion, convert
 from quantcli.fold import fold
 from quantcli.plan import Plan
 from quantcli.probe import with_outputs
-from quantcli.recipe import Layers, Recipe
+from quantcli.recipe import Layers, Recipe, Tune
 from quantcli.rules import RULES, Arithmetic, Operand
 from tests.graphs import Array, node, normal, save
 from tests.integer import test_layers
@@ -570,7 +570,8 @@ def converted(
         opset=opset,
     )
     np.savez(folder / "d.npz", **feeds)  # type: ignore[arg-type]
-    recipe = recipe or Recipe()
+    # Bounds are those of rounding to nearest within what calibration saw; tuning trades both for the error of the outputs.
+    recipe = recipe or Recipe(tune=Tune(effort="fast"))
     everywhere = msgspec.structs.replace(recipe, layers=msgspec.structs.replace(recipe.layers, everywhere=True))
     return model, convert(model, folder / "q.onnx", data=folder / "d.npz", recipe=everywhere)
 
