@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from calibration.errors import RunError
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe, calibrate, convert, verify
 from quantcli.arithmetic.affine import IntegerType
@@ -86,6 +87,31 @@ def test_noise_is_that_of_the_outputs_with_the_tensor_on_the_grid(unheard: Path)
         signal += float(np.square(expected["y"].astype(np.float64)).sum())
     # Sums of at most four float32 products, each rounded; errors of y are about 1/4, so about 2^-20 of them is what is lost.
     assert found == pytest.approx(squared / signal, rel=1e-5)
+
+
+def test_names_that_are_taken_stay_theirs(tmp_path: Path) -> None:
+    nodes = [
+        node("Relu", ["x"], ["a"]),
+        node("Neg", ["a"], ["a_made"]),
+        node("Abs", ["a_made"], ["a_scale"]),
+        node("Add", ["a", "a_scale"], ["a_step_0"]),
+        node("Mul", ["a_step_0", "half"], ["y"]),
+    ]
+    shapes: tuple[dict[str, list[int | str]], dict[str, None]] = {"x": ["N", 2, 6, 6]}, {"y": None}
+    path = save(tmp_path / "m.onnx", nodes, *shapes, {"half": np.array(0.5, np.float32)})
+    rest = Rest(path, "a", [samples(3)])
+    grid = grid_of(0.0, 3.0)
+    # y = (a + |−a|) / 2 = a, of the values on the grid.
+    expected = np.square(grid.round(rest.values[0]) - rest.values[0], dtype=np.float64).sum()
+    signal = np.square(rest.values[0], dtype=np.float64).sum()
+    found = rest.ahead().noise(grid, np.zeros((1, 1, 1, 1), np.float32))
+    assert found == pytest.approx(expected / signal, rel=1e-5)
+
+
+def test_a_tensor_that_is_not_there_is_an_error_of_running(unheard: Path) -> None:
+    rest = Rest(unheard, "a", [samples(3)])
+    with pytest.raises(RunError, match="there is no 'a'"):
+        Ahead(rest.model, rest.done, rest.value, {}, rest.expected)
 
 
 def test_a_run_ends_where_the_noise_is_known_to_be_larger(unheard: Path) -> None:

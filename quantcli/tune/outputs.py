@@ -18,6 +18,7 @@ from calibration.errors import RunError
 from calibration.hooks.onnxruntime import Runner
 from quantcli.fold import constant
 from quantcli.island import captured
+from quantcli.probe import unused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -96,7 +97,12 @@ class Ahead:
         held = {str(v.name): stored for v in read if v not in inner and (stored := constant(v)) is not None}
         taken = {str(v.name) for v in (*read, *inner)}
         self.names = [unused(f"{value.name}_{part}", taken) for part in ("made", "scale", "low", "high", "mean")]
-        given = {str(v.name): made[v] for v in read if v not in inner and str(v.name) not in held}
+        self.between = [unused(f"{value.name}_step_{number}", taken) for number in range(5)]
+        outer = [v for v in read if v not in inner and str(v.name) not in held]
+        lacking = next((v for v in outer if v not in made), None)
+        if lacking is not None:
+            raise RunError(f"there is no '{lacking.name}'")
+        given = {str(v.name): made[v] for v in outer}
         self.given = {name: batches for name, batches in given.items() if name != value.name}
         self.given[self.names[0]] = made[value]
         for name, batches in self.given.items():
@@ -117,7 +123,7 @@ class Ahead:
         import onnx
 
         plain, scale, low, high, mean = self.names
-        steps = [f"{plain}_{number}" for number in range(5)]
+        steps = self.between
         rounding = [
             onnx.helper.make_node("Div", [plain, scale], [steps[0]]),
             onnx.helper.make_node("Round", [steps[0]], [steps[1]]),
@@ -168,14 +174,6 @@ class Ahead:
             if not part <= above:
                 return math.inf
         return part
-
-
-def unused(name: str, taken: set[str]) -> str:
-    """Return a name that is not taken yet, and take it."""
-    while name in taken:
-        name += "_"
-    taken.add(name)
-    return name
 
 
 @dataclass(frozen=True, eq=False)
