@@ -81,6 +81,8 @@ def why_float(node: ir.Node, recipe: Recipe, forced: bool) -> str | None:
     if recipe.mode == "dynamic":
         if node.op_type not in DYNAMIC:
             return "the runtime has no kernel of dynamic integers for it"
+        if node.op_type == "LSTM" and node.attributes.get_int("layout", 0) != 0:
+            return "its layout has the batch first, which the runtime's kernel of dynamic integers does not"
         if node.op_type == "Conv" and not forced:
             return "convolutions run slower with dynamic integers than in float; include it to have it all the same"
         if node.op_type == "MatMul" and held[0] is not None and held[0].ndim != 2:

@@ -168,6 +168,22 @@ def test_an_lstm_is_dynamic_in_the_runtimes_own_operator(tmp_path: Path, directi
     assert 10 * np.log10((expected**2).sum() / ((found - expected) ** 2).sum()) > 30
 
 
+def test_dynamic_lstms_may_share_their_weights(tmp_path: Path) -> None:
+    constants = {"w": normal(1, 4 * HIDDEN, HIDDEN, seed=1), "r": normal(1, 4 * HIDDEN, HIDDEN, seed=2)}
+    constants["axes"] = np.array([1], np.int64)
+    nodes = [
+        node("LSTM", ["x", "w", "r"], ["a"], hidden_size=HIDDEN),
+        node("Squeeze", ["a", "axes"], ["b"]),
+        node("LSTM", ["b", "w", "r"], ["y"], hidden_size=HIDDEN),
+    ]
+    path, done = written(tmp_path, nodes, constants, Recipe(mode="dynamic"), (7, 5, HIDDEN))
+    made = [n.op_type for n in onnx.load(done.model).graph.node]
+    assert (made.count("DynamicQuantizeLSTM"), made.count("Transpose")) == (2, 2)
+    x = {"x": normal(7, 5, HIDDEN, seed=9)}
+    found, expected = Runner(done.model).run(x)["y"], Runner(path).run(x)["y"]
+    assert 10 * np.log10((expected**2).sum() / ((found - expected) ** 2).sum()) > 25
+
+
 def test_wrong_scales_of_a_dynamic_lstm_are_found(tmp_path: Path) -> None:
     constants = {"w": normal(1, 4 * HIDDEN, K, seed=1), "r": normal(1, 4 * HIDDEN, HIDDEN, seed=2)}
     nodes = [node("LSTM", ["x", "w", "r"], ["y"], hidden_size=HIDDEN)]

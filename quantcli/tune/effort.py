@@ -272,9 +272,8 @@ class Trying:
         wished, target = self.recipe.tune.ranges, resolve_target(self.recipe)
         if wished == "outputs":
             return len(self.samples.swept)
-        finer = (
-            IntegerType(target.activation.grid).bits > target.weight.bits
-        )  # then weights are what an output's noise is from
+        # Where activations are finer than weights, an output's noise is from the weights.
+        finer = IntegerType(target.activation.grid).bits > target.weight.bits
         if wished is not None or (finer and self.recipe.tune.effort != "best"):
             return 0
         room = AHEAD[self.recipe.tune.effort] // max(work_ahead(self.start, self.recipe, self.samples.swept[0]), 1)
@@ -300,9 +299,8 @@ class Trying:
                 return
             base = self.equal
         steps = choice.steps
-        if (
-            steps.ranges and steps.outputs and choice.equalize in self.learned
-        ):  # found once, they hold for other choices, too
+        # Found once, ranges by what they do to the outputs hold for other choices, too.
+        if steps.ranges and steps.outputs and choice.equalize in self.learned:
             base = replace(base, tuning=replace(base.tuning, ranges=self.learned[choice.equalize]))
             steps = replace(steps, ranges=False)
         stage = f"tune {len(self.choices) + 1}"

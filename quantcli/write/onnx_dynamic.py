@@ -34,6 +34,7 @@ class DynamicProducts:
     def __init__(self, graph: ir.Graph, mark: str) -> None:
         self.graph, self.mark = graph, mark
         self.quantizers: dict[ir.Value, ir.Node] = {}
+        self.turned: dict[str, list[ir.Value]] = {}
 
     def rewrite(self, node: ir.Node, stored: ir.Value, tensor: TensorPlan) -> None:
         """Put an integer product in the place of a MatMul, Gemm or Conv.
@@ -75,16 +76,10 @@ class DynamicProducts:
         """
         inputs = [*node.inputs, *[None] * (LSTM_INPUTS - len(node.inputs))]
         for position, (stored, tensor) in enumerate(weights, 1):
-            # The kernel wants the inputs before the gates; ONNX Runtime does this once, as it loads the model.
-            turned = ir.node("Transpose", [stored], {"perm": [0, 2, 1]}, name=f"{tensor.name}_transposed{self.mark}")
-            turned.outputs[0].name = f"{tensor.name}_transposed{self.mark}"
-            turned.outputs[0].type = ir.TensorType(ir.DataType.INT8)
-            self.graph.insert_before(node, turned)
-            inputs[position] = turned.outputs[0]
-            directions = np.asarray(stored.const_value).shape[0]
-            scale = np.tile(np.array(tensor.scale, np.float32), (directions, 1))
-            inputs.append(self.constant(f"{tensor.name}_scale", scale))
-            inputs.append(self.constant(f"{tensor.name}_zero_point", np.zeros(scale.shape, np.int8)))
+            if tensor.name not in self.turned:  # LSTMs may share a weight
+                self.turned[tensor.name] = self.turn(node, stored, tensor)
+            inputs[position], *parameters = self.turned[tensor.name]
+            inputs += parameters
         attributes = [attribute for name, attribute in node.attributes.items() if name != "layout"]
         made = ir.Node(
             MICROSOFT, "DynamicQuantizeLSTM", inputs, attributes, num_outputs=len(node.outputs), name=node.name
@@ -92,6 +87,20 @@ class DynamicProducts:
         for old, new in zip(node.outputs, made.outputs, strict=True):
             new.name = old.name
         ir.convenience.replace_nodes_and_values(self.graph, node, [node], [made], node.outputs, made.outputs)
+
+    def turn(self, reader: ir.Node, stored: ir.Value, tensor: TensorPlan) -> list[ir.Value]:
+        """Return a recurrent weight with the inputs before the gates, as the kernel wants it, its scales and its zero points.
+
+        ONNX Runtime transposes it once, as it loads the model.
+        """
+        turned = ir.node("Transpose", [stored], {"perm": [0, 2, 1]}, name=f"{tensor.name}_transposed{self.mark}")
+        turned.outputs[0].name = f"{tensor.name}_transposed{self.mark}"
+        turned.outputs[0].type = ir.TensorType(ir.DataType.INT8)
+        self.graph.insert_before(reader, turned)
+        scale = np.tile(np.array(tensor.scale, np.float32), (np.asarray(stored.const_value).shape[0], 1))
+        zeros = np.zeros(scale.shape, np.int8)
+        constants = (("scale", scale), ("zero_point", zeros))
+        return [turned.outputs[0], *(self.constant(f"{tensor.name}_{part}", array) for part, array in constants)]
 
     def quantizer(self, value: ir.Value) -> ir.Node:
         """Return the DynamicQuantizeLinear of an activation, made once for all its readers."""
