@@ -56,7 +56,7 @@ ORDER = [
     {"quantcli.observation", "quantcli.requantize"},
     {"quantcli.review", "quantcli.explain"},
     {"quantcli.evaluation"},
-    {"quantcli.tune.effort", "quantcli.tune.search", "quantcli.tune.data"},
+    {"quantcli.tune.candidates", "quantcli.tune.effort", "quantcli.tune.search", "quantcli.tune.data"},
     {"quantcli.decision", "quantcli.delivery", "quantcli.verification"},
     {"quantcli.pipeline"},
     {"quantcli.torch"},

@@ -221,7 +221,8 @@ def test_best_finds_ranges_once_and_keeps_them_for_other_choices(
 
 
 def test_sizes_that_a_model_leaves_free_count_as_the_samples_have_them(tmp_path: Path) -> None:
-    from quantcli.tune.effort import Candidate, work_ahead
+    from quantcli.tune.candidates import Candidate
+    from quantcli.tune.effort import work_ahead
 
     work = []
     for name, side in (("fixed", 8), ("free", "S")):

@@ -12,7 +12,8 @@ from calibration.errors import DataError
 from calibration.hooks.onnxruntime import Runner
 from quantcli.evaluation.evaluate import run_padded
 from quantcli.evaluation.metrics import LABEL_METRICS, TopK
-from quantcli.tune.effort import JUDGES, Samples, wanted_samples
+from quantcli.tune.candidates import Samples
+from quantcli.tune.effort import JUDGES, wanted_samples
 from quantcli.tune.search import Score
 
 if TYPE_CHECKING:

@@ -7,10 +7,11 @@ plan is always one of them, so that tuning never makes a model worse by that mea
 fast     nothing: ranges as calibration gives them, weights rounded to nearest
 default  one sweep over 64 samples: ranges and weight scales by error, rounding by second moments, bias correction;
          compensation where weights have less than 8 bits, one scale per tensor or scales of powers of two; with one scale
-         per tensor also on the equalized model; without ranges by error, where that was no better than nothing. The error of
-         a range is that of the model's outputs where the model is small, and that of the tensor's readers elsewhere
+         per tensor also on the equalized model; on the aligned model where activations have scales of powers of two; without
+         ranges by error, where that was no better than nothing. The error of a range is that of the model's outputs where the
+         model is small, and that of the tensor's readers elsewhere
 best     sweeps over 256 samples: the above, with the outputs' error of larger models, too; and then each of the two errors,
-         compensation, ranges by error, regard to activations and equalization the other way, kept where that is better
+         compensation, ranges by error, regard to activations, equalization and alignment the other way, kept where that is better
 ======== ================================================================================================================
 """
 
@@ -24,6 +25,7 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from calibration.hooks.onnxruntime import Runner, first_line
@@ -36,10 +38,10 @@ from quantcli.probe import model_bytes, runnable, weight_bytes
 from quantcli.quantize import quantize
 from quantcli.recipe import resolve_target
 from quantcli.rules import Arithmetic, Operand
-from quantcli.tune.equalize import Equalized, equalize
+from quantcli.tune.candidates import Candidate, Gained, Samples, aligned, equalized, swept
 from quantcli.tune.outputs import TRIES, logarithms
 from quantcli.tune.smooth import Smoothed, smooth
-from quantcli.tune.sweep import Steps, Sweep
+from quantcli.tune.sweep import Steps
 from quantcli.tuning import UNTUNED, Tuning
 from quantcli.write import WRITERS
 
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
     from quantcli.plan import Plan
     from quantcli.progress import Progress
     from quantcli.recipe import Recipe
+    from quantcli.targets import Target
+    from quantcli.tune.equalize import Equalized
 
     Feeds = dict[str, NDArray[Any]]
 
@@ -83,14 +87,14 @@ class Try:
         sqnr: What is left of the outputs (of probabilities, of their logarithms), in dB, averaged over the outputs, on samples
             that it has not seen.
         seconds: How long it took to make.
-        gains: By step: how many layers or tensors it looked at, and by how many dB it lowered their error on average.
+        gains: What each step gained.
         kept: Whether this is what is written.
     """
 
     name: str
     sqnr: float
     seconds: float
-    gains: dict[str, tuple[int, float]]
+    gains: Gained
     kept: bool = False
 
 
@@ -113,25 +117,6 @@ class Tuned:
     equalized: Equalized | None = None
     tries: tuple[Try, ...] = ()
     why_not: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """Calibration samples in batches: those that sweeps run, and those that judge."""
-
-    swept: tuple[Feeds, ...]
-    judging: tuple[Feeds, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """A model, its statistics and its tuning."""
-
-    model: ir.Model
-    statistics: Statistics
-    smoothed: tuple[Smoothed, ...]
-    tuning: Tuning = UNTUNED
-    equalized: Equalized | None = None
 
 
 def untuned(
@@ -227,16 +212,20 @@ class Choice:
 
     Attributes:
         equalize: Whether it is the equalized model.
+        align: Whether its tensors were scaled to where grids of powers of two end.
         steps: The steps of the sweep.
     """
 
     equalize: bool
+    align: bool
     steps: Steps
 
     def toggled(self, step: str) -> Choice:
         """Return the choice with one step the other way."""
         if step == "equalize":
             return replace(self, equalize=not self.equalize)
+        if step == "align":
+            return replace(self, align=not self.align)
         if step == "outputs":  # of the two ways to choose ranges, the one that costs less
             return replace(self, steps=replace(self.steps, outputs=0))
         return replace(self, steps=replace(self.steps, **{step: not getattr(self.steps, step)}))
@@ -245,6 +234,7 @@ class Choice:
     def name(self) -> str:
         """What was done, in words."""
         parts = ["equalization"] if self.equalize else []
+        parts += ["alignment"] if self.align else []
         parts += ["ranges by outputs" if self.steps.outputs else "ranges"] if self.steps.ranges else []
         parts += [step for step in ("compensation", "scales", "rounding", "bias") if getattr(self.steps, step)]
         parts += ["activations"] if self.steps.activations else []
@@ -265,6 +255,7 @@ class Trying:
     choices: list[Choice] = field(default_factory=list)
     equal: Candidate | None = None
     learned: dict[bool, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    aligned: dict[tuple[bool, Steps], tuple[Candidate, Gained]] = field(default_factory=dict)
 
     @functools.cached_property
     def batches(self) -> int:
@@ -291,29 +282,51 @@ class Trying:
         if choice in self.choices:
             return
         begun = time.perf_counter()
-        base = self.start
+        base, steps = self.start, choice.steps
         if choice.equalize and self.observe is not None:
             bits = dict(self.start.tuning.bits)
             self.equal = self.equal or equalized(self.judge.model, self.recipe, self.samples, self.observe, bits)
             if self.equal is None:
                 return
             base = self.equal
-        steps = choice.steps
-        # Found once, ranges by what they do to the outputs hold for other choices, too.
-        if steps.ranges and steps.outputs and choice.equalize in self.learned:
-            base = replace(base, tuning=replace(base.tuning, ranges=self.learned[choice.equalize]))
-            steps = replace(steps, ranges=False)
-        stage = f"tune {len(self.choices) + 1}"
+        target = resolve_target(self.recipe)
+        earlier: Gained = {}
+        progress = functools.partial(self.progress, f"tune {len(self.choices) + 1}")
         try:
-            candidate, gains = swept(base, self.recipe, steps, self.samples, functools.partial(self.progress, stage))
+            if choice.align:
+                base, earlier = self.align(base, choice, target, progress)
+            elif steps.ranges and steps.outputs and choice.equalize in self.learned:
+                # Found once, ranges by what they do to the outputs hold for other choices, too.
+                base = replace(base, tuning=replace(base.tuning, ranges=self.learned[choice.equalize]))
+                steps = replace(steps, ranges=False)
+            candidate, gains = swept(base, self.recipe, target, steps, self.samples, progress)
             worth = self.judge.sqnr(candidate)
         except Exception as error:  # noqa: BLE001 - the plan as calibrated is there in any case
             logger.warning("tuning (%s) failed and is left out: %s", choice.name, first_line(error))
             return
-        if steps.ranges and steps.outputs:
+        if steps.ranges and steps.outputs and not choice.align:
             self.learned[choice.equalize] = candidate.tuning.ranges
         self.choices.append(choice)
-        self.found.append((Try(choice.name, worth, time.perf_counter() - begun, gains), candidate))
+        self.found.append((Try(choice.name, worth, time.perf_counter() - begun, {**earlier, **gains}), candidate))
+
+    def align(
+        self, base: Candidate, choice: Choice, target: Target, progress: Callable[[int, int], None]
+    ) -> tuple[Candidate, Gained]:
+        """Return a model that is aligned with the ranges of a choice, and what the steps before have gained.
+
+        The ranges are those of a grid of any scale: alignment is what lets powers of two have them.
+        """
+        steps = Steps(choice.steps.ranges, choice.steps.outputs, False, False, False, False, seed=choice.steps.seed)
+        key = (choice.equalize, steps)
+        if key not in self.aligned:
+            activation = msgspec.structs.replace(target.activation, power_of_two=False)
+            free, gains = msgspec.structs.replace(target, activation=activation), Gained()
+            if steps.ranges:
+                found, gains = swept(base, self.recipe, free, steps, self.samples, progress)
+                base = replace(base, tuning=found.tuning)
+            found, gained = aligned(base, self.recipe, free)
+            self.aligned[key] = found, {**gains, **gained}
+        return self.aligned[key]
 
 
 def first_choices(recipe: Recipe, may_equalize: bool, outputs: int) -> list[Choice]:
@@ -332,12 +345,20 @@ def first_choices(recipe: Recipe, may_equalize: bool, outputs: int) -> list[Choi
     )
     evens = [False, True] if not target.weight.per_channel else [False]
     evens = evens if wishes.equalize is None else [wishes.equalize]
-    return [Choice(even, steps) for even in evens if may_equalize or not even]
+    align = alignable(target) and wishes.align is not False
+    return [Choice(even, align, steps) for even in evens if may_equalize or not even]
+
+
+def alignable(target: Target) -> bool:
+    """Tell whether grids are coarser than their ranges need."""
+    return target.activation.power_of_two
 
 
 def open_steps(recipe: Recipe, may_equalize: bool) -> list[str]:
     """Return the steps that are tried both ways, as far as the recipe leaves them open."""
     names = ["compensation", "ranges", "activations", *(["equalize"] if may_equalize else [])]
+    if alignable(resolve_target(recipe)):
+        names.append("align")
     both = ["outputs"] if recipe.tune.ranges is None else []
     return both + [name for name in names if getattr(recipe.tune, name) is None]
 
@@ -347,38 +368,6 @@ def tunable(model: ir.Model, statistics: Statistics, recipe: Recipe) -> bool:
     placement = place(model, recipe, unresolvable(statistics.tensors))
     accumulating = [layer for layer in placement.layers if layer.rule.arithmetic is Arithmetic.ACCUMULATE]
     return any(kind is Operand.WEIGHT for layer in accumulating for _, _, kind in layer.operands())
-
-
-def equalized(
-    model: ir.Model,
-    recipe: Recipe,
-    samples: Samples,
-    observe: Callable[[ir.Model], Statistics],
-    bits: dict[str, int],
-) -> Candidate | None:
-    """Return the equalized model with statistics of its own; None where nothing changed."""
-    changed, done = equalize(model, samples.swept)
-    if not done.layers and not done.absorbed:
-        return None
-    final, seen, evened = smooth(changed, observe(changed), recipe)
-    return Candidate(final, seen, evened, Tuning(bits=bits), done)
-
-
-def swept(
-    base: Candidate, recipe: Recipe, steps: Steps, samples: Samples, progress: Callable[[int, int], None]
-) -> tuple[Candidate, dict[str, tuple[int, float]]]:
-    """Sweep a copy of a model, and return it with the steps' gains."""
-    changed = base.model.clone()
-    placement = place(changed, recipe, unresolvable(base.statistics.tensors))
-    plan = make_plan(base.model, base.statistics, recipe, base.tuning)
-    ranges = {
-        name: (tensor.lo[0], tensor.hi[0]) for name, tensor in plan.tensors.items() if tensor.role == "activation"
-    }
-    sweep = Sweep(changed, placement, resolve_target(recipe), ranges, dict(base.tuning.bits), steps, samples.swept)
-    tuning = sweep.run(progress)
-    gains = {step: (sweep.gains.layers[step], sweep.gains.mean(step)) for step in sweep.gains.layers}
-    tuning = replace(tuning, ranges={**base.tuning.ranges, **tuning.ranges})
-    return replace(base, model=changed, tuning=tuning), gains
 
 
 def work_ahead(candidate: Candidate, recipe: Recipe, feeds: Feeds) -> int:

@@ -27,7 +27,8 @@ from quantcli.probe import model_bytes
 from quantcli.quantize import quantize
 from quantcli.recipe import keeping, resolve_target
 from quantcli.rules import Arithmetic, Operand
-from quantcli.tune.effort import Candidate, Judge, Tuned, tune, untuned
+from quantcli.tune.candidates import Candidate
+from quantcli.tune.effort import Judge, Tuned, tune, untuned
 from quantcli.tune.smooth import smooth
 from quantcli.tuning import Tuning
 from quantcli.write import WRITERS
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from calibration.statistics import Statistics
     from quantcli.progress import Progress
     from quantcli.recipe import Recipe
-    from quantcli.tune.effort import Samples
+    from quantcli.tune.candidates import Samples
 
 logger = logging.getLogger(__name__)
 

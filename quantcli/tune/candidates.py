@@ -1,0 +1,121 @@
+"""Candidates: a model as it is, equalized, aligned, and swept, with the statistics and the tuning that go with it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from calibration.observers import TensorStatistics
+from quantcli.placement import place
+from quantcli.plan import activation_parameters, make_plan, unresolvable
+from quantcli.tune.align import align
+from quantcli.tune.equalize import Equalized, equalize
+from quantcli.tune.smooth import Smoothed, smooth
+from quantcli.tune.sweep import Steps, Sweep
+from quantcli.tuning import UNTUNED, Tuning
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from calibration.statistics import Statistics
+    from quantcli.plan import Plan
+    from quantcli.recipe import Recipe
+    from quantcli.targets import Target
+
+    Feeds = dict[str, NDArray[Any]]
+
+# By step: how many layers or tensors it looked at, and by how many dB it lowered their error on average.
+Gained = dict[str, tuple[int, float]]
+# Noise falls by so much with every bit.
+DB_PER_BIT = 20 * math.log10(2)
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Calibration samples in batches: those that sweeps run, and those that judge."""
+
+    swept: tuple[Feeds, ...]
+    judging: tuple[Feeds, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A model, its statistics and its tuning."""
+
+    model: ir.Model
+    statistics: Statistics
+    smoothed: tuple[Smoothed, ...]
+    tuning: Tuning = UNTUNED
+    equalized: Equalized | None = None
+
+
+def equalized(
+    model: ir.Model,
+    recipe: Recipe,
+    samples: Samples,
+    observe: Callable[[ir.Model], Statistics],
+    bits: dict[str, int],
+) -> Candidate | None:
+    """Return the equalized model with statistics of its own; None where nothing changed."""
+    changed, done = equalize(model, samples.swept)
+    if not done.layers and not done.absorbed:
+        return None
+    final, seen, evened = smooth(changed, observe(changed), recipe)
+    return Candidate(final, seen, evened, Tuning(bits=bits), done)
+
+
+def ranges_of(plan: Plan) -> dict[str, tuple[float, float]]:
+    """Return the real ranges of a plan's activations."""
+    return {name: (tensor.lo[0], tensor.hi[0]) for name, tensor in plan.tensors.items() if tensor.role == "activation"}
+
+
+def aligned(base: Candidate, recipe: Recipe, free: Target) -> tuple[Candidate, Gained]:
+    """Return a candidate whose tensors are scaled so that their ranges end where its grids end, and what that gained.
+
+    Args:
+        base: The candidate; its ranges are what its grids are to hold.
+        recipe: What the user wants.
+        free: The target with activations of any scale.
+    """
+    ranges = ranges_of(make_plan(base.model, base.statistics, recipe, base.tuning))
+    model, done = align(
+        base.model, {name: float(activation_parameters(*ends, free)[0]) for name, ends in ranges.items()}
+    )
+    tensors = dict(base.statistics.tensors)
+    for name, factor in done.factors.items():
+        if name in tensors:
+            tensors[name] = scaled(tensors[name], factor)
+    moved = {name: (lo * (a := done.factors.get(name, 1.0)), hi * a) for name, (lo, hi) in ranges.items()}
+    tuning = replace(base.tuning, ranges=moved)
+    gained = {"alignment": (len(done.factors), DB_PER_BIT * done.gained)}
+    return replace(base, model=model, statistics=replace(base.statistics, tensors=tensors), tuning=tuning), gained
+
+
+def scaled(seen: TensorStatistics, factor: float) -> TensorStatistics:
+    """Return the statistics of a tensor that is multiplied by a factor: its extremes and counts, without a histogram."""
+    lowest, highest = seen.minimum * factor, seen.maximum * factor
+    return TensorStatistics(lowest, highest, seen.elements, seen.nan, seen.infinite, derived=True)
+
+
+def swept(
+    base: Candidate,
+    recipe: Recipe,
+    target: Target,
+    steps: Steps,
+    samples: Samples,
+    progress: Callable[[int, int], None],
+) -> tuple[Candidate, Gained]:
+    """Sweep a copy of a model as for a target, and return it with the steps' gains."""
+    changed = base.model.clone()
+    placement = place(changed, recipe, unresolvable(base.statistics.tensors))
+    plan = make_plan(base.model, base.statistics, recipe, base.tuning)
+    ranges = ranges_of(plan)
+    sweep = Sweep(changed, placement, target, ranges, dict(base.tuning.bits), steps, samples.swept)
+    tuning = sweep.run(progress)
+    gains = {step: (sweep.gains.layers[step], sweep.gains.mean(step)) for step in sweep.gains.layers}
+    tuning = replace(tuning, ranges={**base.tuning.ranges, **tuning.ranges})
+    return replace(base, model=changed, tuning=tuning), gains
