@@ -97,9 +97,9 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``effort`` says how much is tried (`quantcli.tune.effort`), over ``samples`` calibration samples. Each step can be switched on
     or off by itself: ``ranges`` by the error that they leave (``outputs``: at the model's outputs, not at their readers),
-    ``equalize`` the channels of neighbouring layers, ``align`` tensors with grids of powers of two, ``compensation`` of what the
-    layers before have changed, weight ``scales`` and ``rounding`` by output error, ``bias`` correction, and regard to what
-    ``activations`` cut.
+    ``equalize`` the channels of neighbouring layers, ``centre`` what is never negative on symmetric grids, ``align`` tensors with
+    grids of powers of two, ``compensation`` of what the layers before have changed, weight ``scales`` and ``rounding`` by output
+    error, ``bias`` correction, and regard to what ``activations`` cut.
 
     With ``max_drop`` widths are searched that keep ``metric`` within so many points of float's (`quantcli.tune.search`).
     ``optimize`` times candidate plans on this machine and keeps the fastest (`quantcli.tune.latency`). ``smooth`` evens the columns
@@ -113,6 +113,7 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     samples: Annotated[int, msgspec.Meta(ge=1)] | None = None
     ranges: bool | Literal["outputs"] | None = None
     equalize: bool | None = None
+    centre: bool | None = None
     align: bool | None = None
     compensation: bool | None = None
     scales: bool | None = None

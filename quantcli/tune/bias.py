@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-# The operators whose bias is an operand of their own.
 # How much an error counts that an activation cuts, and how near to the bound, in standard deviations, one is that it may not.
 OUTSIDE, ROOM = 0.3, 0.2
+# The operators whose bias is an operand of their own.
 BIASED = frozenset({"Conv", "ConvTranspose", "Gemm"})
 
 

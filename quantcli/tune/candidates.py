@@ -10,13 +10,14 @@ from calibration.observers import TensorStatistics
 from quantcli.placement import place
 from quantcli.plan import activation_parameters, make_plan, unresolvable
 from quantcli.tune.align import align
+from quantcli.tune.centre import centre
 from quantcli.tune.equalize import Equalized, equalize
 from quantcli.tune.smooth import Smoothed, smooth
 from quantcli.tune.sweep import Steps, Sweep
 from quantcli.tuning import UNTUNED, Tuning
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -73,6 +74,16 @@ def ranges_of(plan: Plan) -> dict[str, tuple[float, float]]:
     return {name: (tensor.lo[0], tensor.hi[0]) for name, tensor in plan.tensors.items() if tensor.role == "activation"}
 
 
+def centred(base: Candidate, recipe: Recipe) -> tuple[Candidate, Gained]:
+    """Return a candidate whose one-sided tensors are moved to both sides of zero, and what that gained."""
+    ranges = ranges_of(make_plan(base.model, base.statistics, recipe, base.tuning))
+    model, shifts = centre(base.model, ranges)
+    count = sum(name in ranges for name in shifts)
+    return moved(base, model, ranges, shifts={name: -shift for name, shift in shifts.items()}), {
+        "centring": (count, DB_PER_BIT * count / max(len(ranges), 1))
+    }
+
+
 def aligned(base: Candidate, recipe: Recipe, free: Target) -> tuple[Candidate, Gained]:
     """Return a candidate whose tensors are scaled so that their ranges end where its grids end, and what that gained.
 
@@ -82,23 +93,34 @@ def aligned(base: Candidate, recipe: Recipe, free: Target) -> tuple[Candidate, G
         free: The target with activations of any scale.
     """
     ranges = ranges_of(make_plan(base.model, base.statistics, recipe, base.tuning))
-    model, done = align(
-        base.model, {name: float(activation_parameters(*ends, free)[0]) for name, ends in ranges.items()}
-    )
-    tensors = dict(base.statistics.tensors)
-    for name, factor in done.factors.items():
-        if name in tensors:
-            tensors[name] = scaled(tensors[name], factor)
-    moved = {name: (lo * (a := done.factors.get(name, 1.0)), hi * a) for name, (lo, hi) in ranges.items()}
-    tuning = replace(base.tuning, ranges=moved)
+    scales = {name: float(activation_parameters(*ends, free)[0]) for name, ends in ranges.items()}
+    model, done = align(base.model, scales)
     gained = {"alignment": (len(done.factors), DB_PER_BIT * done.gained)}
-    return replace(base, model=model, statistics=replace(base.statistics, tensors=tensors), tuning=tuning), gained
+    return moved(base, model, ranges, factors=done.factors), gained
 
 
-def scaled(seen: TensorStatistics, factor: float) -> TensorStatistics:
-    """Return the statistics of a tensor that is multiplied by a factor: its extremes and counts, without a histogram."""
-    lowest, highest = seen.minimum * factor, seen.maximum * factor
-    return TensorStatistics(lowest, highest, seen.elements, seen.nan, seen.infinite, derived=True)
+def moved(
+    base: Candidate,
+    model: ir.Model,
+    ranges: Mapping[str, tuple[float, float]],
+    factors: Mapping[str, float] | None = None,
+    shifts: Mapping[str, float] | None = None,
+) -> Candidate:
+    """Return a candidate with another model, whose tensors are x·factor + shift; statistics and ranges follow."""
+    factors, shifts = factors or {}, shifts or {}
+
+    def there(name: str, value: float) -> float:
+        return value * factors.get(name, 1.0) + shifts.get(name, 0.0)
+
+    tensors = dict(base.statistics.tensors)
+    for name in {*factors, *shifts} & {*tensors}:
+        seen = tensors[name]
+        ends = there(name, seen.minimum), there(name, seen.maximum)
+        tensors[name] = TensorStatistics(*ends, seen.elements, seen.nan, seen.infinite, derived=True)
+    tuning = replace(
+        base.tuning, ranges={name: (there(name, lo), there(name, hi)) for name, (lo, hi) in ranges.items()}
+    )
+    return replace(base, model=model, statistics=replace(base.statistics, tensors=tensors), tuning=tuning)
 
 
 def swept(

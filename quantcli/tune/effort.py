@@ -7,11 +7,12 @@ plan is always one of them, so that tuning never makes a model worse by that mea
 fast     nothing: ranges as calibration gives them, weights rounded to nearest
 default  one sweep over 64 samples: ranges and weight scales by error, rounding by second moments, bias correction;
          compensation where weights have less than 8 bits, one scale per tensor or scales of powers of two; with one scale
-         per tensor also on the equalized model; on the aligned model where activations have scales of powers of two; without
-         ranges by error, where that was no better than nothing. The error of a range is that of the model's outputs where the
-         model is small, and that of the tensor's readers elsewhere
+         per tensor also on the equalized model; with scales of powers of two on the centred and aligned one; without ranges by
+         error, where that was no better than nothing. The error of a range is that of the model's outputs where the model is
+         small, and that of the tensor's readers elsewhere
 best     sweeps over 256 samples: the above, with the outputs' error of larger models, too; and then each of the two errors,
-         compensation, ranges by error, regard to activations, equalization and alignment the other way, kept where that is better
+         compensation, ranges by error, regard to activations, equalization, centring and alignment the other way, kept where
+         that is better
 ======== ================================================================================================================
 """
 
@@ -38,7 +39,7 @@ from quantcli.probe import model_bytes, runnable, weight_bytes
 from quantcli.quantize import quantize
 from quantcli.recipe import resolve_target
 from quantcli.rules import Arithmetic, Operand
-from quantcli.tune.candidates import Candidate, Gained, Samples, aligned, equalized, swept
+from quantcli.tune.candidates import Candidate, Gained, Samples, aligned, centred, equalized, swept
 from quantcli.tune.outputs import TRIES, logarithms
 from quantcli.tune.smooth import Smoothed, smooth
 from quantcli.tune.sweep import Steps
@@ -212,11 +213,13 @@ class Choice:
 
     Attributes:
         equalize: Whether it is the equalized model.
+        centre: Whether its one-sided tensors were moved to both sides of zero.
         align: Whether its tensors were scaled to where grids of powers of two end.
         steps: The steps of the sweep.
     """
 
     equalize: bool
+    centre: bool
     align: bool
     steps: Steps
 
@@ -224,6 +227,8 @@ class Choice:
         """Return the choice with one step the other way."""
         if step == "equalize":
             return replace(self, equalize=not self.equalize)
+        if step == "centre":
+            return replace(self, centre=not self.centre)
         if step == "align":
             return replace(self, align=not self.align)
         if step == "outputs":  # of the two ways to choose ranges, the one that costs less
@@ -234,6 +239,7 @@ class Choice:
     def name(self) -> str:
         """What was done, in words."""
         parts = ["equalization"] if self.equalize else []
+        parts += ["centring"] if self.centre else []
         parts += ["alignment"] if self.align else []
         parts += ["ranges by outputs" if self.steps.outputs else "ranges"] if self.steps.ranges else []
         parts += [step for step in ("compensation", "scales", "rounding", "bias") if getattr(self.steps, step)]
@@ -255,7 +261,7 @@ class Trying:
     choices: list[Choice] = field(default_factory=list)
     equal: Candidate | None = None
     learned: dict[bool, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
-    aligned: dict[tuple[bool, Steps], tuple[Candidate, Gained]] = field(default_factory=dict)
+    prepared: dict[Choice, tuple[Candidate, Gained]] = field(default_factory=dict)
 
     @functools.cached_property
     def batches(self) -> int:
@@ -293,8 +299,8 @@ class Trying:
         earlier: Gained = {}
         progress = functools.partial(self.progress, f"tune {len(self.choices) + 1}")
         try:
-            if choice.align:
-                base, earlier = self.align(base, choice, target, progress)
+            if choice.centre or choice.align:
+                base, earlier = self.prepare(base, choice, target, progress)
             elif steps.ranges and steps.outputs and choice.equalize in self.learned:
                 # Found once, ranges by what they do to the outputs hold for other choices, too.
                 base = replace(base, tuning=replace(base.tuning, ranges=self.learned[choice.equalize]))
@@ -304,29 +310,44 @@ class Trying:
         except Exception as error:  # noqa: BLE001 - the plan as calibrated is there in any case
             logger.warning("tuning (%s) failed and is left out: %s", choice.name, first_line(error))
             return
-        if steps.ranges and steps.outputs and not choice.align:
+        if steps.ranges and steps.outputs and not (choice.centre or choice.align):
             self.learned[choice.equalize] = candidate.tuning.ranges
         self.choices.append(choice)
         self.found.append((Try(choice.name, worth, time.perf_counter() - begun, {**earlier, **gains}), candidate))
 
-    def align(
+    def prepare(
         self, base: Candidate, choice: Choice, target: Target, progress: Callable[[int, int], None]
     ) -> tuple[Candidate, Gained]:
-        """Return a model that is aligned with the ranges of a choice, and what the steps before have gained.
+        """Return a model that is centred and aligned with the ranges of a choice, and what that and the ranges have gained.
 
-        The ranges are those of a grid of any scale: alignment is what lets powers of two have them.
+        The ranges are those of grids of any scale and zero point, which is what the two let others have.
         """
         steps = Steps(choice.steps.ranges, choice.steps.outputs, False, False, False, False, seed=choice.steps.seed)
-        key = (choice.equalize, steps)
-        if key not in self.aligned:
-            activation = msgspec.structs.replace(target.activation, power_of_two=False)
-            free, gains = msgspec.structs.replace(target, activation=activation), Gained()
+        key = replace(choice, steps=steps)
+        if key not in self.prepared:
+            free = freed(target, power_of_two=False, **({"symmetric": False} if choice.centre else {}))
+            gains: Gained = {}
             if steps.ranges:
                 found, gains = swept(base, self.recipe, free, steps, self.samples, progress)
                 base = replace(base, tuning=found.tuning)
-            found, gained = aligned(base, self.recipe, free)
-            self.aligned[key] = found, {**gains, **gained}
-        return self.aligned[key]
+            if choice.centre:
+                base, gained = centred(base, self.recipe)
+                gains |= gained
+            if choice.align:
+                base, gained = aligned(base, self.recipe, freed(target, power_of_two=False))
+                gains |= gained
+            self.prepared[key] = base, gains
+        return self.prepared[key]
+
+
+def centrable(target: Target) -> bool:
+    """Tell whether activations have no zero point, and too few integers to leave half of them unused."""
+    return target.activation.symmetric and IntegerType(target.activation.grid).bits <= 8
+
+
+def freed(target: Target, **changes: bool) -> Target:
+    """Return a target whose activations can do more."""
+    return msgspec.structs.replace(target, activation=msgspec.structs.replace(target.activation, **changes))
 
 
 def first_choices(recipe: Recipe, may_equalize: bool, outputs: int) -> list[Choice]:
@@ -345,20 +366,17 @@ def first_choices(recipe: Recipe, may_equalize: bool, outputs: int) -> list[Choi
     )
     evens = [False, True] if not target.weight.per_channel else [False]
     evens = evens if wishes.equalize is None else [wishes.equalize]
-    align = alignable(target) and wishes.align is not False
-    return [Choice(even, align, steps) for even in evens if may_equalize or not even]
-
-
-def alignable(target: Target) -> bool:
-    """Tell whether grids are coarser than their ranges need."""
-    return target.activation.power_of_two
+    shifting = target.activation.power_of_two
+    centre = centrable(target) and (shifting if wishes.centre is None else wishes.centre)
+    align = shifting and wishes.align is not False
+    return [Choice(even, centre, align, steps) for even in evens if may_equalize or not even]
 
 
 def open_steps(recipe: Recipe, may_equalize: bool) -> list[str]:
     """Return the steps that are tried both ways, as far as the recipe leaves them open."""
     names = ["compensation", "ranges", "activations", *(["equalize"] if may_equalize else [])]
-    if alignable(resolve_target(recipe)):
-        names.append("align")
+    target = resolve_target(recipe)
+    names += [name for name, may in (("centre", centrable(target)), ("align", target.activation.power_of_two)) if may]
     both = ["outputs"] if recipe.tune.ranges is None else []
     return both + [name for name in names if getattr(recipe.tune, name) is None]
 

@@ -367,9 +367,7 @@ def upper_bound(node: ir.Node) -> float | None:
 
 
 def is_padded(node: ir.Node) -> bool:
-    """Tell whether a convolution meets zeros that are not its input's."""
-    if node.op_type != "Conv":
-        return False
+    """Tell whether a convolution or a pool meets zeros that are not its input's."""
     return node.attributes.get_string("auto_pad", "NOTSET") not in {"NOTSET", "VALID"} or any(
         node.attributes.get_ints("pads", [])
     )
