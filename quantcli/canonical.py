@@ -50,8 +50,9 @@ def subtraction(node: ir.Node, graph: ir.Graph) -> None:
 
 
 def extreme(node: ir.Node, graph: ir.Graph) -> None:
-    """Max or Min of a tensor and one constant is a Clip."""
+    """Max or Min of a tensor and one constant is a Clip; of more than two operands, a chain."""
     if len(node.inputs) != 2:
+        chained(node, graph, node.op_type)
         return
     for x, other in (tuple(node.inputs), tuple(node.inputs)[::-1]):
         rank, held = rank_of(x), constant(other)
@@ -87,11 +88,16 @@ def mean(node: ir.Node, graph: ir.Graph) -> None:
 
 def total(node: ir.Node, graph: ir.Graph) -> None:
     """Sum is a chain of additions."""
+    chained(node, graph, "Add")
+
+
+def chained(node: ir.Node, graph: ir.Graph, operator: str) -> None:
+    """Write an operator of any number of operands as one of two, operand after operand."""
     if len(node.inputs) < 2:
         return
-    nodes = [ir.node("Add", node.inputs[:2])]
+    nodes = [ir.node(operator, node.inputs[:2])]
     for value in node.inputs[2:]:
-        nodes.append(ir.node("Add", [nodes[-1].outputs[0], value]))
+        nodes.append(ir.node(operator, [nodes[-1].outputs[0], value]))
     put(graph, node, *nodes)
 
 

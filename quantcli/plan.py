@@ -19,7 +19,7 @@ from quantcli.arithmetic.affine import (
     symmetric_parameters,
     symmetric_scales,
 )
-from quantcli.arithmetic.fixed_point import fixed_point, headroom_multipliers
+from quantcli.arithmetic.fixed_point import headroom_multipliers, signed_fixed_point
 from quantcli.errors import PlanError
 from quantcli.fold import constant, unmapped
 from quantcli.placement import FloatLayer, PlacedLayer, Placement, place
@@ -359,9 +359,12 @@ def plan_layer(layer: PlacedLayer, tensors: dict[str, TensorPlan], target: Targe
         reals = [(inputs[0], np.array([first])), (inputs[1], np.array([second])), (None, np.array([last]))]
     elif layer.rule.arithmetic in {Arithmetic.SUM, Arithmetic.RESCALE}:
         reals = [(name, scales[name] / output.scale[0]) for name in inputs]
+    if layer.node.op_type == "PRelu":  # below the zero point, a channel's slope besides
+        slopes = np.asarray(constant(layer.node.inputs[1]), dtype=np.float64).reshape(-1)
+        reals.append((None, slopes * scales[inputs[0]] / output.scale[0]))
     multipliers = []
     for operand, real in reals:
-        multiplier, shift = fixed_point(real, target.multiplier.bits)
+        multiplier, shift = signed_fixed_point(real, target.multiplier.bits)
         multipliers.append(Multiplier(operand, tuple(real.tolist()), tuple(multiplier.tolist()), tuple(shift.tolist())))
     return LayerPlan(
         str(layer.node.name),

@@ -80,7 +80,7 @@ def multiplier_reasons(layer: LayerEntry, target: Target) -> Iterator[str]:
     if layer.multipliers and layer.rounding != target.multiplier.rounding_of(layer.operator):
         yield f"it rounds '{layer.rounding}', the target '{target.multiplier.rounding_of(layer.operator)}'"
     for entry in layer.multipliers:
-        if max(entry.multiplier) >= 1 << (target.multiplier.bits - 1):
+        if max(abs(one) for one in entry.multiplier) >= 1 << (target.multiplier.bits - 1):
             yield f"a multiplier needs more than {target.multiplier.bits} bits"
         if target.multiplier.shifts is not None:
             low, high = target.multiplier.shifts

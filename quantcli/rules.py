@@ -39,7 +39,7 @@ class Arithmetic(Enum):
     PRODUCT = "product"  # y = M·(a−z_a)(b−z_b) + z_y, M = S_a·S_b/S_y
     SUM = "sum"  # y = M_a·(a−z_a) ± M_b·(b−z_b) + z_y, M_i = S_i/S_y
     MEAN = "mean"  # y = (Σ x) / count, at the input's parameters
-    RESCALE = "rescale"  # y = M_i·(x−z_i) + z_y, M_i = S_i/S_y (a mean divides by its count first)
+    RESCALE = "rescale"  # y = M_i·(x−z_i) + z_y, M_i = S_i/S_y (a mean divides by its count first; PRelu has slopes below z_i)
     TABLE = "table"  # y = table[x]
     SOFTMAX = "softmax"  # y = softmax over an axis, output fixed
     MOVE = "move"  # y = x, elsewhere
@@ -189,6 +189,25 @@ def needs_comparable_values(node: ir.Node) -> str | None:
     return None
 
 
+def needs_two_operands(node: ir.Node) -> str | None:
+    """Refuse Max and Min of a single operand, which is that operand."""
+    return None if len(node.inputs) == 2 else "it has one operand"
+
+
+def needs_channel_slopes(node: ir.Node) -> str | None:
+    """Refuse PRelu whose slopes are computed while the model runs, or are not one value per channel."""
+    slopes, x = constant(node.inputs[1]), node.inputs[0]
+    if slopes is None:
+        return "its slopes are not constant"
+    rank = None if x is None or x.shape is None else len(x.shape)
+    if rank is None or rank < 2 or slopes.ndim > rank:
+        return "the rank of its operand is not known"
+    sizes = (1,) * (rank - slopes.ndim) + slopes.shape
+    return (
+        None if all(size == 1 for axis, size in enumerate(sizes) if axis != 1) else "its slopes are not one per channel"
+    )
+
+
 OWN, WEIGHT, BIAS, SAME, PLAIN = Operand.OWN, Operand.WEIGHT, Operand.BIAS, Operand.SAME, Operand.PLAIN
 
 TABLE_RULE = Rule(Arithmetic.TABLE, (OWN,))
@@ -236,6 +255,10 @@ RULES: dict[str, Rule] = {
     "AveragePool": Rule(Arithmetic.RESCALE, (OWN,), refuses=(needs_agreed_counts, needs_no_dilation)),
     "GlobalAveragePool": MEAN_RULE,
     "ReduceMean": MEAN_RULE,
+    "ReduceSum": MEAN_RULE,
+    "Max": Rule(Arithmetic.RESCALE, (OWN, OWN), refuses=(needs_two_operands,)),
+    "Min": Rule(Arithmetic.RESCALE, (OWN, OWN), refuses=(needs_two_operands,)),
+    "PRelu": Rule(Arithmetic.RESCALE, (OWN,), refuses=(needs_channel_slopes,)),
     "Where": Rule(Arithmetic.RESCALE, (PLAIN, OWN, OWN), refuses=(needs_comparable_values,)),
     "Concat": Rule(Arithmetic.RESCALE, (OWN,), variadic=True),
     "MaxPool": Rule(Arithmetic.MOVE, (OWN,), SAME, refuses=(needs_single_output,)),

@@ -31,7 +31,7 @@ SAME: dict[str, tuple[onnx.NodeProto, dict[str, Array], list[str]]] = {
     "Min, constant first": (node("Min", ["k", "x"], ["o"]), {"k": normal(1, 1)}, ["Clip"]),
     "Max, one per channel": (node("Max", ["x", "k"], ["o"]), {"k": normal(4, 1, 1)}, ["Max"]),
     "Max, a constant of higher rank": (node("Max", ["x", "k"], ["o"]), {"k": normal(1, 1, 1, 1, 1)}, ["Max"]),
-    "Max of three": (node("Max", ["x", "k", "k"], ["o"]), {"k": real(0.1)}, ["Max"]),
+    "Max of three": (node("Max", ["x", "k", "k"], ["o"]), {"k": real(0.1)}, ["Max", "Max"]),
     "PRelu": (node("PRelu", ["x", "k"], ["o"]), {"k": normal(1)}, ["LeakyRelu"]),
     "PRelu, one per channel": (node("PRelu", ["x", "k"], ["o"]), {"k": normal(4, 1, 1)}, ["PRelu"]),
 }

@@ -377,6 +377,36 @@ CASES: dict[str, Case] = {
     ),
     "ReduceMean, all axes": behind("ReduceMean"),
     "ReduceMean, no axes, nothing to do": behind("ReduceMean", opsets=(18, 20), noop_with_empty_axes=1),
+    "ReduceSum, axes as operand": behind("ReduceSum", ["c", "a"], constants={"a": ints(1, -1)}, keepdims=1),
+    "ReduceSum, one axis, keepdims 0": behind("ReduceSum", ["c", "a"], constants={"a": ints(1)}, keepdims=0),
+    "ReduceSum, of the input": case(node("ReduceSum", ["x", "a"], ["o"]), a=ints(2)),
+    **{f"{op}, two inputs": two(op, (4, 8, 8), (4, 8, 8)) for op in ("Max", "Min")},
+    **{f"{op}, spread": two(op, (4, 8, 8), (4, 1, 1)) for op in ("Max", "Min")},
+    **{
+        f"{op}, a constant for each channel": behind(op, ["k", "c"], constants={"k": weight(4, 1, 1)})
+        for op in ("Max", "Min")
+    },
+    **{
+        f"{op}, of three": case(
+            CONV, node(op, ["c", "x", "k"], ["o"]), layers=f"Conv {op} {op}", **W0, k=weight(4, 1, 1)
+        )
+        for op in ("Max", "Min")
+    },
+    "PRelu": behind("PRelu", ["c", "k"], constants={"k": np.abs(weight(4, 1, 1))}),
+    "PRelu, with the batch's axis": behind("PRelu", ["c", "k"], constants={"k": np.abs(weight(1, 4, 1, 1))}),
+    "PRelu, falling, flat and steep": behind(
+        "PRelu", ["c", "k"], constants={"k": np.array([-0.5, 0, 0.1, 1.5], np.float32).reshape(4, 1, 1)}
+    ),
+    "PRelu, of the input": case(node("PRelu", ["x", "k"], ["o"]), k=np.abs(weight(4, 1, 1))),
+    "PRelu, between Convs": case(
+        CONV,
+        node("PRelu", ["c", "k"], ["t"]),
+        node("Conv", ["t", "w9"], ["o"]),
+        **W0,
+        k=np.abs(weight(4, 1, 1)),
+        w9=weight(5, 4, 1, 1),
+    ),
+    "PRelu, of rows": case(node("PRelu", ["x", "k"], ["o"]), inputs=((5,),), k=np.abs(weight(5))),
     **both("Softmax", "Softmax", axis=1),
     "Softmax, last axis": behind("Softmax"),
     **both("Sigmoid", "Sigmoid"),
@@ -501,7 +531,11 @@ class Deviation:
             bound = np.asarray(off[0])
             worst = np.full_like(bound, bound.max()) if n.op_type == "Softmax" else bound
             return [worst * np.float32(SLOPES[n.op_type](attributes))]
-        # What is left moves values, or takes means or maxima: with no weight below zero an operator bounds itself.
+        if n.op_type in {"Max", "Min"}:
+            return [np.maximum(off[0], off[1])]  # type: ignore[arg-type]
+        if n.op_type == "PRelu":
+            return [np.asarray(off[0] * np.maximum(1, np.abs(exact[1])))]  # type: ignore[arg-type,operator]
+        # What is left moves values, or takes means, sums or maxima: with no weight below zero an operator bounds itself.
         data = len(n.input) if RULES[n.op_type].variadic else 1
         return self.run(n, off[:data] + plain[data:])
 
@@ -726,6 +760,17 @@ REFUSED: dict[str, tuple[Case, str, str]] = {
         "Gemm",
         "its bias is not constant",
     ),
+    "PRelu, computed slopes": (
+        refused(node("ReduceMax", ["x"], ["m"], axes=[0, 2, 3]), node("PRelu", ["c", "m"], ["o"])),
+        "PRelu",
+        "its slopes are not constant",
+    ),
+    "PRelu, slopes along the width": (
+        refused(node("PRelu", ["c", "k"], ["o"]), k=weight(8)),
+        "PRelu",
+        "its slopes are not one per channel",
+    ),
+    "Max, of one": (refused(node("Max", ["c"], ["o"])), "Max", "it has one operand"),
     "Conv, a computed weight": (
         refused(
             node("ReduceMax", ["x"], ["m"], keepdims=0),

@@ -45,6 +45,21 @@ def fixed_point(real: NDArray[np.float64], bits: int = 32) -> tuple[NDArray[np.i
     return multiplier, shift
 
 
+def signed_fixed_point(real: NDArray[np.float64], bits: int = 32) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return (M0, n) of multipliers of either sign: M0 has the sign, and is 0 (n = bits − 1) where the multiplier is.
+
+    Args:
+        real: Finite multipliers of any shape.
+        bits: The width of M0 as a signed integer: 8, 16 or 32.
+
+    Raises:
+        ValueError: If a multiplier is not finite, or the width is not one of the three.
+    """
+    real = np.asarray(real, dtype=np.float64)
+    multiplier, shift = fixed_point(np.where(real == 0, 1.0, np.abs(real)), bits)
+    return np.where(real == 0, 0, np.sign(real).astype(np.int64) * multiplier), np.where(real == 0, bits - 1, shift)
+
+
 def real_value(multiplier: NDArray[np.int64], shift: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return M0 · 2^-n; exact, since M0 has at most 31 bits."""
     return np.ldexp(np.asarray(multiplier, dtype=np.float64), -np.asarray(shift, dtype=np.int64).astype(np.intc))

@@ -64,7 +64,7 @@ def split_along(value: Value, axes: tuple[int, ...]) -> tuple[dict[str, Any], ND
 
 
 def mean_multiplier(low: Lowering, entry: LayerEntry, count: int) -> dict[str, Any]:
-    """Return a mean's multiplier: it divides by the count in the same rounding, and the shift is part of what it divides by.
+    """Return a mean's or a sum's multiplier: it divides in the same rounding, and the shift is part of what it divides by.
 
     Raises:
         EmbeddedError: If numerator or denominator may leave 61 bits.

@@ -278,12 +278,12 @@ class Lowering:
         bits = self.sidecar.target.multiplier.bits
         point = bits - 1 if rounding == "double" else 0
         left = max(point - min(shift), 0)
-        if largest * max(multiplier) << left >= WIDEST_PRODUCT:
+        if largest * max(abs(m) for m in multiplier) << left >= WIDEST_PRODUCT:
             raise EmbeddedError(
                 f"a product of the accumulator and the multiplier of '{name}' may leave 63 bits",
                 "choose --multiplier-bits 16",
             )
-        results = max(largest * m * 2.0**-n for m, n in zip(multiplier, shift, strict=True))
+        results = max(largest * abs(m) * 2.0**-n for m, n in zip(multiplier, shift, strict=True))
         self.wide_results = self.wide_results or results >= NARROW_RESULT
         self.roundings.add(rounding)
         self.left = self.left or (rounding != "double" and min(shift) <= 0)

@@ -110,6 +110,48 @@ def product(low: Lowering, layer: Layer, entry: LayerEntry) -> None:
     )
 
 
+def larger(low: Lowering, layer: Layer, entry: LayerEntry) -> None:
+    """Lower the larger or the smaller of two operands (equation 14)."""
+    values, order, fields, over = paired(low, entry)
+    parts = [
+        scalar(low, entry, one, low.furthest(name)) for one, name in zip(entry.multipliers, entry.inputs, strict=True)
+    ]
+    fields |= {"a_zero": layer.zero_point(entry.inputs[0]), "b_zero": layer.zero_point(entry.inputs[1])}
+    fields |= output_fields(low, entry) | {"sign": 1 if entry.operator == "Max" else -1}
+    fields |= {key: [part[key] for part in parts] for key in ("multiplier", "shift")}
+    reads = tuple((value.buffer, 0) for value in values)
+    made = low.made(entry.outputs[0], order)
+    low.emit(Step("larger", entry.name, entry.operator, reads, (made.buffer, 0), ("larger_t", fields), in_place=over))
+
+
+def sloping(low: Lowering, layer: Layer, entry: LayerEntry) -> None:
+    """Lower PRelu (equation 14): the loops go over its operand and, beside it, over the channels."""
+    value = low.operand(entry.inputs[0])
+    above, below = entry.multipliers
+    count = len(below.multiplier)
+    channels = (
+        np.arange(value.shape[1]).reshape(-1, *[1] * (len(value.shape) - 2)) if count > 1 else np.zeros(1, np.int64)
+    )
+    channel = np.broadcast_to(channels, value.shape).reshape(-1)
+    found = loops(np.arange(value.order.size), channel[value.order])
+    if found is None or channel[value.order[0]]:
+        value = low.laid(value, whole(value.shape).reshape(-1))
+        found = loops(np.arange(value.order.size), channel)
+    if found is None:
+        raise EmbeddedError(
+            f"'{entry.name}' reads its operand in no order that C source has", "leave it out of the model"
+        )
+    furthest = low.furthest(entry.inputs[0])
+    fields = {"loops": loop_fields(found), "in_zero": layer.zero_point(entry.inputs[0])} | output_fields(low, entry)
+    fields |= scalar(low, entry, above, furthest)
+    shifts = low.rescaling(below.multiplier, below.shift, entry.rounding, furthest, entry.name)
+    slopes = low.array(f"{entry.name}_multiplier", np.array(below.multiplier, dtype=np.int32))
+    arguments = (slopes, low.array(f"{entry.name}_shift", np.array(shifts, dtype=np.int8)))
+    made = low.made(entry.outputs[0], value.order)
+    read, write = ((value.buffer, 0),), (made.buffer, 0)
+    low.emit(Step("prelu", entry.name, entry.operator, read, write, ("prelu_t", fields), arguments, in_place=(0,)))
+
+
 def look_up(low: Lowering, layer: Layer, entry: LayerEntry) -> None:
     """Lower an element-wise function (equation 15)."""
     value = low.operand(entry.inputs[0])
@@ -153,6 +195,10 @@ def rescale(low: Lowering, layer: Layer, entry: LayerEntry) -> None:
         joined(low, layer, entry)
     elif entry.operator == "AveragePool":
         pooled(low, layer, entry, "average_pool")
+    elif entry.operator in {"Max", "Min"}:
+        larger(low, layer, entry)
+    elif entry.operator == "PRelu":
+        sloping(low, layer, entry)
     elif entry.operator == "Where":
         raise EmbeddedError(f"C source has no kernel for Where '{entry.name}'", "write it as a product and a sum")
     else:
@@ -160,7 +206,7 @@ def rescale(low: Lowering, layer: Layer, entry: LayerEntry) -> None:
 
 
 def averaged(low: Lowering, layer: Layer, entry: LayerEntry) -> None:
-    """Lower a global mean, or one along axes."""
+    """Lower a global mean, or a mean or a sum along axes."""
     operand = low.operand(entry.inputs[0])
     axes = mean_axes(layer, len(operand.shape))
     value, fields, order = grouped(low, operand, axes)
@@ -168,7 +214,8 @@ def averaged(low: Lowering, layer: Layer, entry: LayerEntry) -> None:
     fields |= mean_multiplier(low, entry, fields["length"])
     made = low.made(entry.outputs[0], order)
     read, write = ((value.buffer, 0),), (made.buffer, 0)
-    low.emit(Step("mean", entry.name, entry.operator, read, write, ("reduction_t", fields)))
+    divisor = 1 if entry.operator == "ReduceSum" else fields["length"]
+    low.emit(Step("mean", entry.name, entry.operator, read, write, ("reduction_t", fields), (divisor,)))
 
 
 def joined(low: Lowering, layer: Layer, entry: LayerEntry) -> None:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from quantcli.sidecar import LayerEntry, Sidecar, TensorEntry
 
+# What multipliers belong to that belong to no operand.
+REST = {"PRelu": "slopes"}
+
 
 def header(sidecar: Sidecar, biases: Mapping[str, NDArray[np.int64]], name: str) -> str:
     """Return a header with every layer's zero points, clamp, multipliers, shifts, bias and table, and every tensor's scale.
@@ -92,7 +95,11 @@ def of_layer(layer: LayerEntry, sidecar: Sidecar, stems: Mapping[str, str], stem
     if layer.clamp is not None:
         lines.append(f"enum {{ {upper}_CLAMP_LOW = {layer.clamp[0]}, {upper}_CLAMP_HIGH = {layer.clamp[1]} }};")
     for multiplier in layer.multipliers:
-        of = "" if len(layer.multipliers) == 1 else f"_of_{stems[multiplier.operand] if multiplier.operand else 'sum'}"
+        of = (
+            ""
+            if len(layer.multipliers) == 1
+            else f"_of_{stems[multiplier.operand] if multiplier.operand else REST.get(layer.operator, 'sum')}"
+        )
         lines.append(array("int32_t", f"{stem_of}_multiplier{of}", np.array(multiplier.multiplier)))
         lines.append(array("int8_t", f"{stem_of}_shift{of}", np.array(multiplier.shift)))
     if layer.table is not None:

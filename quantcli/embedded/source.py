@@ -29,6 +29,8 @@ NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "sum_headroom": (("loops",), ("rescale", "clamp")),
     "product": (("loops",), ("rescale", "clamp")),
     "requantize": (("loops",), ("rescale", "clamp")),
+    "larger": (("loops",), ("rescale", "clamp")),
+    "prelu": (("loops",), ("rescale", "clamp")),
     "copy": (("loops",), ()),
     "gather": ((), ()),
     "fill": ((), ()),

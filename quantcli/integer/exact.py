@@ -62,6 +62,9 @@ def exact(layer: Layer, operands: list[NDArray[np.int64]]) -> Exact | None:
         if operator in JOINS:
             return of_terms(layer, JOINS[operator](layer, terms))
         return of_terms(layer, terms[0], -terms[1] if operator == "Sub" else terms[1])
+    if operator == "PRelu":
+        x = centred(layer, operands)[0]
+        return of_terms(layer, np.where(x < 0, x * along(layer, 1, x.ndim, 1), x * along(layer, 0, 0, None)))
     if kind == "rescale":
         sums, counts = sums_and_counts(layer, centred(layer, operands)[0])
         magnitude, _ = sums_and_counts(layer, np.abs(centred(layer, operands)[0]))

@@ -166,6 +166,8 @@ def rescale(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.
     if layer.entry.operator in JOINS:
         parts = [rescaled(layer, q, m, None) for q, m in zip(shifted, layer.entry.multipliers, strict=True)]
         return [JOINS[layer.entry.operator](layer, parts) + zero_point]
+    if layer.entry.operator == "PRelu":
+        return [sloping(layer, shifted[0]) + zero_point]
     sums, counts = sums_and_counts(layer, shifted[0])
     entry = layer.entry.multipliers[0]
     denominator = counts << max(entry.shift[0], 0)
@@ -175,6 +177,12 @@ def rescale(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.
     return [divide(numerator, denominator, layer.entry.rounding) + zero_point]
 
 
+def sloping(layer: Layer, x: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return what PRelu gives: below zero, the multiplier is that of the channel's slope."""
+    above, below = layer.entry.multipliers
+    return np.where(x < 0, rescaled(layer, x, below, 1), rescaled(layer, x, above, None))
+
+
 def mean(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
     """Equation 14b, TFLite's average pool: the integers themselves, zero point and all; ties away from zero."""
     sums, counts = sums_and_counts(layer, operands[0])
@@ -182,17 +190,17 @@ def mean(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.int
 
 
 def sums_and_counts(layer: Layer, x: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the sums of a mean and what each is divided by."""
+    """Return the sums of a mean and what each is divided by: 1 where the sum is wanted itself."""
     if layer.entry.operator == "AveragePool":
         return kernels.pooled_sums(x, layer.attributes)
     axes = mean_axes(layer, x.ndim)
     keep = layer.entry.operator == "GlobalAveragePool" or bool(layer.attributes.get("keepdims", 1))
-    count = int(np.prod([x.shape[axis] for axis in axes]))
+    count = 1 if layer.entry.operator == "ReduceSum" else int(np.prod([x.shape[axis] for axis in axes]))
     return x.sum(axis=axes, keepdims=keep), np.array(count, dtype=np.int64)
 
 
 def mean_axes(layer: Layer, rank: int) -> tuple[int, ...]:
-    """Return the axes of a global mean or a ReduceMean, whose axes were an attribute once and are an operand now."""
+    """Return the axes of a global mean, a ReduceMean or a ReduceSum, whose axes were an attribute once and are an operand now."""
     if layer.entry.operator == "GlobalAveragePool":
         return tuple(range(2, rank))
     operand = layer.plain.get(1)
@@ -235,10 +243,12 @@ def selected(layer: Layer, parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return np.where(np.asarray(layer.plain[0]), parts[0], parts[1])
 
 
-# Operators that put rescaled operands together without computing with them.
+# Operators that put rescaled operands together without computing with them. Rounding keeps the order of reals, so Max and Min do.
 JOINS: dict[str, Callable[[Layer, Sequence[NDArray[Any]]], NDArray[Any]]] = {
     "Concat": concatenated,
     "Where": selected,
+    "Max": lambda _, parts: np.maximum(*parts),
+    "Min": lambda _, parts: np.minimum(*parts),
 }
 
 INTEGER_LAYERS: dict[str, Callable[[Layer, list[NDArray[np.int64]]], list[NDArray[Any]]]] = {

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from calibration.hooks.onnxruntime import Runner
 from quantcli.arithmetic.affine import IntegerType, quantize
-from quantcli.arithmetic.fixed_point import fixed_point, headroom_multipliers
+from quantcli.arithmetic.fixed_point import headroom_multipliers, signed_fixed_point
 from quantcli.arithmetic.tables import exponentials, table
 from quantcli.integer.exact import FLOAT32_ERROR, exact, function_parameters
 from quantcli.integer.executor import Executor, quantized
@@ -181,7 +181,7 @@ def layer_findings(executor: Executor) -> Iterator[Finding]:
         if entry.rounding != stated:
             yield Finding(entry.name, f"the rounding is {entry.rounding}, its target's is {stated}")
         for multiplier in entry.multipliers:
-            yield from multiplier_findings(entry, multiplier, sidecar)
+            yield from multiplier_findings(executor, entry, multiplier, node)
         if entry.accumulator_scale is not None:
             yield from real_findings(entry, sidecar)
             continue
@@ -207,18 +207,27 @@ def real_findings(entry: LayerEntry, sidecar: Sidecar) -> Iterator[Finding]:
         yield Finding(entry.name, "its output stays real, and it has a clamp or multipliers")
 
 
-def multiplier_findings(entry: LayerEntry, multiplier: MultiplierEntry, sidecar: Sidecar) -> Iterator[Finding]:
-    """Compare M0 and n with the quotient of the scales."""
+def multiplier_findings(
+    executor: Executor, entry: LayerEntry, multiplier: MultiplierEntry, node: ir.Node
+) -> Iterator[Finding]:
+    """Compare M0 and n with the quotient of the scales, of PRelu times its slopes."""
+    sidecar = executor.sidecar
     output = sidecar.tensors[entry.outputs[0]].scale[0]
     if entry.arithmetic == "sum" and entry.multipliers[-1].operand is None:
         a, b = (sidecar.tensors[name].scale[0] for name in entry.inputs)
         real = np.array([headroom_multipliers(a, b, output)[entry.multipliers.index(multiplier)]])
+    elif entry.operator == "PRelu" and multiplier.operand is None:
+        slopes = executor.stored.get(str(node.inputs[1].name)) if node.inputs[1] is not None else None
+        if slopes is None:
+            yield Finding(entry.name, "the model does not hold its slopes")
+            return
+        real = slopes.astype(np.float64).reshape(-1) * sidecar.tensors[entry.inputs[0]].scale[0] / output
     elif multiplier.operand is None:
         x, w = (np.array(sidecar.tensors[name].scale, dtype=np.float64) for name in entry.inputs[:2])
         real = x * w / output
     else:
         real = np.array(sidecar.tensors[multiplier.operand].scale, dtype=np.float64) / output
-    m0, n = fixed_point(real, sidecar.target.multiplier.bits)
+    m0, n = signed_fixed_point(real, sidecar.target.multiplier.bits)
     for what, held, stated in (
         ("multiplier", m0, multiplier.multiplier),
         ("shift", n, multiplier.shift),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantcli.arithmetic.fixed_point import fixed_point, real_value
+from quantcli.arithmetic.fixed_point import fixed_point, real_value, signed_fixed_point
 
 POSITIVE = st.floats(2.0**-126, 2.0**120, allow_subnormal=False)
 
@@ -38,6 +38,23 @@ def test_powers_of_two_are_exact(real: float) -> None:
 def test_what_is_no_multiplier_is_refused(real: float) -> None:
     with pytest.raises(ValueError, match="positive"):
         fixed_point(np.array([real]))
+
+
+@given(
+    st.lists(st.one_of(st.just(0.0), POSITIVE, POSITIVE.map(lambda real: -real)), min_size=1),
+    st.sampled_from([8, 16, 32]),
+)
+def test_of_either_sign_the_multiplier_has_it_and_nothing_else_differs(reals: list[float], bits: int) -> None:
+    multiplier, shift = signed_fixed_point(np.array(reals), bits)
+    for real, m0, n in zip(reals, multiplier.tolist(), shift.tolist(), strict=True):
+        if real == 0:
+            assert m0 == 0
+            continue
+        of_magnitude = fixed_point(np.array([abs(real)]), bits)
+        assert (abs(m0), n) == (of_magnitude[0][0], of_magnitude[1][0])
+        assert (m0 < 0) == (real < 0)
+    with pytest.raises(ValueError, match="finite"):
+        signed_fixed_point(np.array([np.nan]))
 
 
 def test_other_widths_are_refused() -> None:

@@ -43,8 +43,8 @@ UNARY: dict[str, dict[str, Any]] = {
     "MaxPool": {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]},
     "AveragePool": {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]},
 }
-BINARY = ("Add", "Sub", "Mul", "Concat", "Max", "Div")
-KINDS = (*UNARY, *BINARY, "Conv", "Conv", "Conv", "MatMul")
+BINARY = ("Add", "Sub", "Mul", "Concat", "Max", "Min", "Div")
+KINDS = (*UNARY, *BINARY, "Conv", "Conv", "Conv", "MatMul", "PRelu")
 
 
 @st.composite
@@ -65,6 +65,9 @@ def graphs(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS) -> tuple[list[onnx.N
         elif kind == "MatMul":
             constants[f"w{number}"] = normal(SIZE, SIZE, seed=number, scale=0.4)
             nodes.append(node("MatMul", [source, f"w{number}"], [name]))
+        elif kind == "PRelu":
+            constants[f"w{number}"] = normal(CHANNELS, 1, 1, seed=number, scale=0.4)
+            nodes.append(node("PRelu", [source, f"w{number}"], [name]))
         elif kind in BINARY:
             other = draw(st.sampled_from(tensors))
             if kind == "Concat":

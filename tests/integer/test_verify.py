@@ -103,6 +103,20 @@ def test_a_change_in_the_sidecar_is_caught(copy: Path, capsys: pytest.CaptureFix
     assert f"layer '{where}'" in lines[0]
 
 
+def test_a_slope_that_is_not_the_models_is_caught(tmp_path: Path) -> None:
+    nodes = [node("Conv", ["x", "w"], ["c"]), node("PRelu", ["c", "slopes"], ["y"])]
+    constants = {"w": normal(4, 3, 1, 1, seed=1), "slopes": np.abs(normal(4, 1, 1, seed=2))}
+    model = save(tmp_path / "m.onnx", nodes, {"x": ["N", 3, 8, 8]}, {"y": None}, constants)
+    data = data_for(tmp_path / "d.npz")
+    done = convert(model, tmp_path / "q.onnx", data=data, recipe=EVERYWHERE, verified=True)
+    changed = onnx.load(done.model)
+    held = next(entry for entry in changed.graph.initializer if entry.name == "slopes")
+    held.CopyFrom(numpy_helper.from_array(constants["slopes"] * np.float32(1.5), "slopes"))
+    done.model.write_bytes(changed.SerializeToString())
+    found = [finding.what for finding in verify(done.sidecar_path, data).findings if finding.layer == "y_node"]
+    assert any(what.startswith("the multiplier") for what in found)
+
+
 MODEL = {
     "weight": ("w1_quantized", "c_node"),
     "bias": ("b1_quantized", "c_node"),

@@ -1,7 +1,7 @@
-void mean(const reduction_t *p, const activation_t *in, activation_t *out)
+void mean(const reduction_t *p, int32_t divisor, const activation_t *in, activation_t *out)
 {
     const int64_t left = (int64_t)1 << (p->shift < 0 ? -p->shift : 0);
-    const int64_t count = p->length * ((int64_t)1 << (p->shift < 0 ? 0 : p->shift));
+    const int64_t count = divisor * ((int64_t)1 << (p->shift < 0 ? 0 : p->shift));
     int32_t o, i, k;
     for (o = 0; o < p->outer; o++) {
         for (i = 0; i < p->inner; i++) {
