@@ -1,6 +1,6 @@
 """A generated model above 2 GB with external data: does it convert, and in how much memory?
 
-python -m benchmarks.large_model [--gigabytes 2.5] [--mode static]
+python -m benchmarks.large_model [--gigabytes 2.5] [--mode static] [--exclude PATTERN …]
 """
 
 from __future__ import annotations
@@ -58,12 +58,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.5)
     parser.add_argument("--mode", choices=["static", "weights", "dynamic"], default="static")
+    parser.add_argument(
+        "--exclude", nargs="*", default=[], help="layers that stay float: 'product*' writes as much as is read"
+    )
     parser.add_argument("--folder", type=Path, help="where to keep the model; else it is removed")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         path = Path(place) / "large.onnx"
         size = generate(path, options.gigabytes)
         data = ["--synthetic", "4"] if options.mode == "static" else ["--mode", options.mode]
+        data += [argument for pattern in options.exclude for argument in ("--exclude", pattern)]
         command = [sys.executable, "-m", "quantcli", "convert", str(path), *data, "-o", f"{place}/q.onnx", "--json"]
         start = time.perf_counter()
         done = subprocess.run(

@@ -14,9 +14,11 @@ from quantcli.embedded.describe import FILE
 from quantcli.embedded.naming import check_name
 from quantcli.errors import OutputError, UsageError, VerifyError
 from quantcli.evaluation.check import SelfCheck, self_check
+from quantcli.fold import release
+from quantcli.integer.held import Held
 from quantcli.integer.verify import verify as compare_integers
 from quantcli.integer.weights import verify_weights as compare_weights
-from quantcli.probe import model_bytes
+from quantcli.probe import LARGEST_MODEL, model_bytes, split, weight_bytes
 from quantcli.sidecar import FileEntry
 from quantcli.write import WRITERS
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from calibration.statistics import Statistics
     from quantcli.embedded.deliver import Source
+    from quantcli.files import Staged
     from quantcli.integer.verify import Verification
     from quantcli.load import LoadedModel
     from quantcli.quantize import QuantizedModel
@@ -46,10 +49,12 @@ class Delivery:
     Attributes:
         onnx: The ONNX model.
         program: The exported PyTorch program that is written in its place; None where it is the ONNX model itself.
+        weights: The parts of the file beside it that holds its large weights; empty where it is small enough to be one file.
     """
 
     onnx: bytes
     program: bytes | None = None
+    weights: tuple[bytes | ir.TensorProtocol, ...] = ()
 
     @property
     def content(self) -> bytes:
@@ -57,31 +62,63 @@ class Delivery:
         return self.onnx if self.program is None else self.program
 
     def entry(self, name: str) -> FileEntry:
-        """Return what a sidecar says of the file."""
-        return FileEntry(name, hashlib.sha256(self.content).hexdigest(), len(self.content))
+        """Return what a sidecar says of the file, and of the weights beside it."""
+        digest, size = hashlib.sha256(self.content), len(self.content)
+        for part in self.chunks():
+            digest.update(part)
+            size += len(part)
+        return FileEntry(name, digest.hexdigest(), size)
 
-    def check(self, source: LoadedModel, sidecar: Sidecar, statistics: Statistics, verified: bool) -> SelfCheck:
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the bytes of the file of weights."""
+        for part in self.weights:
+            yield part if isinstance(part, bytes) else part.tobytes()
+            release(part)
+
+    def laid(self, model: Path, writing: Staged) -> Path | None:
+        """Write a model of two files to where it can be run, under the names that it will have; None of one file."""
+        if not self.weights:
+            return None
+        return writing.together(model, {model.name: [self.onnx], weights_beside(model).name: self.chunks()})
+
+    def check(
+        self, source: LoadedModel, sidecar: Sidecar, statistics: Statistics, verified: bool, laid: Path | None = None
+    ) -> SelfCheck:
         """Run what is to be written on calibration samples; where asked, the integer executor against the runtime as well.
+
+        Args:
+            source: The float model.
+            sidecar: The sidecar.
+            statistics: Where the samples stand.
+            verified: Whether the integer executor is run.
+            laid: Where the model stands, if it is of two files.
 
         Raises:
             ReportedError: If it does not work, or its integers are not the sidecar's.
         """
-        check = self_check(source, self.onnx, sidecar, statistics, self.program)
+        check = self_check(source, laid or self.onnx, sidecar, statistics, self.program)
         if verified:
-            of_onnx = FileEntry(sidecar.model.name, hashlib.sha256(self.onnx).hexdigest(), len(self.onnx))
+            of_onnx = Delivery(self.onnx, weights=self.weights).entry(sidecar.model.name)
             about = msgspec.structs.replace(sidecar, model=of_onnx)
+            held = Held.of_bytes(self.onnx) if laid is None else Held.of_file(laid)
             static = sidecar.mode == "static"
             samples = [statistics.check_inputs]
-            require_verified(
-                compare_integers(self.onnx, about, samples) if static else compare_weights(self.onnx, about)
-            )
+            require_verified(compare_integers(held, about, samples) if static else compare_weights(held, about))
         return check
 
 
 def rendered(quantized: QuantizedModel, form: str, output: Path, source: LoadedModel) -> Delivery:
     """Return a quantized model in the form that an output's name and the format ask for."""
     model = WRITERS["qdq" if form in C_FORMS else form](quantized)
+    if weight_bytes(model) > LARGEST_MODEL and form in WRITERS and output.suffix == ".onnx":
+        message, parts = split(model, weights_beside(output).name)
+        return Delivery(message, weights=tuple(parts))
     return Delivery(model_bytes(model), as_program(model, source) if output.suffix == ".pt2" else None)
+
+
+def weights_beside(model: Path) -> Path:
+    """Return the file that holds the weights of a model that is too large for one file."""
+    return model.with_name(f"{model.name}.data")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from quantcli.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
 
 @dataclass
@@ -20,6 +20,7 @@ class Staged:
     """Files that wait under temporary names."""
 
     waiting: list[tuple[Path, Path]] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
 
     def write(self, path: Path, data: bytes) -> Path:
         """Write ``data`` for ``path`` and return the temporary file, which has the same suffix and folder.
@@ -37,6 +38,31 @@ class Staged:
         except OSError as error:
             raise OutputError(f"{path} cannot be written ({error.strerror or error})", "choose another -o") from error
         return Path(temporary)
+
+    def together(self, path: Path, files: Mapping[str, Iterable[bytes]]) -> Path:
+        """Write files that name each other, under their names in a folder of their own, for the folder of ``path``.
+
+        Args:
+            path: One of them, as it will be.
+            files: What each is made of, by name.
+
+        Returns:
+            That one, as it is now.
+
+        Raises:
+            OutputError: If the folder cannot be written to.
+        """
+        try:
+            folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.stem}."))
+            self.folders.append(folder)
+            for name, parts in files.items():
+                with (folder / name).open("wb") as stream:
+                    for part in parts:
+                        stream.write(part)
+                self.waiting.append((folder / name, path.with_name(name)))
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written ({error.strerror or error})", "choose another -o") from error
+        return folder / path.name
 
     def publish(self) -> None:
         """Give every file its name; where one cannot take it, all that were there before come back.
@@ -83,6 +109,9 @@ def staged() -> Iterator[Staged]:
     finally:
         for temporary, _ in files.waiting:
             temporary.unlink(missing_ok=True)
+        for folder in files.folders:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def check_output(output: Path, *inputs: Path | None) -> None:

@@ -325,9 +325,14 @@ def constant(value: ir.Value | None) -> NDArray[Any] | None:
 
 def unmapped(value: ir.Value) -> None:
     """Let go of the memory map of a weight in an external file; it is mapped again when it is read."""
-    if isinstance(value.const_value, ir.ExternalTensor):
+    release(value.const_value)
+
+
+def release(tensor: object) -> None:
+    """Let go of a tensor's memory map, where it has one."""
+    if isinstance(tensor, ir.ExternalTensor):
         with contextlib.suppress(BufferError):  # somebody still looks at it
-            value.const_value.release()
+            tensor.release()
 
 
 def add_constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:

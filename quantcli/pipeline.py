@@ -17,7 +17,7 @@ from calibration.errors import ReportedError
 from calibration.hooks.onnxruntime import Runner
 from quantcli import sidecar as sidecar_file
 from quantcli.decision import check_strict, decided, loaded_statistics, opset_for
-from quantcli.delivery import beside, for_form, places_of, rendered
+from quantcli.delivery import beside, for_form, places_of, rendered, weights_beside
 from quantcli.errors import UsageError
 from quantcli.evaluation.check import SelfCheck
 from quantcli.evaluation.evaluate import Evaluation, evaluate
@@ -250,9 +250,13 @@ def convert(
     del quantized  # of a large model, the integers stand in memory once from here on
     give_back(len(delivery.content))
     progress("check", 0, 1)
-    check = delivery.check(source, sidecar, found, verified)
+    if delivery.weights:
+        check_each([weights_beside(outputs.model)], [*sources, *source.files])
     with outputs.made(), staged() as writing:
-        writing.write(outputs.model, delivery.content)
+        laid = delivery.laid(outputs.model, writing)
+        check = delivery.check(source, sidecar, found, verified, laid)
+        if laid is None:
+            writing.write(outputs.model, delivery.content)
         writing.write(outputs.sidecar, sidecar_file.encode(sidecar))
         for path, content in more.items():
             writing.write(path, content)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 LARGEST_MODEL = 2**31 - 1
 # Of a model above that, weights of more bytes stay outside the message.
 LARGE_WEIGHT = 1 << 20
+# What is mapped into memory begins at a multiple of this.
+PAGE = 4096
 
 
 def weight_bytes(model: ir.Model) -> int:
@@ -47,6 +49,45 @@ def model_bytes(model: ir.Model) -> bytes:
             if isinstance(value.const_value, ir.ExternalTensor):
                 value.const_value = ir.tensor(np.array(value.const_value.numpy()), name=value.const_value.name)
     return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+
+
+def split(model: ir.Model, location: str) -> tuple[bytes, list[bytes | ir.TensorProtocol]]:
+    """Return a model of more than one message's size as a message that refers to a file of weights, and that file's parts.
+
+    Weights of a megabyte or more stand in the file, each at a page's beginning, so that it can be mapped into memory.
+
+    Args:
+        model: The model; it is not changed.
+        location: The file's name; it stands beside the message's.
+
+    Raises:
+        ModelError: If the small weights alone are more than a message holds.
+    """
+    slim = model.clone()
+    parts: list[bytes | ir.TensorProtocol] = []
+    offset, inline = 0, 0
+    for name, value in slim.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.dtype is ir.DataType.STRING:
+            continue
+        if tensor.nbytes < LARGE_WEIGHT:
+            inline += tensor.nbytes
+            if isinstance(tensor, ir.ExternalTensor):
+                value.const_value = ir.tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=name)
+            continue
+        gap = -offset % PAGE
+        parts += [bytes(gap), tensor]
+        offset += gap
+        value.const_value = ir.ExternalTensor(
+            location, offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.numpy().shape), name=name
+        )
+        offset += tensor.nbytes
+    if inline > LARGEST_MODEL:
+        raise ModelError(
+            f"the model holds {inline >> 20} MB of weights of less than a megabyte each, more than one file can",
+            "--mode weights --weight-bits 4 makes them smallest",
+        )
+    return bytes(ir.to_proto(slim).SerializeToString(deterministic=True)), parts
 
 
 def runnable(model: ir.Model) -> bytes | Bundle:

@@ -13,6 +13,7 @@ from quantcli.embedded.check import FLAGS
 from quantcli.embedded.describe import read_description
 from quantcli.embedded.verify import verify_source
 from quantcli.errors import ModelError, UsageError
+from quantcli.integer.held import Held
 from quantcli.integer.verify import Verification, random_inputs
 from quantcli.integer.verify import verify as compare_integers
 from quantcli.integer.weights import verify_weights as compare_weights
@@ -68,13 +69,13 @@ def verify(
     if not model.is_file():
         raise ModelError(f"{sidecar} speaks of {document.model.name}, which is not beside it", "put it there")
     if document.mode != "static":
-        return compare_weights(model.read_bytes(), document)
-    runner = Runner(load(model).runnable, what=model.name)
+        return compare_weights(Held.of_file(model), document)
+    held, runner = Held.of_file(model), Runner(model, what=model.name)
     if data is None:
         size = fitted_batch(runner.inputs, batch or RANDOM_SAMPLES)
-        return compare_integers(model.read_bytes(), document, [random_inputs(document, runner, size, seed)])
+        return compare_integers(held, document, [random_inputs(document, runner, size, seed)])
     drawn = drawn_from(Path(data), runner, recipe, labels, split, selection, batch, progress)
-    return compare_integers(model.read_bytes(), document, drawn)
+    return compare_integers(held, document, drawn)
 
 
 def drawn_from(

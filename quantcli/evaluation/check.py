@@ -12,8 +12,11 @@ from calibration.hooks.onnxruntime import Runner
 from quantcli.errors import OutputError
 from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs, worst
 from quantcli.evaluation.metrics import Comparison
+from quantcli.integer.held import Held
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
     from calibration.statistics import Statistics
@@ -61,7 +64,7 @@ class SelfCheck:
 
 def self_check(
     source: LoadedModel,
-    written: bytes,
+    written: bytes | Path,
     sidecar: Sidecar,
     statistics: Statistics,
     program: bytes | None = None,
@@ -70,7 +73,7 @@ def self_check(
 
     Args:
         source: The float model.
-        written: The quantized model, ONNX.
+        written: The quantized model, ONNX, or its file.
         sidecar: Its sidecar.
         statistics: Where the samples stand.
         program: The exported PyTorch program that is written in its place; None where it is the ONNX model itself.
@@ -102,7 +105,8 @@ def self_check(
     sqnr = {name: difference.sqnr for name, difference in comparison.outputs.items()}
     suspects: tuple[LayerSqnr, ...] = ()
     if any(value < LOW_SQNR for value in sqnr.values()):
-        suspects = tuple(worst(layer_sqnrs(source.graph, written, sidecar, [feeds])))
+        held = Held.of_bytes(written) if isinstance(written, bytes) else Held.of_file(written)
+        suspects = tuple(worst(layer_sqnrs(source.graph, held.model, sidecar, [feeds])))
     return SelfCheck(len(next(iter(feeds.values()))), sqnr, suspects, speed)
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_ir as ir
 
 from calibration.hooks.onnxruntime import Runner
 from quantcli.arithmetic.affine import dequantize
@@ -17,6 +16,7 @@ from quantcli.probe import with_outputs
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    import onnx_ir as ir
     from numpy.typing import NDArray
 
     from quantcli.sidecar import Sidecar
@@ -42,13 +42,13 @@ class LayerSqnr:
 
 
 def layer_sqnrs(
-    model: ir.Model, quantized: bytes, sidecar: Sidecar, batches: Iterable[dict[str, NDArray[Any]]]
+    model: ir.Model, quantized: ir.Model, sidecar: Sidecar, batches: Iterable[dict[str, NDArray[Any]]]
 ) -> list[LayerSqnr]:
     """Return the SQNR of every layer's first output, in graph order.
 
     Args:
         model: The float model as it was loaded.
-        quantized: The quantized model's bytes.
+        quantized: The quantized model.
         sidecar: Its sidecar.
         batches: Inputs by name.
     """
@@ -59,7 +59,7 @@ def layer_sqnrs(
     held = {value.name for node in folded.graph for value in node.outputs} | {v.name for v in folded.graph.inputs}
     names = [name for name in dict.fromkeys([*activations, *reals]) if name in held]  # not what tuning has put there
     float_runner = Runner(with_outputs(folded, names))
-    quantized_runner = Runner(with_outputs(ir.from_proto(parsed(quantized)), [*integers, *reals]))
+    quantized_runner = Runner(with_outputs(quantized, [*integers, *reals]))
     inputs = {spec.name for spec in float_runner.inputs}
     differences = {name: Difference() for name in names}
     for feeds in batches:
@@ -78,13 +78,6 @@ def layer_sqnrs(
         before = min((differences[name].sqnr for name in layer.inputs if name in differences), default=sqnr)
         layers.append(LayerSqnr(layer.name, layer.operator, layer.outputs[0], sqnr, max(0.0, before - sqnr)))
     return layers
-
-
-def parsed(data: bytes) -> Any:
-    """Return the protobuf message of a model's bytes."""
-    import onnx
-
-    return onnx.load_from_string(data)
 
 
 def worst(layers: list[LayerSqnr], count: int = 3) -> list[LayerSqnr]:

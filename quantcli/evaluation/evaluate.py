@@ -156,7 +156,7 @@ def evaluate(
     found: list[LayerSqnr] = []
     if layers and source is not None and candidate is not None:
         beside = sidecar_beside(candidate, quantized, source)
-        found = layer_sqnrs(source.graph, quantized.read_bytes(), beside, [first])
+        found = layer_sqnrs(source.graph, candidate.graph, beside, [first])
     return Evaluation(
         metric,
         len(indices),

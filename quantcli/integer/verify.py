@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_ir as ir
 
 from calibration.hooks.onnxruntime import Runner
 from quantcli.arithmetic.affine import IntegerType, quantize
@@ -28,8 +27,10 @@ from quantcli.probe import with_outputs
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    import onnx_ir as ir
     from numpy.typing import NDArray
 
+    from quantcli.integer.held import Held
     from quantcli.sidecar import LayerEntry, MultiplierEntry, Sidecar, TensorEntry
 
 
@@ -68,23 +69,16 @@ class Verification:
     islands: Counter[str] = field(default_factory=Counter)
 
 
-def verify(model: bytes, sidecar: Sidecar, batches: Iterable[dict[str, NDArray[Any]]]) -> Verification:
+def verify(held: Held, sidecar: Sidecar, batches: Iterable[dict[str, NDArray[Any]]]) -> Verification:
     """Verify a quantized model against its sidecar.
 
     Args:
-        model: The quantized model's bytes.
+        held: The quantized model.
         sidecar: Its sidecar.
         batches: Inputs by name.
     """
-    import onnx
-
-    result = Verification()
-    graph = ir.from_proto(onnx.load_from_string(model))
-    digest = hashlib.sha256(model).hexdigest()
-    if digest != sidecar.model.sha256:
-        result.findings.append(
-            Finding("", f"the model's sha256 is {digest[:12]}…, the sidecar states {sidecar.model.sha256[:12]}…")
-        )
+    result, graph = Verification(), held.model
+    result.findings.extend(digest_findings(held, sidecar))
     executor = Executor(graph, sidecar)
     result.findings.extend(tensor_findings(executor))
     result.findings.extend(layer_findings(executor))
@@ -96,6 +90,13 @@ def verify(model: bytes, sidecar: Sidecar, batches: Iterable[dict[str, NDArray[A
         compare(executor, feeds, runner.run(feeds, asked), result)
     result.islands = executor.islands
     return result
+
+
+def digest_findings(held: Held, sidecar: Sidecar) -> Iterator[Finding]:
+    """Compare a model's digest with the one that its sidecar states."""
+    if held.sha256 != sidecar.model.sha256:
+        stated = sidecar.model.sha256
+        yield Finding("", f"the model's sha256 is {held.sha256[:12]}…, the sidecar states {stated[:12]}…")
 
 
 def reals_of(sidecar: Sidecar) -> list[str]:

@@ -6,15 +6,16 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_ir as ir
 
-from quantcli.integer.verify import Finding, Verification, differences, reader_of
+from quantcli.integer.verify import Finding, Verification, differences, digest_findings, reader_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import onnx_ir as ir
     from numpy.typing import NDArray
 
+    from quantcli.integer.held import Held
     from quantcli.sidecar import LayerEntry, Sidecar, TensorEntry
 
 
@@ -22,22 +23,15 @@ if TYPE_CHECKING:
 LSTM_SCALES = (8, 10)
 
 
-def verify_weights(model: bytes, sidecar: Sidecar) -> Verification:
+def verify_weights(model: Held, sidecar: Sidecar) -> Verification:
     """Compare everything that a sidecar says of weights with what the model holds; integers and floats with ==.
 
     Args:
-        model: The quantized model's bytes.
+        model: The quantized model.
         sidecar: Its sidecar.
     """
-    import onnx
-
-    result = Verification()
-    graph = ir.from_proto(onnx.load_from_string(model)).graph
-    digest = hashlib.sha256(model).hexdigest()
-    if digest != sidecar.model.sha256:
-        result.findings.append(
-            Finding("", f"the model's sha256 is {digest[:12]}…, the sidecar states {sidecar.model.sha256[:12]}…")
-        )
+    result, graph = Verification(), model.model.graph
+    result.findings.extend(digest_findings(model, sidecar))
     stored = {
         name: value.const_value.numpy() for name, value in graph.initializers.items() if value.const_value is not None
     }
