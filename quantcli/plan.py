@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from quantcli.arithmetic.blocks import Blocks
     from quantcli.recipe import Recipe
     from quantcli.targets import Target
-    from quantcli.tuning import Tuning
+    from quantcli.tuning import Moved, Tuning
 
 INT32 = IntegerType("int32")
 # Below this a step of any grid swallows whatever data shares the tensor: float32 data of networks lies tens of orders above.
@@ -64,6 +64,7 @@ class TensorPlan:
         same_as: The tensor whose parameters this one shares.
         dead: The channels that hold nothing but zeros.
         blocks: The parameters of a weight in blocks, which has no others.
+        moved: What the tensor is of the float model's; None for the same.
     """
 
     name: str
@@ -78,6 +79,7 @@ class TensorPlan:
     same_as: str | None = None
     dead: tuple[int, ...] = ()
     blocks: Blocks | None = None
+    moved: Moved | None = None
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,7 @@ def plan_activations(
                 root.samples,
                 source,
             )
-    return tensors
+    return {name: replace(tensor, moved=tuning.moved.get(name)) for name, tensor in tensors.items()}
 
 
 def narrowed(target: Target, bits: int | None) -> str:

@@ -60,6 +60,13 @@ class BlocksEntry(Entry, frozen=True):
     sha256: str
 
 
+class MovedEntry(Entry, frozen=True):
+    """What a tensor is of the float model's of the same name: x · factor + shift, one of each or one per channel (axis 1)."""
+
+    factor: list[float]
+    shift: list[float]
+
+
 class TensorEntry(Entry, frozen=True):
     """One quantized tensor: real = scale · (q − zero_point), q in ``dtype`` from qmin to qmax."""
 
@@ -79,6 +86,7 @@ class TensorEntry(Entry, frozen=True):
     reals: str
     sha256: str | None
     blocks: BlocksEntry | None
+    moved: MovedEntry | None = None
 
 
 class MultiplierEntry(Entry, frozen=True):
@@ -203,6 +211,7 @@ def tensor_entry(tensor: TensorPlan, names: dict[str, str], constant: NDArray[An
         names["reals"],
         None if constant is None else hashlib.sha256(np.ascontiguousarray(constant).tobytes()).hexdigest(),
         blocks_entry(tensor, names),
+        None if tensor.moved is None else MovedEntry(list(tensor.moved.factor), list(tensor.moved.shift)),
     )
 
 

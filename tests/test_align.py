@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from calibration.hooks.onnxruntime import Runner
-from quantcli import Recipe, convert, verify
+from quantcli import Recipe, convert, evaluate, verify
 from quantcli.fold import constant, fold
 from quantcli.load import load
 from quantcli.probe import model_bytes, with_outputs
@@ -148,6 +148,12 @@ def test_shifting_accelerators_lose_less_and_their_integers_verify(tmp_path: Pat
     scales = [scale for tensor in done.plan.tensors.values() for scale in tensor.scale]
     assert all(math.frexp(scale)[0] == 0.5 for scale in scales)
     assert verify(done.sidecar_path, data).findings == []
+    moved = done.sidecar.tensors["r1"].moved
+    assert moved is not None
+    assert 0.7 < moved.factor[0] < 1.42
+    assert moved.factor[0] != 1
+    assert moved.shift == [0.0]
+    assert min(layer.sqnr for layer in evaluate(done.model, data, reference=model, layers=True).layers) > 20
 
 
 def test_best_tries_it_both_ways_and_other_targets_do_without(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from calibration.hooks.onnxruntime import Runner
-from quantcli import Recipe, convert, verify
+from quantcli import Recipe, convert, evaluate, verify
 from quantcli.fold import constant, fold
 from quantcli.load import load
 from quantcli.probe import with_outputs
@@ -150,6 +150,13 @@ def test_what_symmetric_accelerators_get_back_and_their_integers_verify(chain: P
     lows = {name: tensor.lo[0] for name, tensor in done.plan.tensors.items() if name in {"r", "k", "e", "s"}}
     assert len(lows) == 4
     assert max(lows.values()) < 0
+    # Layer by layer, a tensor is compared with what the float model's has become: each has 8 bits, and loses some dB on the way.
+    moved = done.sidecar.tensors["r"].moved
+    assert moved is not None
+    assert moved.factor == [1.0]
+    assert moved.shift[0] == pytest.approx(lows["r"], rel=0.3)
+    scored = evaluate(done.model, data, reference=chain, layers=True)
+    assert min(layer.sqnr for layer in scored.layers) > 20
     assert verify(done.sidecar_path, data).findings == []
 
 

@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe, calibrate, convert, verify
 from quantcli.arithmetic.affine import IntegerType
+from quantcli.evaluation.compare import moved
 from quantcli.fold import constant, fold
 from quantcli.load import load
 from quantcli.probe import model_bytes, with_outputs
 from quantcli.recipe import Activation, Layers, Tune, Weight
+from quantcli.sidecar import MovedEntry
 from quantcli.tune.bias import channel_means, corrected
 from quantcli.tune.equalize import equalize
 from quantcli.tune.moments import Matrix, drawn_rows, matrix_of, moments_of
@@ -216,6 +218,15 @@ def test_equalization_keeps_the_function_and_evens_the_weights(uneven: Path) -> 
     assert spread(model) > 300
     assert spread(changed) < 30
     assert done.channels > 0
+    names = [str(value.name) for item in model.graph for value in item.outputs if value.name != "y"]
+    before, after = (Runner(with_outputs(of, names)).run({"x": x}, names) for of in (model, changed))
+    for name in names:
+        entry = done.moved.get(name)
+        expected = (
+            before[name] if entry is None else moved(before[name], MovedEntry(list(entry.factor), list(entry.shift)))
+        )
+        assert np.allclose(after[name], expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+    assert len(done.moved) > 2
     assert {name for name, _ in done.refused} >= {"x", "y"}
     assert all(reason for _, reason in done.refused)
 
@@ -231,6 +242,10 @@ def test_equalization_absorbs_what_relu_never_cuts(tmp_path: Path) -> None:
     x = normal(8, 3, 4, 4, seed=3)
     changed, done = equalize(model, [{"x": x}])
     assert done.absorbed == 2
+    for name, entry in done.moved.items():
+        before, after = (Runner(with_outputs(of, [name])).run({"x": x}, [name])[name] for of in (model, changed))
+        assert np.allclose(after, moved(before, MovedEntry(list(entry.factor), list(entry.shift))), atol=1e-5)
+    assert set(done.moved) == {"a", "r"}
     assert np.allclose(outputs(changed, x), outputs(model, x), atol=1e-5)
     # What was absorbed is out of the bias: 5 and 4 are what a Relu never cut, but for the spread of the products.
     assert (np.asarray(constant(changed.graph.initializers["b1"]))[[0, 2]] < [2, 2]).all()

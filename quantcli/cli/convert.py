@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from quantcli.pipeline import Conversion
     from quantcli.plan import LayerPlan, Plan
     from quantcli.tune.effort import Tuned
+    from quantcli.tune.equalize import Equalized
 
 
 @click.command()
@@ -290,6 +291,11 @@ def tuning(terminal: Terminal, tuned: Tuned) -> None:
         terminal.table("Tried", ("what", ">SQNR dB", ">seconds", ""), rows)
 
 
+def equalization(done: Equalized | None) -> dict[str, Any] | None:
+    """Return what equalization did for machines; what became of the tensors stands in the sidecar."""
+    return None if done is None else {key: value for key, value in dataclasses.asdict(done).items() if key != "moved"}
+
+
 def grouped(plan: Plan) -> list[tuple[str, str, str, str]]:
     """Return what stays float by operator and reason: how many layers, and the first one's name."""
     groups: dict[tuple[str, str], list[str]] = {}
@@ -344,7 +350,7 @@ def as_document(done: Conversion) -> dict[str, Any]:
         "tuning": {
             "why_not": done.tuned.why_not,
             "tries": [dataclasses.asdict(one) for one in done.tuned.tries],
-            "equalized": dataclasses.asdict(done.tuned.equalized) if done.tuned.equalized else None,
+            "equalized": equalization(done.tuned.equalized),
         },
         "attempts": [
             {**dataclasses.asdict(one), "drop": one.score.drop, "held_drop": one.held.drop} for one in done.attempts

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-    from quantcli.sidecar import Sidecar
+    from quantcli.sidecar import MovedEntry, Sidecar
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ def layer_sqnrs(
         for name, tensor in activations.items():
             if name in reals or name not in held:
                 continue
+            if tensor.moved is not None:
+                expected[name] = moved(expected[name], tensor.moved)
             scale, zero_point = np.array(tensor.scale, dtype=np.float32), np.array(tensor.zero_point)
             differences[name].update(expected[name], dequantize(found[tensor.integers], scale, zero_point, None))
     layers = []
@@ -78,6 +80,13 @@ def layer_sqnrs(
         before = min((differences[name].sqnr for name in layer.inputs if name in differences), default=sqnr)
         layers.append(LayerSqnr(layer.name, layer.operator, layer.outputs[0], sqnr, max(0.0, before - sqnr)))
     return layers
+
+
+def moved(values: NDArray[Any], entry: MovedEntry) -> NDArray[Any]:
+    """Return what a float tensor is in a model that equalization, centring or alignment have changed."""
+    shape = [-1 if axis == 1 else 1 for axis in range(values.ndim)] if len(entry.factor) > 1 else [1] * values.ndim
+    factor, shift = (np.array(held, dtype=np.float32).reshape(shape) for held in (entry.factor, entry.shift))
+    return np.asarray(values * factor + shift)
 
 
 def worst(layers: list[LayerSqnr], count: int = 3) -> list[LayerSqnr]:

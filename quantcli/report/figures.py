@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.hooks.onnxruntime import Runner
+from quantcli.evaluation.compare import moved
 from quantcli.fold import fold
 from quantcli.probe import with_outputs
 
@@ -147,7 +148,9 @@ def histograms(
     for name in names:
         if name not in values or values[name].dtype.kind != "f" or not values[name].size:
             continue
-        tensor, x = sidecar.tensors[name], values[name].astype(np.float64).reshape(-1)
+        tensor = sidecar.tensors[name]
+        now = values[name] if tensor.moved is None else moved(values[name], tensor.moved)
+        x = now.astype(np.float64).reshape(-1)
         lo, hi = ((q - tensor.zero_point[0]) * tensor.scale[0] for q in (tensor.qmin, tensor.qmax))
         minimum, maximum = float(x.min()), float(x.max())
         counts = np.histogram(x, BINS, (minimum, maximum if maximum > minimum else minimum + 1.0))[0]

@@ -14,7 +14,7 @@ from quantcli.tune.centre import centre
 from quantcli.tune.equalize import Equalized, equalize
 from quantcli.tune.smooth import Smoothed, smooth
 from quantcli.tune.sweep import Steps, Sweep
-from quantcli.tuning import UNTUNED, Tuning
+from quantcli.tuning import UNTUNED, Moved, Tuning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -66,7 +66,7 @@ def equalized(
     if not done.layers and not done.absorbed:
         return None
     final, seen, evened = smooth(changed, observe(changed), recipe)
-    return Candidate(final, seen, evened, Tuning(bits=bits), done)
+    return Candidate(final, seen, evened, Tuning(bits=bits, moved=done.moved), done)
 
 
 def ranges_of(plan: Plan) -> dict[str, tuple[float, float]]:
@@ -117,8 +117,14 @@ def moved(
         seen = tensors[name]
         ends = there(name, seen.minimum), there(name, seen.maximum)
         tensors[name] = TensorStatistics(*ends, seen.elements, seen.nan, seen.infinite, derived=True)
+    changed = {
+        name: base.tuning.moved.get(name, Moved()).then(factors.get(name, 1.0), shifts.get(name, 0.0))
+        for name in {*factors, *shifts}
+    }
     tuning = replace(
-        base.tuning, ranges={name: (there(name, lo), there(name, hi)) for name, (lo, hi) in ranges.items()}
+        base.tuning,
+        ranges={name: (there(name, lo), there(name, hi)) for name, (lo, hi) in ranges.items()},
+        moved={**base.tuning.moved, **changed},
     )
     return replace(base, model=model, statistics=replace(base.statistics, tensors=tensors), tuning=tuning)
 
@@ -139,5 +145,5 @@ def swept(
     sweep = Sweep(changed, placement, target, ranges, dict(base.tuning.bits), steps, samples.swept)
     tuning = sweep.run(progress)
     gains = {step: (sweep.gains.layers[step], sweep.gains.mean(step)) for step in sweep.gains.layers}
-    tuning = replace(tuning, ranges={**base.tuning.ranges, **tuning.ranges})
+    tuning = replace(tuning, ranges={**base.tuning.ranges, **tuning.ranges}, moved=base.tuning.moved)
     return replace(base, model=changed, tuning=tuning), gains

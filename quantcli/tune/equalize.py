@@ -22,6 +22,7 @@ from calibration.hooks.onnxruntime import Runner
 from quantcli.fold import constant
 from quantcli.probe import with_outputs
 from quantcli.tune.bias import biased
+from quantcli.tuning import Moved
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,12 +59,14 @@ class Equalized:
         layers: The layers whose weights changed.
         absorbed: How many channels gave a part of their bias to the layers behind.
         refused: The tensors whose channels keep their factor, with the reason.
+        moved: What became of tensors, by name.
     """
 
     channels: int = 0
     layers: tuple[str, ...] = ()
     absorbed: int = 0
     refused: tuple[tuple[str, str], ...] = ()
+    moved: dict[str, Moved] = field(default_factory=dict)
 
 
 @dataclass
@@ -125,6 +128,7 @@ class Equalization:
         self.frozen: dict[int, tuple[str, str]] = {}
         self.uses: list[Use] = []
         self.clips: list[ir.Node] = []
+        self.held: dict[ir.Value, NDArray[np.float64]] = {}
 
     def run(self, absorb: bool = True) -> Equalized:
         """Equalize, and absorb high biases."""
@@ -139,7 +143,17 @@ class Equalization:
         changed = self.apply(factors)
         absorbed = self.absorb() if absorb and self.feeds else 0
         reasons = {(name, reason) for name, reason in self.frozen.values()}
-        return Equalized(int((np.abs(factors - 1) > ENOUGH).sum()), tuple(changed), absorbed, tuple(sorted(reasons)))
+        count = int((np.abs(factors - 1) > ENOUGH).sum())
+        return Equalized(count, tuple(changed), absorbed, tuple(sorted(reasons)), self.moved(factors))
+
+    def moved(self, factors: NDArray[np.float64]) -> dict[str, Moved]:
+        """Return what became of every tensor that is not what it was."""
+        found = {}
+        for value, channels in self.channels.items():
+            own, held = 1 / factors[self.sets.roots(channels)], self.held.get(value, np.zeros(len(channels)))
+            if np.abs(own - 1).max(initial=0.0) > ENOUGH or held.any():
+                found[str(value.name)] = Moved(tuple(own.tolist()), tuple((-held).tolist()))
+        return found
 
     def ids(self, value: ir.Value) -> NDArray[np.intp] | None:
         """Return the channels of a tensor (its second axis); None where that is not known."""
@@ -317,11 +331,12 @@ class Equalization:
                 found = values.min(axis=tuple(axis for axis in range(values.ndim) if axis != 1))
                 lowest[name] = np.minimum(lowest[name], found) if name in lowest else found
         total = 0
-        for (layer, _, readers), name in zip(pairs, names, strict=True):
+        for (layer, relu, readers), name in zip(pairs, names, strict=True):
             held = np.maximum(lowest[name].astype(np.float64), 0.0)
             if not held.any():
                 continue
             total += int(np.count_nonzero(held))
+            self.held |= {layer.outputs[0]: held, relu.outputs[0]: held}
             move_bias(layer, readers, held, self.model.graph)
         return total
 
