@@ -330,6 +330,21 @@ def test_probabilities_are_judged_by_their_logarithms() -> None:
     assert not is_distribution(rows * 2)
 
 
+def test_what_is_less_than_a_step_of_the_outputs_grid_counts_for_nothing() -> None:
+    expected = np.array([[0.98, 0.0199, 0.0001], [0.5, 0.4999, 0.0001]])
+    rounded = np.rint(expected * 128) / 128
+
+    def noise(steps: dict[str, float]) -> float:
+        ours, theirs = logarithms({"p": expected}, {"p": rounded}, steps)
+        return float(np.square(theirs["p"] - ours["p"]).max())
+
+    # 0.0001 becomes 0. Beside the smallest number that counts, half of the 0.0001 is lost (ln 2, squared, and a part for the mean);
+    # beside a step of 1/128, hardly anything is.
+    assert noise({}) > 0.2
+    assert noise({"p": 1 / 128}) < 0.04
+    assert noise({"other": 1.0}) == noise({})
+
+
 NARROW = [
     (4, Activation(bits=4), (0, 15)),
     (8, Activation(bits=2), (0, 3)),

@@ -437,6 +437,7 @@ class Judge:
         plan = make_plan(candidate.model, candidate.statistics, recipe, candidate.tuning)
         runner = Runner(model_bytes(WRITERS["qdq"](quantize(candidate.model, plan))), what="a candidate")
         comparison = Comparison()
+        steps = {name: plan.tensors[name].scale[0] for name in runner.outputs if name in plan.tensors}
         for feeds, expected in zip(self.batches, self.expected, strict=True):
-            comparison.update(*logarithms(expected, runner.run(feeds)))
+            comparison.update(*logarithms(expected, runner.run(feeds), steps))
         return list(comparison.outputs.values())

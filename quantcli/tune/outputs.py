@@ -21,7 +21,7 @@ from quantcli.island import captured
 from quantcli.probe import unused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -47,16 +47,22 @@ ELEMENTS, RANKED = 1 << 19, 1 << 22
 OLDEST_OPSET = 11
 
 
-def logarithms(expected: Arrays, found: Arrays) -> tuple[Arrays, Arrays]:
+def logarithms(expected: Arrays, found: Arrays, steps: Mapping[str, float] | None = None) -> tuple[Arrays, Arrays]:
     """Return outputs to compare; of probabilities their logarithms about their mean.
 
     Probabilities hide what a model has lost where it is sure of itself, and show little else where it is not.
+
+    Args:
+        expected: What the float model gives, by output.
+        found: What is compared with it.
+        steps: The scales of outputs that are rounded to a grid: what is smaller than a step of it is as good as nothing.
     """
     ours, theirs = {}, {}
     for name, values in expected.items():
         pair = values, found[name]
         if is_distribution(values):
-            both = [np.log(np.maximum(array, 0.0).astype(np.float64) + FAINTEST) for array in pair]
+            least = max(FAINTEST, (steps or {}).get(name, 0.0))
+            both = [np.log(np.maximum(array, 0.0).astype(np.float64) + least) for array in pair]
             pair = both[0] - both[0].mean(axis=-1, keepdims=True), both[1] - both[1].mean(axis=-1, keepdims=True)
         ours[name], theirs[name] = pair
     return ours, theirs
