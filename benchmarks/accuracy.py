@@ -31,7 +31,7 @@ from calibration.errors import ReportedError
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Conversion, Recipe, calibrate, convert
 from quantcli.load import load
-from quantcli.recipe import Activation, Tune, Weight
+from quantcli.recipe import Activation, Tune, Weight, resolve_target
 
 SAMPLES = 256
 RECIPES = {
@@ -126,12 +126,13 @@ def ablation(cases: list[Case], recipes: list[str]) -> None:
     """Print every entry with each algorithm off in turn."""
     for name in recipes:
         recipe = RECIPES[name]
+        steps = (*STEPS, "centre", "align") if resolve_target(recipe).activation.power_of_two else STEPS
         print(
-            f"\n{name}\n\n| model | all | {' | '.join(f'no {step}' for step in STEPS)} |\n|---|---|{'---|' * len(STEPS)}"
+            f"\n{name}\n\n| model | all | {' | '.join(f'no {step}' for step in steps)} |\n|---|---|{'---|' * len(steps)}"
         )
         for case in cases:
             reference = case.reference
-            wishes = [recipe.tune, *(msgspec.structs.replace(recipe.tune, **{step: False}) for step in STEPS)]
+            wishes = [recipe.tune, *(msgspec.structs.replace(recipe.tune, **{step: False}) for step in steps)]
             cells = [attempted(case, msgspec.structs.replace(recipe, tune=wish), reference) for wish in wishes]
             print(f"| {case.name} | {' | '.join(cells)} |", flush=True)
 

@@ -118,3 +118,15 @@ def test_a_model_that_runs_slower_than_float_is_told(
     told = capsys.readouterr()
     assert ("0.60 times float's speed" in told.err) == warned
     assert ("speed: about" in told.out) == (speed is not None)
+
+
+def test_nothing_is_told_of_the_speed_of_what_is_meant_to_run_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, data = residual_net(tmp_path / "m.onnx"), data_for(tmp_path / "d.npz")
+    monkeypatch.setattr("quantcli.evaluation.check.measured", lambda *_: 0.6)
+    command = ["convert", str(path), "--data", str(data), "-o", str(tmp_path / "q.onnx"), "--target", "npu-int8"]
+    assert run(command) == 0
+    told = capsys.readouterr()
+    assert "speed" not in told.out + told.err
+    assert "self-check" in told.out

@@ -191,7 +191,10 @@ def show(terminal: Terminal, done: Conversion) -> None:
         )
         outputs = ", ".join(f"'{name}' {value:.1f} dB" for name, value in done.check.sqnr.items())
         terminal.warn(f"the quantized model is far from float (SQNR of {outputs}); lost at: {lost}")
-    if done.check.slow and not in_c:
+    here = (
+        not in_c and sidecar.target.placement.pays
+    )  # other targets' models run in ONNX Runtime to be checked, not to be used
+    if done.check.slow and here:
         terminal.warn(
             f"it runs at {done.check.speed or 0:.2f} times float's speed on this machine; "
             "--optimize latency looks for a faster plan"
@@ -202,7 +205,7 @@ def show(terminal: Terminal, done: Conversion) -> None:
         f"operator set {sidecar.opset}"
     )
     terminal.say(f"size: {sizes[0]:,} → {sizes[1]:,} bytes ({sizes[1] / sizes[0]:.0%})")
-    if done.check.speed is not None and not in_c:
+    if done.check.speed is not None and here:
         terminal.say(f"speed: about {done.check.speed:.2f} times float's over {done.check.samples} samples at once")
     for name, value in done.check.sqnr.items():
         terminal.say(f"self-check: output '{name}' SQNR {value:.1f} dB over {done.check.samples} samples")
@@ -274,7 +277,7 @@ def tuning(terminal: Terminal, tuned: Tuned) -> None:
         return
     kept = next(one for one in tuned.tries if one.kept)
     before = tuned.tries[0]
-    steps = ", ".join(f"{step} {gain:+.1f} dB" for step, (_, gain) in kept.gains.items())
+    steps = ", ".join(f"{step} {gain:+.1f} dB" for step, (count, gain) in kept.gains.items() if count)
     terminal.say(
         f"tuned: SQNR {before.sqnr:.1f} → {kept.sqnr:.1f} dB on samples held back"
         + (f" (error of the layers, on average: {steps})" if steps else ": nothing that was tried does better")
