@@ -143,6 +143,8 @@ class Alignment:
             filling = constant(node.inputs[2]) if len(node.inputs) > 2 else None
             given = len(node.inputs) > 2 and node.inputs[2] is not None
             return len(values) == 1 and (not given or (filling is not None and not np.any(filling)))
+        if node.attributes.get_string("coordinate_transformation_mode", "") == "tf_crop_and_resize":
+            return False  # it fills what lies outside with a value of its own
         if node.op_type in JOINING:
             return len(values) > 0 and (node.op_type != "Clip" or values == [node.inputs[0]])
         return node.op_type in MOVING and values == [node.inputs[0]]
