@@ -66,6 +66,21 @@ def test_aimet_2(written: Path) -> None:
         assert one["output_dtype"] == tensor.dtype
 
 
+@pytest.mark.parametrize("form", EXPORTS)
+def test_what_speaks_of_the_float_model_refuses_tensors_that_are_not_its(
+    written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    document = json.loads(written.read_text())
+    next(iter(document["tensors"].values()))["moved"] = {"factor": [1.25], "shift": [0.0]}
+    (tmp_path / "q.json").write_text(json.dumps(document))
+    of_float = form in {"aimet-1.0.0", "aimet-2.0.0", "ort-overrides"}
+    assert run(["export", str(tmp_path / "q.json"), "--to", form, "-o", str(tmp_path / "out.txt"), "-q"]) == int(
+        of_float
+    )
+    assert ("centre = false" in capsys.readouterr().err) == of_float
+    assert (tmp_path / "out.txt").exists() != of_float
+
+
 def test_onnx_runtime_quantizes_by_the_overrides(written: Path, tmp_path: Path) -> None:
     """ONNX Runtime's own quantizer, given nothing but the overrides, writes the sidecar's scales and zero points."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static

@@ -34,12 +34,18 @@ def width(entry: TensorEntry) -> int:
 
 
 def scaled(sidecar: Sidecar) -> Iterator[tuple[str, TensorEntry]]:
-    """Yield the tensors with their entries, but biases, whose scale follows from those of their layer's operands.
+    """Yield the float model's tensors with their entries, but biases, whose scale follows from those of their layer's operands.
 
     Raises:
-        ModelError: If a weight is in blocks, whose scales stand in the model.
+        ModelError: If a weight is in blocks, whose scales stand in the model, or a tensor is not the float model's any more.
     """
     for name, entry in sidecar.tensors.items():
+        if entry.moved is not None:
+            raise ModelError(
+                f"'{name}' is not the float model's (equalization, centring or alignment has changed it), and this format speaks "
+                "of that model",
+                "convert with equalize = false, centre = false and align = false in [tune], or choose tflite or csv",
+            )
         if entry.blocks is not None:
             raise ModelError(
                 f"the weight '{name}' is in blocks, and its scales stand in the model", "export per-channel weights"

@@ -6,10 +6,10 @@ plan is always one of them, so that tuning never makes a model worse by that mea
 ======== ================================================================================================================
 fast     nothing: ranges as calibration gives them, weights rounded to nearest
 default  one sweep over 64 samples: ranges and weight scales by error, rounding by second moments, bias correction;
-         compensation where weights have less than 8 bits, one scale per tensor or scales of powers of two; with one scale
-         per tensor also on the equalized model; with scales of powers of two on the centred and aligned one; without ranges by
-         error, where that was no better than nothing. The error of a range is that of the model's outputs where the model is
-         small, and that of the tensor's readers elsewhere
+         compensation where weights have less than 8 bits; with one scale per tensor also on the equalized model; with scales of
+         powers of two on the centred and aligned one; of those two the best one with compensation, too; without ranges by error,
+         where that was no better than nothing. The error of a range is that of the model's outputs where the model is small, and
+         that of the tensor's readers elsewhere
 best     sweeps over 256 samples: the above, with the outputs' error of larger models, too; and then each of the two errors,
          compensation, ranges by error, regard to activations, equalization, centring and alignment the other way, kept where
          that is better
@@ -193,6 +193,8 @@ def tune(
     trying = Trying(start, recipe, samples, observe, progress, judge)
     for choice in first_choices(recipe, observe is not None, trying.batches):
         trying.attempt(choice)
+    if trying.found and recipe.tune.compensation is None and is_coarse(resolve_target(recipe)):
+        trying.attempt(trying.best.toggled("compensation"))
     again = open_steps(recipe, observe is not None) if recipe.tune.effort == "best" else []
     if not again and recipe.tune.ranges is None and all(one.sqnr <= found[0][0].sqnr for one, _ in trying.found):
         again = ["ranges"]
@@ -353,11 +355,11 @@ def freed(target: Target, **changes: bool) -> Target:
 def first_choices(recipe: Recipe, may_equalize: bool, outputs: int) -> list[Choice]:
     """Return what is tried in any case; ranges by what they do to the outputs over so many batches, to their readers if 0."""
     wishes, target = recipe.tune, resolve_target(recipe)
-    coarse = target.weight.bits < 8 or not target.weight.per_channel or target.weight.power_of_two
+    narrow = target.weight.bits < 8
     steps = Steps(
         ranges=wishes.ranges is not False,
         outputs=outputs,
-        compensation=coarse if wishes.compensation is None else wishes.compensation,
+        compensation=narrow if wishes.compensation is None else wishes.compensation,
         scales=wishes.scales is not False,
         rounding=wishes.rounding is not False,
         bias=wishes.bias is not False,
@@ -370,6 +372,11 @@ def first_choices(recipe: Recipe, may_equalize: bool, outputs: int) -> list[Choi
     centre = centrable(target) and (shifting if wishes.centre is None else wishes.centre)
     align = shifting and wishes.align is not False
     return [Choice(even, centre, align, steps) for even in evens if may_equalize or not even]
+
+
+def is_coarse(target: Target) -> bool:
+    """Tell whether weights have 8 bits whose grid is coarse: compensation helps some models then, and others not."""
+    return target.weight.bits >= 8 and (not target.weight.per_channel or target.weight.power_of_two)
 
 
 def open_steps(recipe: Recipe, may_equalize: bool) -> list[str]:
