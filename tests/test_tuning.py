@@ -307,6 +307,24 @@ def test_each_step_can_be_left_out(tmp_path: Path) -> None:
     assert (stored["w1_quantized"] == plain["w1_quantized"]).all()
 
 
+def test_coarse_weights_are_tried_with_and_without_compensation(tmp_path: Path) -> None:
+    model, data = residual_net(tmp_path / "net.onnx"), data_for(tmp_path / "d.npz", samples=24)
+
+    def tried(weight: Weight, **wishes: Any) -> list[bool]:
+        recipe = Recipe(
+            weight=weight, tune=Tune(ranges=False, **wishes)
+        )  # without ranges, there is no try without them
+        done = convert(model, tmp_path / "a.onnx", data=data, recipe=recipe)
+        return ["compensation" in one.name for one in done.tuned.tries[1:]]
+
+    shared = Weight(per_channel=False)
+    assert tried(shared) == [False, False, True]  # plain, equalized, and the better one again
+    assert tried(shared, compensation=True) == [True, True]
+    assert tried(shared, compensation=False) == [False, False]
+    assert tried(Weight()) == [False]
+    assert tried(Weight(bits=4)) == [True]
+
+
 def test_statistics_alone_are_not_tuned_and_say_so(tmp_path: Path) -> None:
     model, data = residual_net(tmp_path / "net.onnx"), data_for(tmp_path / "d.npz", samples=24)
     seen = calibrate(model, data)
