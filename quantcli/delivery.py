@@ -98,8 +98,9 @@ class Delivery:
         """
         check = self_check(source, laid or self.onnx, sidecar, statistics, self.program)
         if verified:
-            of_onnx = Delivery(self.onnx, weights=self.weights).entry(sidecar.model.name)
-            about = msgspec.structs.replace(sidecar, model=of_onnx)
+            about = sidecar
+            if self.program is not None:  # the sidecar speaks of that
+                about = msgspec.structs.replace(sidecar, model=Delivery(self.onnx).entry(sidecar.model.name))
             held = Held.of_bytes(self.onnx) if laid is None else Held.of_file(laid)
             static = sidecar.mode == "static"
             samples = [statistics.check_inputs]

@@ -191,9 +191,8 @@ def show(terminal: Terminal, done: Conversion) -> None:
         )
         outputs = ", ".join(f"'{name}' {value:.1f} dB" for name, value in done.check.sqnr.items())
         terminal.warn(f"the quantized model is far from float (SQNR of {outputs}); lost at: {lost}")
-    here = (
-        not in_c and sidecar.target.placement.pays
-    )  # other targets' models run in ONNX Runtime to be checked, not to be used
+    # Models for other targets run in ONNX Runtime to be checked, not to be used.
+    here = sidecar.target.placement.pays and not in_c
     if done.check.slow and here:
         terminal.warn(
             f"it runs at {done.check.speed or 0:.2f} times float's speed on this machine; "

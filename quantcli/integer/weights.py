@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 LSTM_SCALES = (8, 10)
 
 
-def verify_weights(model: Held, sidecar: Sidecar) -> Verification:
+def verify_weights(quantized: Held, sidecar: Sidecar) -> Verification:
     """Compare everything that a sidecar says of weights with what the model holds; integers and floats with ==.
 
     Args:
-        model: The quantized model.
+        quantized: The quantized model.
         sidecar: Its sidecar.
     """
-    result, graph = Verification(), model.model.graph
-    result.findings.extend(digest_findings(model, sidecar))
+    result, graph = Verification(), quantized.model.graph
+    result.findings.extend(digest_findings(quantized, sidecar))
     stored = {
         name: value.const_value.numpy() for name, value in graph.initializers.items() if value.const_value is not None
     }

@@ -227,12 +227,9 @@ class Choice:
 
     def toggled(self, step: str) -> Choice:
         """Return the choice with one step the other way."""
-        if step == "equalize":
-            return replace(self, equalize=not self.equalize)
-        if step == "centre":
-            return replace(self, centre=not self.centre)
-        if step == "align":
-            return replace(self, align=not self.align)
+        if step in {"equalize", "centre", "align"}:
+            other: dict[str, Any] = {step: not getattr(self, step)}
+            return replace(self, **other)
         if step == "outputs":  # of the two ways to choose ranges, the one that costs less
             return replace(self, steps=replace(self.steps, outputs=0))
         return replace(self, steps=replace(self.steps, **{step: not getattr(self.steps, step)}))
