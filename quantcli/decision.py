@@ -86,6 +86,7 @@ def decided(
     writer: Callable[[QuantizedModel], ir.Model],
     validation: Data | None,
     log: Path | None,
+    widths: tuple[int, ...],
     progress: Progress,
 ) -> Decision:
     """Return everything that is decided of a model."""
@@ -103,7 +104,7 @@ def decided(
         best = next(trial for trial in trials if trial.kept)
         recipe = keeping(recipe, best.layers)
     with one_thread():
-        tuned, attempts = tuned_by(source, folded, found, places, recipe, run, validation, log, progress)
+        tuned, attempts = tuned_by(source, folded, found, places, recipe, run, validation, log, widths, progress)
     if trials:
         tuned = replace(tuned, plan=with_reasons(tuned.plan, trials))
     return Decision(found, tuned, trials, attempts)
@@ -118,6 +119,7 @@ def tuned_by(
     run: Run,
     validation: Data | None,
     log: Path | None,
+    widths: tuple[int, ...],
     progress: Progress,
 ) -> tuple[Tuned, tuple[Attempt, ...]]:
     """Tune a model as far as its recipe and its data allow, at the widths that keep its metric where that is asked."""
@@ -149,9 +151,9 @@ def tuned_by(
             )
         score, digest = scorer(source, judged, recipe)
         key = "\n".join([source.sha256, found.data_sha256, digest, repr(recipe), str(found.samples)])
-        search = Search(folded, found, recipe, samples, may_observe, score, progress, log, key)
-        widths = search.run(recipe.tune.max_drop)
-        return widths.tuned, widths.attempts
+        search = Search(folded, found, recipe, samples, may_observe, score, progress, log, key, widths)
+        kept = search.run(recipe.tune.max_drop)
+        return kept.tuned, kept.attempts
     if samples is None:
         return untuned(folded, found, recipe, why_not), ()
     return tune(folded, found, recipe, samples, may_observe, progress), ()

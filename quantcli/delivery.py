@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from quantcli.quantize import QuantizedModel
     from quantcli.recipe import Recipe
     from quantcli.sidecar import Sidecar
+    from quantcli.targets import Target
 
 
 # Forms that are C, beside the ONNX model that computes the same.
@@ -115,6 +116,13 @@ def rendered(quantized: QuantizedModel, form: str, output: Path, source: LoadedM
         message, parts = split(model, weights_beside(output).name)
         return Delivery(message, weights=tuple(parts))
     return Delivery(model_bytes(model), as_program(model, source) if output.suffix == ".pt2" else None)
+
+
+def widths_for(target: Target, form: str, output: Path) -> tuple[int, ...]:
+    """Return the widths that a search may raise weights to: 8 bits, 16 where form and target have them, and float (0) but for C."""
+    if form in C_FORMS:
+        return (8,)
+    return (8, 16, 0) if target.weight.widest == 16 and form == "qdq" and output.suffix == ".onnx" else (8, 0)
 
 
 def weights_beside(model: Path) -> Path:

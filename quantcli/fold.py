@@ -142,6 +142,8 @@ def lift_opset(model: ir.Model, needed: int) -> None:
         return
     from onnxscript import version_converter
 
+    # Which of two converters does it is nothing that a user has to be warned of.
+    logging.getLogger(version_converter.__name__).setLevel(logging.ERROR)
     wanted = max(needed, LIFTED_OPSET)
     try:
         version_converter.convert_version(model, wanted, fallback=True)

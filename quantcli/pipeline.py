@@ -17,7 +17,7 @@ from calibration.errors import ReportedError
 from calibration.hooks.onnxruntime import Runner
 from quantcli import sidecar as sidecar_file
 from quantcli.decision import check_strict, decided, loaded_statistics, opset_for
-from quantcli.delivery import beside, for_form, places_of, rendered, weights_beside
+from quantcli.delivery import beside, for_form, places_of, rendered, weights_beside, widths_for
 from quantcli.errors import UsageError
 from quantcli.evaluation.check import SelfCheck
 from quantcli.evaluation.evaluate import Evaluation, evaluate
@@ -235,7 +235,8 @@ def convert(
         if log is not None and not run.resume:
             log.unlink(missing_ok=True)
         judged = Data(Path(validate), path_or_none(labels), validate_split) if validate is not None else None
-        decision = decided(source, folded, statistics, places, recipe, run, writer, judged, log, progress)
+        widths = widths_for(target, form, outputs.model)
+        decision = decided(source, folded, statistics, places, recipe, run, writer, judged, log, widths, progress)
         found, tuned = decision.statistics, decision.tuned
         final, plan = tuned.model, tuned.plan
         explanations = explain(final, plan, explained)

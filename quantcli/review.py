@@ -69,7 +69,8 @@ def weight_reasons(name: str, tensor: TensorEntry, target: Target) -> Iterator[s
     """Yield what a target cannot do with a weight."""
     if len(tensor.scale) > 1 and not target.weight.per_channel:
         yield f"'{name}' has {len(tensor.scale)} scales, the target has one per tensor"
-    if tensor.qmax >= 1 << (target.weight.bits - 1):
+    has_wide = tensor.dtype == "int16" and target.weight.widest == 16
+    if tensor.qmax >= 1 << (target.weight.bits - 1) and not has_wide:
         yield f"'{name}' reaches {tensor.qmax}, the target's weights have {target.weight.bits} bits"
     if target.weight.power_of_two and not all(is_power_of_two(scale) for scale in tensor.scale):
         yield f"a scale of '{name}' is no power of two"
@@ -99,7 +100,7 @@ def pair_reasons(
     if target.weight.pair_bits is None or layer.arithmetic != "accumulate":
         return
     tensor, values = sidecar.tensors[layer.inputs[1]], weights.get(layer.inputs[1])
-    if values is None:
+    if values is None or tensor.dtype == "int16":  # its products are those of floats there
         return
     channels = (
         values.reshape(1, -1)

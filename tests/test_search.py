@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from calibration.errors import DataError
@@ -16,9 +17,11 @@ from quantcli import Recipe, convert, decision, verify
 from quantcli.cli import main
 from quantcli.errors import PlanError, UsageError
 from quantcli.recipe import Tune, Weight
+from quantcli.review import lint
+from quantcli.targets import load_target
 from quantcli.tune.data import compared
 from quantcli.tune.search import Score, Search, Step
-from tests.graphs import data_for, normal, residual_net
+from tests.graphs import data_for, node, normal, residual_net, save
 
 
 @pytest.fixture
@@ -155,7 +158,7 @@ def test_a_scores_uncertainty_is_that_of_paired_differences() -> None:
     assert compared(np.zeros(0, bool), np.zeros(0, bool)).worst == 0.0
 
 
-@pytest.mark.parametrize(("enough", "wanted"), [(2, 2), (3, 3), (5, 5), (100, None)])
+@pytest.mark.parametrize(("enough", "wanted"), [(2, 2), (3, 4), (5, 5), (100, None)])
 def test_what_was_lucky_is_not_kept(
     tmp_path: Path, model: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch, enough: int, wanted: int | None
 ) -> None:
@@ -183,3 +186,94 @@ def test_what_was_lucky_is_not_kept(
     kept = next(one for one in done.attempts if one.kept)
     assert kept.steps == wanted
     assert kept.held.drop == 0.0
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> Path:
+    """A network whose first layer has much larger weights for an input channel that holds nothing."""
+    rng = np.random.default_rng(7)
+    first, second = rng.normal(size=(8, 3, 3, 3)) / 5, rng.normal(size=(8, 8, 1, 1)) / 3
+    first[:, 0] *= 400
+    nodes = [
+        node("Conv", ["x", "w1"], ["a"]),
+        node("Relu", ["a"], ["b"]),
+        node("Conv", ["b", "w2"], ["c"]),
+        node("GlobalAveragePool", ["c"], ["d"]),
+        node("Flatten", ["d"], ["y"]),
+    ]
+    weights = {"w1": first.astype(np.float32), "w2": second.astype(np.float32)}
+    return save(tmp_path / "uneven.onnx", nodes, {"x": ["n", 3, 8, 8]}, {"y": ["n", 8]}, weights)
+
+
+@pytest.fixture
+def uneven_data(tmp_path: Path, uneven: Path) -> Path:
+    x = normal(300, 3, 8, 8, seed=21) + 3 * normal(300, 3, 1, 1, seed=22)
+    x[:, 0] = 0
+    path = tmp_path / "uneven.npz"
+    np.savez(path, x=x, labels=Runner(uneven).run({"x": x})["y"].argmax(axis=1))
+    return path
+
+
+def of_one_scale(target: str, bits: int = 8) -> Recipe:
+    """One scale per tensor, which uneven weights need more than 8 bits for."""
+    tune = Tune(effort="fast", max_drop=5.0)
+    return Recipe(target=target, weight=Weight(per_channel=False, bits=bits), tune=tune)
+
+
+def test_a_layer_is_raised_to_sixteen_bits(tmp_path: Path, uneven: Path, uneven_data: Path) -> None:
+    done = convert(uneven, tmp_path / "q.onnx", data=uneven_data, recipe=of_one_scale("ort-x86"), verified=True)
+    entry = done.sidecar.tensors["w1"]
+    assert (entry.dtype, entry.qmin, entry.qmax) == ("int16", -32767, 32767)
+    assert done.sidecar.tensors["w2"].dtype == "int8"
+    assert next(one for one in done.attempts if one.kept).weight_bytes == 2 * 8 * 3 * 3 * 3 + 8 * 8
+    written = onnx.load(done.model)
+    onnx.checker.check_model(written)
+    assert [one.version for one in written.opset_import if one.domain == ""] == [21]
+    kinds = {one.name: one.data_type for one in written.graph.initializer}
+    assert kinds[entry.integers] == onnx.TensorProto.INT16
+    arrays = dict(np.load(uneven_data))
+    found = Runner(done.model).run({"x": arrays["x"]})["y"].argmax(axis=1)
+    assert (found != arrays["labels"]).mean() < 0.05
+    assert lint(done.sidecar, load_target("ort-x86"), {}) == []
+    reasons = [refusal.reason for refusal in lint(done.sidecar, load_target("npu-int8"), {})]
+    assert "'w1' reaches 32767, the target's weights have 8 bits" in reasons
+
+
+@pytest.mark.parametrize(("target", "form"), [("npu-int8", "qdq"), ("ort-x86", "qoperator")])
+def test_where_there_are_no_such_weights_none_is_made(
+    tmp_path: Path, uneven: Path, uneven_data: Path, target: str, form: str
+) -> None:
+    done = convert(uneven, tmp_path / "q.onnx", data=uneven_data, recipe=of_one_scale(target), form=form)
+    assert {entry.dtype for entry in done.sidecar.tensors.values() if entry.role == "weight"} == {"int8"}
+    assert "a_node" not in [entry.name for entry in done.sidecar.layers]  # float is what is left
+
+
+def test_c_source_has_integers_alone_and_so_has_its_search(tmp_path: Path, model: Path, labelled: Path) -> None:
+    data = spread_data(tmp_path / "d.npz", 48)
+    recipe = Recipe(weight=Weight(bits=2), tune=Tune(max_drop=4.0))
+    done = convert(model, tmp_path / "q", data=data, recipe=recipe, validate=labelled, form="c")
+    kept = next(one for one in done.attempts if one.kept)
+    assert kept.steps > 0
+    assert not done.plan.floats
+    with pytest.raises(PlanError, match="no widths keep the drop"):
+        convert(model, tmp_path / "r", data=data, recipe=searching(0.51), validate=labelled, form="c")
+
+
+def test_every_layer_passes_its_widths_in_order(
+    tmp_path: Path, uneven: Path, uneven_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orders: list[list[Step]] = []
+    ordered = Search.ordered
+
+    def kept(self: Search) -> list[Step]:
+        orders.append(ordered(self))
+        return orders[-1]
+
+    monkeypatch.setattr(Search, "ordered", kept)
+    convert(uneven, tmp_path / "q.onnx", data=uneven_data, recipe=of_one_scale("ort-x86", bits=4))
+    passed: dict[str, list[int]] = {}
+    for step in orders[0]:
+        passed.setdefault(step.layer, []).append(step.bits)
+    assert passed["a_node"] == [8, 16, 0]
+    assert all(widths in ([8, 16, 0], [8, 0]) for widths in passed.values())
+    assert sum(step.cost for step in orders[0] if step.layer == "a_node") == 8 * 3 * 3 * 3 * 3.5  # 4 bits to 32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -260,8 +261,10 @@ def widths(terminal: Terminal, done: Conversion) -> None:
         )
         for one in done.attempts
     ]
-    terminal.table("Widths tried", (">layers raised", ">weight bytes", ">metric", ">drop", ">held back", ""), rows)
+    terminal.table("Widths tried", (">steps up", ">weight bytes", ">metric", ">drop", ">held back", ""), rows)
     kept = next(one for one in done.attempts if one.kept)
+    held = Counter(tensor.integer.bits for tensor in done.plan.tensors.values() if tensor.role == "weight")
+    terminal.say(f"weights: {', '.join(f'{held[bits]} of {bits} bits' for bits in sorted(held))}")
     if kept.score.uncertainty > 0:
         terminal.say(
             f"the drop was judged on {kept.score.samples} samples and confirmed on {kept.held.samples} held back: on others it may "

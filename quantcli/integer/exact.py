@@ -47,7 +47,7 @@ def exact(layer: Layer, operands: list[NDArray[np.int64]]) -> Exact | None:
     if kind == "accumulate":
         acc, axis = accumulator(layer, operands)
         real = along(layer, 0, acc.ndim, axis)
-        if layer.tensors[layer.entry.inputs[0]].qmax < 1 << 8:
+        if layer.narrow:
             return of_terms(layer, acc * real)  # every product and sum of 8-bit integers is exact in the runtime too
         magnitudes, _ = accumulator(layer, [np.abs(q) for q in operands])
         return with_errors(layer, acc * real, magnitudes * real)

@@ -42,6 +42,11 @@ class Layer:
         return self.tensors[name].zero_point[0]
 
     @property
+    def narrow(self) -> bool:
+        """Whether the first two operands have 8 bits at most: sums of products fit 32 bits then, and float32 kernels are exact."""
+        return all(self.tensors[name].qmax < 1 << 8 for name in self.entry.inputs[:2])
+
+    @property
     def output(self) -> TensorEntry:
         """The entry of the first output."""
         return self.tensors[self.entry.outputs[0]]

@@ -62,8 +62,8 @@ def lookup(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.i
 
 
 def check_width(layer: Layer, acc: NDArray[np.int64]) -> None:
-    """Raise IntegerError where an accumulator leaves its 32 bits (48 for operands of 16)."""
-    width = 32 if layer.tensors[layer.entry.inputs[0]].qmax < 1 << 8 else 48
+    """Raise IntegerError where an accumulator leaves its 32 bits (48 where an operand has 16)."""
+    width = 32 if layer.narrow else 48
     if np.abs(acc).max(initial=0) >= 1 << (width - 1):
         raise IntegerError(f"the accumulator leaves {width} bits")
 

@@ -45,7 +45,8 @@ class ActivationFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class WeightFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How weights are quantized: symmetric, stored as int8, narrow range (−127 … 127 with 8 bits, −63 … 63 with 7).
 
-    ``pair_bits`` is 16 where the runtime adds two products in 16 bits, saturating, before it widens them.
+    ``pair_bits`` is 16 where the runtime adds two products in 16 bits, saturating, before it widens them. ``widest`` is 16 where it
+    takes int16 weights as well: a search for widths may raise single layers to them.
     """
 
     dtype: Literal["int8"]
@@ -54,6 +55,7 @@ class WeightFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bits: Annotated[int, msgspec.Meta(ge=2, le=8)] = 8
     power_of_two: bool = False
     pair_bits: Literal[16] | None = None
+    widest: Literal[8, 16] = 8
 
 
 class MultiplierFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

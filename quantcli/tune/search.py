@@ -1,17 +1,19 @@
 """Precision search: the cheapest widths of the layers' weights that keep a metric within a given drop.
 
-Every layer begins at the recipe's width, and can be raised to 8 bits and then to float. What a layer's width costs the outputs is
-measured layer by layer (as in HAWQ, Dong et al. 2019, arXiv 1905.03696, with the noise at the outputs in place of the Hessian's
-eigenvalue): the noise of a model that is wider everywhere else. Noise of different layers adds up, so steps are ordered by how much
-noise they take away per byte that they cost, and the shortest beginning of that order that keeps the metric is found by bisection.
-Of many tries the luckiest is found, too: what bisection finds has to keep the metric on samples as well that were held back from
-it, and more steps are taken until it does. Each try is a whole tuned model, and is written down, so that a search that was cut off
-goes on where it was.
+Every layer begins at the recipe's width, and can be raised to 8 bits, to 16 where the target has them, and to float. What a layer's
+width costs the outputs is measured layer by layer (as in HAWQ, Dong et al. 2019, arXiv 1905.03696, with the noise at the outputs in
+place of the Hessian's eigenvalue): the noise of a model that is wider everywhere else. Noise of different layers adds up, so steps
+are ordered by how much noise they take away per byte that they cost, and the shortest beginning of that order that keeps the metric
+is found by bisection. Of many tries the luckiest is found, too: what bisection finds has to keep the metric on samples as well that
+were held back from it, and more steps are taken until it does. Each try is a whole tuned model, and is written down, so that a
+search that was cut off goes on where it was.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -20,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from quantcli.errors import PlanError
+from quantcli.errors import ModelError, PlanError
+from quantcli.fold import lift_opset
 from quantcli.placement import place
 from quantcli.plan import unresolvable
 from quantcli.probe import model_bytes
@@ -34,7 +37,7 @@ from quantcli.tuning import Tuning
 from quantcli.write import WRITERS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import onnx_ir as ir
@@ -47,7 +50,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WIDE = 8
+WIDE, WIDEST = 8, 16
+# The bits of a float weight.
+FLOAT = 32
+# The operator set from which DequantizeLinear knows int16.
+WIDEST_OPSET = 21
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,7 @@ class Search:
         progress: Called with the stage, the tries done and their total.
         log: Where tries are written down; None for nowhere.
         key: What the tries depend on besides their widths.
+        widths: What layers may be raised to, in ascending order; 0 for float, which comes last.
     """
 
     model: ir.Model
@@ -161,6 +169,7 @@ class Search:
     progress: Progress
     log: Path | None = None
     key: str = ""
+    widths: tuple[int, ...] = (WIDE, 0)
 
     def run(self, max_drop: float) -> Found:
         """Return the cheapest assignment whose metric drops by at most so many points.
@@ -220,7 +229,7 @@ class Search:
         """Return the smallest number of steps that keeps the metric, taking more steps to be no worse; None if none does."""
         if tried(0):
             return 0
-        most = next((steps for steps in (count // 4, count // 2, count - 1) if steps > 0 and tried(steps)), None)
+        most = next((steps for steps in (count // 4, count // 2, self.most(count)) if steps > 0 and tried(steps)), None)
         if most is None:
             return None
         least = 0
@@ -231,11 +240,15 @@ class Search:
 
     def further(self, tried: Callable[[int], bool], steps: int, count: int) -> int | None:
         """Return the next larger number of steps that keeps the metric, a quarter of what is left further on; None if none does."""
-        while steps < count - 1:
-            steps = min(steps + max((count - steps) // 4, 1), count - 1)
+        while steps < self.most(count):
+            steps = min(steps + max((count - steps) // 4, 1), self.most(count))
             if tried(steps):
                 return steps
         return None
+
+    def most(self, count: int) -> int:
+        """Return how many of all steps may be taken: where the last ones make layers float, one has to stay integer."""
+        return count - 1 if 0 in self.widths else count
 
     def weighted(self) -> list[tuple[str, str, int]]:
         """Return name, weight's name and weight's elements of every layer that accumulates with a weight of its own."""
@@ -249,25 +262,45 @@ class Search:
         return found
 
     def ordered(self) -> list[Step]:
-        """Return the steps, those that take away the most noise per byte first; a layer's second one after its first."""
+        """Return the steps, those that take away the most noise per byte first; a layer's in the order of their widths."""
         layers = self.weighted()
         judge = Judge(self.model, self.judging, self.recipe)
-        target = resolve_target(self.recipe).weight.bits
         wide = {weight: WIDE for _, weight, _ in layers}
         base = judge.noise(self.candidate(wide, ()))
+        passed = self.passed()
         steps: list[Step] = []
         for number, (layer, weight, size) in enumerate(layers):
             self.progress("sensitivity", number, len(layers))
-            freed = max(base - judge.noise(self.candidate(wide, (layer,))), 0.0) if len(layers) > 1 else base
-            floats = Step(layer, weight, 0, freed, size * (32 - WIDE) / 8)
-            if target >= WIDE:
-                steps.append(floats)
-                continue
-            lost = max(judge.noise(self.candidate({**wide, weight: target}, ())) - base, 0.0)
-            widened = Step(layer, weight, WIDE, lost, size * (WIDE - target) / 8)
-            # What comes second must not come first.
-            steps += [widened, replace(floats, noise=min(floats.noise, rate(widened) * floats.cost * 0.999))]
-        return sorted(steps, key=lambda step: (-rate(step), step.layer, -step.bits))
+            noises = {WIDE: base, 0: 0.0}
+            for bits in passed:
+                if bits == 0 and len(layers) > 1:
+                    noises[bits] = judge.noise(self.candidate(wide, (layer,)))
+                elif bits not in noises:
+                    noises[bits] = judge.noise(self.candidate({**wide, weight: bits}, ()))
+            steps += steps_of(layer, weight, size, passed, noises)
+        return sorted(steps, key=lambda step: (-rate(step), step.layer, step.bits or FLOAT))
+
+    def passed(self) -> list[int]:
+        """Return the widths that a layer passes through, from the recipe's on; 0 for float."""
+        target = resolve_target(self.recipe).weight.bits
+        wider = [bits for bits in self.widths if bits == 0 or bits > target]
+        return [target, *(bits for bits in wider if bits != WIDEST or self.with_widest is not None)]
+
+    @functools.cached_property
+    def with_widest(self) -> ir.Model | None:
+        """The model in an operator set that has weights of 16 bits; None where it cannot be had."""
+        lifted = self.model.clone()
+        try:
+            lift_opset(lifted, WIDEST_OPSET)
+        except ModelError as error:
+            logger.info("no weight is raised to %d bits: %s", WIDEST, error)
+            return None
+        return lifted
+
+    def model_for(self, bits: Mapping[str, int]) -> ir.Model:
+        """Return the model that can hold weights of some widths."""
+        wide = self.with_widest if WIDEST in bits.values() else None
+        return self.model if wide is None else wide
 
     @property
     def judging(self) -> Sequence[dict[str, NDArray[Any]]]:
@@ -277,34 +310,35 @@ class Search:
     def candidate(self, bits: dict[str, int], floats: tuple[str, ...]) -> tuple[Candidate, Recipe]:
         """Return an untuned candidate of some widths, and the recipe with the layers that stay float."""
         recipe = keeping(self.recipe, floats)
-        final, seen, evened = smooth(self.model, self.statistics, recipe)
+        final, seen, evened = smooth(self.model_for(bits), self.statistics, recipe)
         return Candidate(final, seen, evened, Tuning(bits=bits)), recipe
 
-    def widths(self, steps: Sequence[Step]) -> tuple[dict[str, int], tuple[str, ...]]:
+    def assigned(self, steps: Sequence[Step]) -> tuple[dict[str, int], tuple[str, ...]]:
         """Return the widths that differ from the recipe's, and the layers that stay float."""
         floats = tuple(step.layer for step in steps if step.bits == 0)
-        return {step.weight: step.bits for step in steps if step.bits}, floats
+        return {step.weight: step.bits for step in steps if step.bits and step.layer not in floats}, floats
 
     def tuned(self, steps: Sequence[Step]) -> Tuned:
         """Return the tuned model of an assignment."""
-        bits, floats = self.widths(steps)
+        bits, floats = self.assigned(steps)
         recipe = keeping(self.recipe, floats)
+        model = self.model_for(bits)
         if self.samples is None:
-            return untuned(self.model, self.statistics, recipe, "effort fast", Tuning(bits=bits))
-        return tune(self.model, self.statistics, recipe, self.samples, self.observe, lambda *_: None, bits)
+            return untuned(model, self.statistics, recipe, "effort fast", Tuning(bits=bits))
+        return tune(model, self.statistics, recipe, self.samples, self.observe, lambda *_: None, bits)
 
     def bytes_of(self, steps: Sequence[Step]) -> int:
         """Return what the weights take at their widths."""
         target = resolve_target(self.recipe).weight.bits
-        bits, floats = self.widths(steps)
+        bits, floats = self.assigned(steps)
         total = 0.0
         for layer, weight, size in self.weighted():
-            total += size * (32 if layer in floats else bits.get(weight, target)) / 8
+            total += size * (FLOAT if layer in floats else bits.get(weight, target)) / 8
         return math.ceil(total)
 
     def digest(self, steps: Sequence[Step]) -> str:
         """Return what names an assignment among all tries."""
-        bits, floats = self.widths(steps)
+        bits, floats = self.assigned(steps)
         text = json.dumps([self.key, sorted(bits.items()), sorted(floats)])
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -326,6 +360,24 @@ class Search:
         if self.log is not None:
             with self.log.open("a") as file:
                 file.write(json.dumps({"digest": digest, "attempt": asdict(attempt)}) + "\n")
+
+
+def steps_of(layer: str, weight: str, size: int, passed: Sequence[int], noises: Mapping[int, float]) -> list[Step]:
+    """Return one layer's steps from width to width, each with the noise that it takes away and the bytes that it costs.
+
+    16 bits are left out where they take away less per byte than what comes behind them.
+    """
+    steps = [
+        Step(layer, weight, after, max(noises[before] - noises[after], 0.0), size * ((after or FLOAT) - before) / 8)
+        for before, after in itertools.pairwise(passed)
+    ]
+    for one, other in itertools.pairwise(steps):
+        if one.bits == WIDEST and rate(one) < rate(other):
+            return steps_of(layer, weight, size, [bits for bits in passed if bits != WIDEST], noises)
+    for number in range(1, len(steps)):  # what comes second must not come first
+        second = steps[number]
+        steps[number] = replace(second, noise=min(second.noise, rate(steps[number - 1]) * second.cost * 0.999))
+    return steps
 
 
 def rate(step: Step) -> float:
