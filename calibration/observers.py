@@ -31,7 +31,7 @@ TAIL_SAMPLE = 8192
 # How many looked-at elements wait before they are put into bins together.
 PENDING = 8192
 # A tensor's extremes and tails are found in columns of so many elements, from this size on.
-COLUMN, WORTH_COLUMNS = 64, 1 << 16
+COLUMN, WORTH_COLUMNS = 16, 1 << 18
 # Sums of float32 values are kept as whole multiples of the smallest float32, 2^-149, so that their order does not matter.
 UNIT = 149
 
@@ -517,23 +517,22 @@ def beyond(values: NDArray[np.float32], bound: float, above: bool = True) -> tup
 
     Large arrays are read once: the extremes of columns tell which of them hold values beyond the bound.
     """
-    extreme = np.max if above else np.min
-    outside = np.greater if above else np.less
+    extreme, outside = (np.maximum, np.greater) if above else (np.minimum, np.less)
     limit = np.float32(bound)
-    if values.size < WORTH_COLUMNS:
-        end = float(values.max() if above else values.min())
-        found = outside(end, limit)
-        return end, [values[outside(values, limit)]] if found else []
-    cut = values.size - values.size % COLUMN
-    columns, rest = values[:cut].reshape(COLUMN, -1), values[cut:]
-    peaks = columns.max(axis=0) if above else columns.min(axis=0)
-    end = float(extreme(peaks))
+    cut = values.size - values.size % COLUMN if values.size >= WORTH_COLUMNS else 0
     tails = []
-    if outside(end, limit):
-        some = columns[:, np.flatnonzero(outside(peaks, limit))].reshape(-1)
-        tails.append(some[outside(some, limit)])
+    end: np.float32 | None = None
+    if cut:
+        columns = values[:cut].reshape(COLUMN, -1)
+        peaks = extreme.reduce(columns, axis=0)
+        end = extreme.reduce(peaks)
+        if outside(end, limit):
+            some = columns.take(outside(peaks, limit).nonzero()[0], axis=1).reshape(-1)
+            tails.append(some[outside(some, limit)])
+    rest = values[cut:]
     if rest.size:
-        last = float(extreme(rest))
-        end = end if math.isnan(end) else (last if math.isnan(last) or outside(last, end) else end)
-        tails.append(rest[outside(rest, limit)])
-    return end, tails
+        last = extreme.reduce(rest)
+        if outside(last, limit):
+            tails.append(rest[outside(rest, limit).nonzero()[0]])
+        end = last if end is None else extreme(end, last)
+    return float(end), tails  # type: ignore[arg-type]

@@ -424,3 +424,14 @@ def test_ranges_that_mean_nothing_are_refused(text: str) -> None:
 def test_a_percentile_is_read() -> None:
     assert parse_range("percentile:99.5") == RangeSpec("percentile", 99.5)
     assert parse_range("percentile").argument == pytest.approx(99.99)
+
+
+@pytest.mark.parametrize("place", [0, 123_456, -1])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_found_anywhere_in_a_large_tensor(place: int, bad: float) -> None:
+    values = np.random.default_rng(1).normal(size=(1, observers.WORTH_COLUMNS + 5)).astype(np.float32)
+    values[0, place] = bad
+    counting = Counting("percentile")
+    seen = TensorStatistics.for_counting(counting)
+    with pytest.raises(DataError, match="1 of 262149 values are not finite"):
+        seen.update(values, 0, 1, counting)
