@@ -411,12 +411,12 @@ class TensorStatistics:
     ) -> tuple[float, float, list[NDArray[np.float32]]]:
         """Return the lowest and the highest of some values, and those that lie beyond two bounds.
 
-        Most values are read once: columns whose highest value lies within the bounds hold none beyond them.
+        Most values are read once: what lies within the bounds is no extreme, once something was seen that lies beyond them.
         """
-        highest, tails = beyond(values, bounds[1])
+        highest, tails = beyond(values, bounds[1], self.maximum)
         if self.settled or math.isnan(highest):
             return self.minimum, highest, tails
-        lowest, others = beyond(values, bounds[0], above=False)
+        lowest, others = beyond(values, bounds[0], self.minimum, above=False)
         return lowest, highest, tails + others
 
     def count_extremes(self, lowest: float, highest: float, elements: int) -> None:
@@ -512,27 +512,35 @@ def as_float32(values: NDArray[np.floating]) -> NDArray[np.float32]:
         return np.ascontiguousarray(values, dtype=np.float32)
 
 
-def beyond(values: NDArray[np.float32], bound: float, above: bool = True) -> tuple[float, list[NDArray[np.float32]]]:
+def beyond(
+    values: NDArray[np.float32], bound: float, known: float, above: bool = True
+) -> tuple[float, list[NDArray[np.float32]]]:
     """Return the highest (or lowest) of some values, a NaN if there is one, and those above (or below) a bound.
 
-    Large arrays are read once: the extremes of columns tell which of them hold values beyond the bound.
+    Args:
+        values: The values, one after the other.
+        bound: The bound.
+        known: The highest (or lowest) so far, which is returned where none of the values changes it and that is plain to see.
+        above: Which.
     """
-    extreme, outside = (np.maximum, np.greater) if above else (np.minimum, np.less)
+    extreme, outside, inside = (
+        (np.maximum, np.greater, np.less_equal) if above else (np.minimum, np.less, np.greater_equal)
+    )
     limit = np.float32(bound)
-    cut = values.size - values.size % COLUMN if values.size >= WORTH_COLUMNS else 0
-    tails = []
-    end: np.float32 | None = None
-    if cut:
+    if math.isinf(bound):
+        return float(extreme.reduce(values)), []
+    if values.size >= WORTH_COLUMNS:
+        cut = values.size - values.size % COLUMN
         columns = values[:cut].reshape(COLUMN, -1)
         peaks = extreme.reduce(columns, axis=0)
-        end = extreme.reduce(peaks)
-        if outside(end, limit):
-            some = columns.take(outside(peaks, limit).nonzero()[0], axis=1).reshape(-1)
-            tails.append(some[outside(some, limit)])
-    rest = values[cut:]
-    if rest.size:
-        last = extreme.reduce(rest)
-        if outside(last, limit):
-            tails.append(rest[outside(rest, limit).nonzero()[0]])
-        end = last if end is None else extreme(end, last)
-    return float(end), tails  # type: ignore[arg-type]
+        end, tails = beyond(values[cut:], bound, known, above) if cut < values.size else (known, [])
+        end = float(extreme(end, extreme.reduce(peaks)))
+        some = columns.take(outside(peaks, limit).nonzero()[0], axis=1).reshape(-1)
+        return end, [*tails, some[outside(some, limit)]]
+    within = inside(values, limit)
+    places = np.logical_not(within, out=within).nonzero()[0]
+    if places.size:
+        tail = values[places]  # with what is no number
+        return float(extreme.reduce(tail)), [tail]
+    # None lies beyond the bound: what does already is further out.
+    return (known if outside(known, bound) else float(extreme.reduce(values))), []
