@@ -36,7 +36,6 @@ from benchmarks.bed import as_feeds, bed_folder, entries, interleaved, load_bed,
 from calibration.collect import Shortcut, Work, collect, computed
 from calibration.hooks.onnxruntime import Runner
 from calibration.lanes import Lanes
-from calibration.observers import OBSERVERS as OBSERVED
 from calibration.observers import Counting, Histogram, TensorStatistics
 from calibration.ranges import Grid, parse_range, range_of
 from quantcli import Recipe, convert
@@ -85,7 +84,7 @@ class Case:
         self.names = self.placement.observed()
         self.threads = threads
         self.bare = Runner(model_bytes(self.folded), threads)
-        self.hook = Runner(with_outputs(self.folded, self.names), self.lanes("minmax").threads)
+        self.hook = Runner(with_outputs(self.folded, self.names), self.lanes.threads)
         self.data = Arrays(as_feeds(bed.inputs(name, "calib")[0], self.bare.inputs[0].name))
         self.indices = np.arange(len(self.data), dtype=np.intp)
         first = computed(self.hook, self.names, self.data.read(self.indices[:1]))
@@ -101,9 +100,10 @@ class Case:
         """The batches but for a smaller last one, which ONNX Runtime's histogram calibrators do not take."""
         return [span for span in self.spans if span[1] - span[0] == self.batch]
 
-    def lanes(self, observer: str) -> Lanes:
-        """Return how many batches quantcli has in work at once."""
-        return Lanes.of(self.threads, os.cpu_count() or 1, beside=True, parts=OBSERVED[observer])
+    @property
+    def lanes(self) -> Lanes:
+        """How many batches quantcli has in work at once."""
+        return Lanes.of(self.threads, os.cpu_count() or 1, beside=True)
 
     def infer(self, full: bool = False) -> None:
         """Run every batch and look at nothing."""
@@ -113,7 +113,7 @@ class Case:
     def count(self, observer: str) -> dict[str, TensorStatistics]:
         """Calibrate as quantcli does."""
         counting = Counting(observer, samples=len(self.data))
-        work = Work(self.data, self.indices, self.spans, self.spans[0], counting, lanes=self.lanes(observer))
+        work = Work(self.data, self.indices, self.spans, self.spans[0], counting, lanes=self.lanes)
         pooled = poolable(self.placement) & set(self.floors) & set(self.names)
         shortcut = Shortcut(pooled, largest_safe(self.placement), self.build) if pooled else None
         return collect(self.hook, self.names, work, None, self.floors, shortcut).tensors
@@ -123,7 +123,7 @@ class Case:
         key = tuple(settled)
         if key not in self.built:
             data, pooled = with_highest(self.folded, self.names, settled)
-            self.built[key] = Runner(data, self.lanes("minmax").threads), pooled
+            self.built[key] = Runner(data, self.lanes.threads), pooled
         return self.built[key]
 
     def peer(self, method: str, folder: Path) -> Callable[[], None]:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # How many samples are kept for self-checks: enough for a number that means something, few enough to be small.
 CHECK_SAMPLES = 4
+# Fewer values are counted sooner than another thread would begin to.
+LITTLE = 1 << 17
 
 Span = tuple[int, int]
 
@@ -201,7 +203,7 @@ def collect(
             if interrupted():
                 raise KeyboardInterrupt
 
-        in_line(work.lanes, batches(), counter.compute, counter.count, counted)
+        in_line(work.lanes, batches(), counter.compute, counter.count, counted, is_little)
         if interrupted():  # while the last batch was counted in another thread
             checkpoint.keep(seen)
             raise KeyboardInterrupt
@@ -249,6 +251,11 @@ def computed(hook: Hook, names: Sequence[str], feeds: dict[str, NDArray[Any]]) -
     """Return tensors of one batch; inputs among them are what was fed."""
     found = hook.run(feeds, [name for name in names if name not in feeds])
     return {name: found[name] if name in found else feeds[name] for name in names}
+
+
+def is_little(made: Computed) -> bool:
+    """Tell whether what a batch gave is so little that it is counted at once."""
+    return sum(values.size for values in made[1].values()) < LITTLE
 
 
 @dataclass

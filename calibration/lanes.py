@@ -31,22 +31,21 @@ class Lanes:
     workers: int = 1
 
     @classmethod
-    def of(cls, threads: int, cores: int, beside: bool, parts: frozenset[str]) -> Lanes:
+    def of(cls, threads: int, cores: int, beside: bool) -> Lanes:
         """Return what keeps so many threads busy.
 
         Two batches beside one another lose less to waiting than one batch on twice the threads. A single thread computes batch
-        after batch; another core, where there is one, counts the last batch meanwhile, unless extremes are all that is counted.
+        after batch; another core, where there is one, counts the last batch meanwhile.
 
         Args:
             threads: Threads for computing; 0 for as many as there are cores.
             cores: How many there are.
             beside: Whether the runtime can compute batches beside one another.
-            parts: What is counted besides the extremes.
         """
         threads = threads or cores
         if threads > 1 and beside:
             return cls(threads - 1, 2, 2)  # the runtime's threads are shared; each batch has its own besides
-        return cls(threads, 1, 2 if parts and threads < cores else 1)
+        return cls(threads, 1, 2 if threads < cores else 1)
 
 
 ONE_BY_ONE = Lanes()
@@ -58,6 +57,7 @@ def in_line(
     compute: Callable[[Batch], Computed],
     count: Callable[[Batch, Computed], None],
     after: Callable[[Batch], None],
+    soon: Callable[[Computed], bool] = lambda _: False,
 ) -> None:
     """Compute and count batches, several in work at once where there are lanes for it; they are counted in order.
 
@@ -67,6 +67,7 @@ def in_line(
         compute: Computes one; in several threads at once where lanes compute several.
         count: Counts what was computed; one at a time.
         after: Called once a batch was counted, before the next one is; may raise, and then nothing more is counted.
+        soon: Whether what was computed is counted sooner than another thread would begin to.
     """
     if lanes.computing > 1:
         Abreast(batches, compute, count, after).run(lanes.workers)
@@ -75,12 +76,13 @@ def in_line(
         pending: tuple[Future[None], Batch] | None = None
         for batch in batches:
             found = compute(batch)
-            if apart is None:
+            finish(pending, after)
+            pending = None
+            if apart is None or soon(found):
                 count(batch, found)
                 after(batch)
-                continue
-            finish(pending, after)
-            pending = apart.submit(count, batch, found), batch
+            else:
+                pending = apart.submit(count, batch, found), batch
             del found  # it is let go as it is counted
         finish(pending, after)
 

@@ -106,10 +106,11 @@ class Run:
     device: str = "cpu"
     threads: int = 0
 
-    def lanes(self, counting: Counting) -> Lanes:
-        """Return how many batches are in work at once."""
+    @property
+    def lanes(self) -> Lanes:
+        """How many batches are in work at once."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return Lanes.of(self.threads, cores, self.runtime == "onnxruntime", counting.parts)
+        return Lanes.of(self.threads, cores, self.runtime == "onnxruntime")
 
 
 def observer_of(recipe: Recipe) -> str:
@@ -207,7 +208,7 @@ class Observation:
     @property
     def lanes(self) -> Lanes:
         """How many batches are in work at once, where memory allows it."""
-        return self.run.lanes(Counting(observer_of(self.recipe), self.recipe.calibration.channels))
+        return self.run.lanes
 
     def still_needed(self) -> tuple[str, ...]:
         """Return the tensors that the plan needs, as far as is known by now, and that were not observed."""

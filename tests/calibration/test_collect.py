@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from calibration.datasets import InputSpec
 from calibration.errors import DataError, RunError
 from calibration.hooks.onnxruntime import Runner
 from calibration.hooks.torch import ModuleHook, ProgramHook
-from calibration.lanes import Lanes
+from calibration.lanes import Lanes, in_line
 from calibration.observers import Counting, TensorStatistics
 
 Array = NDArray[Any]
@@ -179,21 +180,32 @@ def test_a_model_that_fails_ends_the_run(lanes: Lanes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("threads", "cores", "beside", "parts", "wanted"),
+    ("threads", "cores", "beside", "wanted"),
     [
-        (0, 1, True, {"histogram"}, Lanes(1, 1, 1)),
-        (0, 2, True, {"histogram"}, Lanes(1, 2, 2)),
-        (0, 16, True, set(), Lanes(15, 2, 2)),
-        (1, 2, True, {"histogram"}, Lanes(1, 1, 2)),
-        (1, 2, True, set(), Lanes(1, 1, 1)),
-        (0, 4, False, {"samples"}, Lanes(4, 1, 1)),
-        (2, 4, False, {"samples"}, Lanes(2, 1, 2)),
+        (0, 1, True, Lanes(1, 1, 1)),
+        (0, 2, True, Lanes(1, 2, 2)),
+        (0, 16, True, Lanes(15, 2, 2)),
+        (1, 2, True, Lanes(1, 1, 2)),
+        (0, 4, False, Lanes(4, 1, 1)),
+        (2, 4, False, Lanes(2, 1, 2)),
     ],
 )
-def test_lanes_take_the_threads_there_are(
-    threads: int, cores: int, beside: bool, parts: set[str], wanted: Lanes
-) -> None:
-    assert Lanes.of(threads, cores, beside, frozenset(parts)) == wanted
+def test_lanes_take_the_threads_there_are(threads: int, cores: int, beside: bool, wanted: Lanes) -> None:
+    assert Lanes.of(threads, cores, beside) == wanted
+
+
+def test_what_is_counted_soon_is_not_handed_on() -> None:
+    counted: list[tuple[int, bool]] = []
+    here = threading.get_ident()
+
+    def count(batch: int, found: int) -> None:
+        assert found == 10 * batch
+        counted.append((batch, threading.get_ident() == here))
+
+    after: list[int] = []
+    in_line(Lanes(1, 1, 2), iter(range(5)), lambda batch: 10 * batch, count, after.append, lambda found: found >= 30)
+    assert counted == [(0, False), (1, False), (2, False), (3, True), (4, True)]
+    assert after == [0, 1, 2, 3, 4]
 
 
 class Counted(Around):
