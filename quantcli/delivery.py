@@ -20,6 +20,7 @@ from quantcli.integer.verify import verify as compare_integers
 from quantcli.integer.weights import verify_weights as compare_weights
 from quantcli.probe import LARGEST_MODEL, model_bytes, split, weight_bytes
 from quantcli.sidecar import FileEntry
+from quantcli.tune.search import WIDE, WIDEST
 from quantcli.write import WRITERS
 
 if TYPE_CHECKING:
@@ -121,8 +122,9 @@ def rendered(quantized: QuantizedModel, form: str, output: Path, source: LoadedM
 def widths_for(target: Target, form: str, output: Path) -> tuple[int, ...]:
     """Return the widths that a search may raise weights to: 8 bits, 16 where form and target have them, and float (0) but for C."""
     if form in C_FORMS:
-        return (8,)
-    return (8, 16, 0) if target.weight.widest == 16 and form == "qdq" and output.suffix == ".onnx" else (8, 0)
+        return (WIDE,)
+    wider = target.weight.widest == WIDEST and form == "qdq" and output.suffix == ".onnx"
+    return (WIDE, WIDEST, 0) if wider else (WIDE, 0)
 
 
 def weights_beside(model: Path) -> Path:
