@@ -205,11 +205,6 @@ class Observation:
         self.report_non_finite()
         return replace(blank, samples=part.stop - part.start, tensors=self.finished, check_inputs=seen.kept)
 
-    @property
-    def lanes(self) -> Lanes:
-        """How many batches are in work at once, where memory allows it."""
-        return self.run.lanes
-
     def still_needed(self) -> tuple[str, ...]:
         """Return the tensors that the plan needs, as far as is known by now, and that were not observed."""
         needed = place(self.folded, self.recipe, unresolvable(self.finished)).observed()
@@ -221,7 +216,7 @@ class Observation:
             from calibration.hooks.torch import ProgramHook
 
             return ProgramHook(self.source.program, names, self.run.device, self.source.name, self.aliases(names))
-        return Runner(lambda: with_outputs(self.folded, names), self.lanes.threads, self.source.name)
+        return Runner(lambda: with_outputs(self.folded, names), self.run.lanes.threads, self.source.name)
 
     def aliases(self, names: Sequence[str]) -> dict[str, str]:
         """Return what the program calls the tensors: of one that folding made, the one that holds its values in another shape."""
@@ -258,7 +253,7 @@ class Observation:
         sample = (sum(v.nbytes for v in feeds.values()) + sum(v.nbytes for v in found.values())) // rows
         if not fixed and wanted is None:
             batch = max(1, min(LARGEST_BATCH, BATCH_BYTES // max(sample, 1)))
-        held, lanes = resident_bytes(), self.lanes
+        held, lanes = resident_bytes(), self.run.lanes
         if self.run.max_memory is not None:
             room = (self.run.max_memory - held) // max(sample * 2, 1)  # twice: inputs of operators, and what is counted
             if room < (batch if fixed else 1):
@@ -352,7 +347,7 @@ class Observation:
 
         def build(settled: list[str]) -> tuple[Hook, dict[str, tuple[str, int]]]:
             data, pooled = with_highest(self.folded, names, settled)
-            return Runner(data, self.lanes.threads, self.source.name), pooled
+            return Runner(data, self.run.lanes.threads, self.source.name), pooled
 
         return Shortcut(pooled, largest_safe(placement), build)
 

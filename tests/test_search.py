@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from calibration.errors import DataError
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe, convert, decision, verify
 from quantcli.cli import main
-from quantcli.errors import PlanError, UsageError
+from quantcli.errors import ModelError, PlanError, UsageError
 from quantcli.recipe import Tune, Weight
 from quantcli.review import lint
 from quantcli.targets import load_target
@@ -246,6 +247,25 @@ def test_where_there_are_no_such_weights_none_is_made(
     done = convert(uneven, tmp_path / "q.onnx", data=uneven_data, recipe=of_one_scale(target), form=form)
     assert {entry.dtype for entry in done.sidecar.tensors.values() if entry.role == "weight"} == {"int8"}
     assert "a_node" not in [entry.name for entry in done.sidecar.layers]  # float is what is left
+
+
+def refused(_: ir.Model, __: int) -> None:
+    raise ModelError("it cannot be lifted")
+
+
+def renamed(model: ir.Model, needed: int) -> None:
+    model.opset_imports[""] = needed
+    model.graph[0].outputs[0].name = "another"
+
+
+@pytest.mark.parametrize("lifted", [refused, renamed])
+def test_a_model_that_cannot_have_such_weights_has_a_float_layer(
+    tmp_path: Path, uneven: Path, uneven_data: Path, monkeypatch: pytest.MonkeyPatch, lifted: Callable[..., None]
+) -> None:
+    monkeypatch.setattr("quantcli.tune.search.lift_opset", lifted)
+    done = convert(uneven, tmp_path / "q.onnx", data=uneven_data, recipe=of_one_scale("ort-x86"), verified=True)
+    assert "a_node" in [entry.name for entry in done.plan.floats]
+    assert {entry.dtype for entry in done.sidecar.tensors.values() if entry.role == "weight"} == {"int8"}
 
 
 def test_c_source_has_integers_alone_and_so_has_its_search(tmp_path: Path, model: Path, labelled: Path) -> None:

@@ -292,6 +292,8 @@ class Search:
         lifted = self.model.clone()
         try:
             lift_opset(lifted, WIDEST_OPSET)
+            if names_of(lifted) != names_of(self.model):
+                raise ModelError(f"its tensors have other names in operator set {WIDEST_OPSET}")
         except ModelError as error:
             logger.info("no weight is raised to %d bits: %s", WIDEST, error)
             return None
@@ -378,6 +380,11 @@ def steps_of(layer: str, weight: str, size: int, passed: Sequence[int], noises: 
         second = steps[number]
         steps[number] = replace(second, noise=min(second.noise, rate(steps[number - 1]) * second.cost * 0.999))
     return steps
+
+
+def names_of(model: ir.Model) -> list[tuple[str | None, ...]]:
+    """Return the names of a model's nodes and of what they give, by which statistics and recipes speak of them."""
+    return [(node.name, *(value.name for value in node.outputs)) for node in model.graph]
 
 
 def rate(step: Step) -> float:
