@@ -78,7 +78,7 @@ class Rest:
 def test_noise_is_that_of_the_outputs_with_the_tensor_on_the_grid(unheard: Path) -> None:
     rest = Rest(unheard, "a", [samples(3), samples(2)])
     grid, mean = grid_of(0.0, 5.0), np.array([0.25, -0.5], np.float32).reshape(1, 2, 1, 1)
-    found = rest.ahead().noise(grid, mean)
+    found = rest.ahead().noise(grid, mean)[-1]
     squared = signal = 0.0
     for values, expected in zip(rest.values, rest.expected, strict=True):
         # y = b0 − 0.1·b1 = 0.99·a0 + 0·a1: the second channel is not heard.
@@ -104,7 +104,7 @@ def test_names_that_are_taken_stay_theirs(tmp_path: Path) -> None:
     # y = (a + |−a|) / 2 = a, of the values on the grid.
     expected = np.square(grid.round(rest.values[0]) - rest.values[0], dtype=np.float64).sum()
     signal = np.square(rest.values[0], dtype=np.float64).sum()
-    found = rest.ahead().noise(grid, np.zeros((1, 1, 1, 1), np.float32))
+    found = rest.ahead().noise(grid, np.zeros((1, 1, 1, 1), np.float32))[-1]
     assert found == pytest.approx(expected / signal, rel=1e-5)
 
 
@@ -114,11 +114,21 @@ def test_a_tensor_that_is_not_there_is_an_error_of_running(unheard: Path) -> Non
         Ahead(rest.model, rest.done, rest.value, {}, rest.expected)
 
 
-def test_a_run_ends_where_the_noise_is_known_to_be_larger(unheard: Path) -> None:
-    ahead, nothing = Rest(unheard, "a", [samples(3), samples(2)]).ahead(), np.zeros((1, 1, 1, 1), np.float32)
-    whole = ahead.noise(grid_of(0.0, 1.0), nothing)
-    assert ahead.noise(grid_of(0.0, 1.0), nothing, whole) == whole
-    assert ahead.noise(grid_of(0.0, 1.0), nothing, whole * 0.999) == math.inf
+def test_a_run_ends_where_a_rival_wins_by_far_over_enough_samples(unheard: Path) -> None:
+    ahead = Rest(unheard, "a", [samples(10), samples(9), samples(2)]).ahead()
+    grid, nothing = grid_of(0.0, 1.0), np.zeros((1, 1, 1, 1), np.float32)
+    whole = ahead.noise(grid, nothing)
+    assert len(whole) == 3
+    assert whole == sorted(whole)
+    assert ahead.noise(grid, nothing, [part / 1.09 for part in whole]) == whole
+    assert ahead.noise(grid, nothing, [part / 1.11 for part in whole]) == whole[:2]  # ten samples tell nothing yet
+
+
+def test_an_output_that_is_not_finite_ends_a_run(unheard: Path) -> None:
+    values = samples(3)
+    rest = Rest(unheard, "a", [values, values])
+    ahead = rest.ahead([np.full_like(rest.values[0], np.nan), rest.values[1]])
+    assert ahead.noise(grid_of(0.0, 1.0), np.zeros((1, 1, 1, 1), np.float32)) == [math.inf]
 
 
 def test_what_is_not_heard_is_cut_off_and_what_is_heard_is_not(unheard: Path) -> None:

@@ -64,8 +64,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# How many samples a sweep runs, and how many others judge what came out.
-SAMPLES = {"default": 64, "best": 256}
+# How many samples a sweep runs: more where weights are coarse, which is where it has most to choose; and how many others judge.
+SAMPLES, COARSE_SAMPLES = {"default": 64, "best": 256}, 256
 JUDGES = 64
 # What the tensors between a sweep's layers may take, in bytes; fewer samples are run where they would take more.
 ROOM = 1 << 30
@@ -143,8 +143,10 @@ def wanted_samples(model: ir.Model, recipe: Recipe) -> int:
     """Return how many samples sweeps are to run: the recipe's, or the effort's as far as there is room."""
     if recipe.tune.samples is not None:
         return recipe.tune.samples
+    target = resolve_target(recipe)
+    wished = COARSE_SAMPLES if target.weight.bits < 8 or is_coarse(target) else SAMPLES[recipe.tune.effort]
     held = 8 * most_held(model)
-    return max(4, min(SAMPLES[recipe.tune.effort], ROOM // max(held, 1)))
+    return max(4, min(wished, ROOM // max(held, 1)))
 
 
 def most_held(model: ir.Model) -> int:

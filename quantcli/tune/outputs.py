@@ -37,12 +37,14 @@ PERCENTILES = (99.999, 99.99, 99.9)
 SHARES = (0.97, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 # Smaller parts are not tried once one leaves so many times the least noise, or so many in a row no less than it.
 HOPELESS, IN_A_ROW = 1.5, 3
+# A range that leaves so many times the noise of the best one over as many samples as tell something is not run over the others.
+LOSING, TELLING = 1.1, 16
 # About how many ranges are tried of a tensor.
 TRIES = 7
 # A range gives way only to one that leaves this part of its noise, or less.
 ENOUGH = 0.99
 # Elements that tell the mean error of a tensor's channels, and those that tell its percentiles.
-ELEMENTS, RANKED = 1 << 19, 1 << 22
+ELEMENTS, RANKED = 1 << 19, 1 << 20
 # From this operator set on there is all that rounding takes.
 OLDEST_OPSET = 11
 
@@ -62,10 +64,16 @@ def logarithms(expected: Arrays, found: Arrays, steps: Mapping[str, float] | Non
         pair = values, found[name]
         if is_distribution(values):
             least = max(FAINTEST, (steps or {}).get(name, 0.0))
-            both = [np.log(np.maximum(array, 0.0).astype(np.float64) + least) for array in pair]
-            pair = both[0] - both[0].mean(axis=-1, keepdims=True), both[1] - both[1].mean(axis=-1, keepdims=True)
+            pair = logarithm(pair[0], least), logarithm(pair[1], least)
         ours[name], theirs[name] = pair
     return ours, theirs
+
+
+def logarithm(probabilities: NDArray[Any], least: float = FAINTEST) -> NDArray[np.float64]:
+    """Return the logarithms of probabilities about the mean of their row, those far below ``least`` all the same."""
+    found: NDArray[np.float64] = np.log(np.maximum(probabilities, 0.0).astype(np.float64) + least)
+    found -= found.mean(axis=-1, keepdims=True)
+    return found
 
 
 def is_distribution(values: NDArray[Any]) -> bool:
@@ -119,9 +127,10 @@ class Ahead:
             str(v.name) for v in model.graph.outputs if v in inner and expected[0][str(v.name)].dtype.kind == "f"
         ]
         self.runner = Runner(self.written(model, value, rest, held), what="the rest of the model")
-        self.expected = [{name: batch[name] for name in self.outputs} for batch in expected]
-        real = [logarithms(batch, batch)[0] for batch in self.expected]
-        sums = [[np.square(batch[name], dtype=np.float64).sum() for name in self.outputs] for batch in real]
+        self.samples = [len(array) for array in made[value]]
+        self.expected = [logarithms(batch, batch)[0] for batch in expected]
+        self.probabilities = [{name for name in self.outputs if is_distribution(batch[name])} for batch in expected]
+        sums = [[np.square(batch[name], dtype=np.float64).sum() for name in self.outputs] for batch in self.expected]
         self.signal = np.sum(sums, axis=0)
 
     def written(self, model: ir.Model, value: ir.Value, rest: list[ir.Node], held: Arrays) -> bytes:
@@ -155,31 +164,34 @@ class Ahead:
         proto = onnx.ModelProto(graph=graph, opset_import=opsets, ir_version=model.ir_version, functions=functions)
         return bytes(proto.SerializeToString())
 
-    def noise(self, grid: Grid, mean: NDArray[np.float32], above: float = math.inf) -> float:
-        """Return the noise of the outputs as a part of their signal, averaged over the outputs; infinite above a limit.
+    def noise(self, grid: Grid, mean: NDArray[np.float32], rival: Sequence[float] = ()) -> list[float]:
+        """Return the noise of the outputs as a part of all their signal, averaged over the outputs, after each batch.
 
         Args:
             grid: The grid that the tensor is put on.
             mean: What is taken from its values then, of as many dimensions as it has.
-            above: Where the noise is known to be larger, the rest of the batches is not run.
+            rival: The same of another grid: where that wins by far, the rest of the batches is not run.
         """
         low, high = (end - grid.zero_point for end in (grid.integer.qmin, grid.integer.qmax))
         numbers = zip(self.names[1:], (grid.scale, low, high, mean), strict=True)
         fixed = {name: np.asarray(number, dtype=np.float32) for name, number in numbers}
         heard = self.signal > 0
         errors = np.zeros(len(self.outputs))
-        part = 0.0
+        course: list[float] = []
         for number, expected in enumerate(self.expected):
             # `ascontiguousarray` makes a number a list of one.
             feeds = {
                 n: np.ascontiguousarray(some[number]).reshape(some[number].shape) for n, some in self.given.items()
             }
-            ours, theirs = logarithms(expected, self.runner.run({**feeds, **fixed}))
-            errors += [np.square(theirs[n] - ours[n].astype(np.float64)).sum() for n in self.outputs]
+            found = self.runner.run({**feeds, **fixed})
+            found |= {name: logarithm(found[name]) for name in self.probabilities[number]}
+            errors += [np.square(found[n] - expected[n].astype(np.float64)).sum() for n in self.outputs]
             part = float((errors[heard] / self.signal[heard]).mean()) if heard.any() else 0.0
-            if not part <= above:
-                return math.inf
-        return part
+            course.append(part if math.isfinite(part) else math.inf)
+            telling = sum(self.samples[: number + 1]) >= TELLING
+            if course[-1] == math.inf or (rival and telling and part > LOSING * rival[number]):
+                break
+        return course
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,29 +242,32 @@ def range_for_outputs(
 
     Args:
         ahead: The rest of the model.
-        every: What the float model gives of the tensor.
+        every: What the float model gives of the tensor, as many values as tell its percentiles.
         channels: Elements of it by channel; None where it has no channels.
         ends: The lowest value seen, at most 0, and the highest, at least 0.
         symmetric: Whether only ranges about zero can be had.
         grid_of: Gives the grid of a range.
     """
     nothing = np.zeros((1,) * ahead.rank, dtype=np.float32)
-    best, least = ends, math.inf
+    best, least, leading = ends, math.inf, list[float]()
     known: dict[Grid, float] = {}
 
     def tried(low: float, high: float) -> float:
-        nonlocal best, least
+        nonlocal best, least, leading
         grid = grid_of(low, high)
         if grid not in known:
-            known[grid] = ahead.noise(grid, nothing if channels is None else channels.error(grid), HOPELESS * least)
-        if known[grid] < least:
-            best, least = (low, high), known[grid]
+            course = ahead.noise(grid, nothing if channels is None else channels.error(grid), leading)
+            known[grid] = course[-1]
+            if leading and len(course) < len(leading):  # what it would have come to
+                there = leading[len(course) - 1]
+                known[grid] = least * course[-1] / there if there > 0 else math.inf
+            if known[grid] < least:
+                best, least, leading = (low, high), known[grid], course
         return known[grid]
 
     lo, hi = ends
     widest = tried(lo, hi)
-    some = every[:: max(1, every.size // RANKED)]
-    for a, b in np.percentile(some, [(100 - percentile, percentile) for percentile in PERCENTILES]).tolist():
+    for a, b in np.percentile(every, [(100 - percentile, percentile) for percentile in PERCENTILES]).tolist():
         low, high = max(lo, min(a, 0.0)), min(hi, max(b, 0.0))
         if low < high:
             tried(low, high)

@@ -37,11 +37,9 @@ class Grid:
 
     def round(self, values: NDArray[Any]) -> NDArray[np.float32]:
         """Return values on the grid: quantized (ties to even) and dequantized."""
-        offset = np.float32(self.zero_point)
-        q = np.asarray(np.rint(values / self.scale), dtype=np.float32)
-        q += offset
-        np.clip(q, self.integer.qmin, self.integer.qmax, out=q)
-        q -= offset
+        q = np.asarray(values / self.scale, dtype=np.float32)
+        np.rint(q, out=q)
+        np.clip(q, self.integer.qmin - self.zero_point, self.integer.qmax - self.zero_point, out=q)
         q *= self.scale
         return q
 
@@ -81,9 +79,7 @@ def look(
     each = max(1, ELEMENTS // len(real))
     parts: list[list[NDArray[np.float32]]] = [[], [], []]
     for ours, theirs in zip(real, made, strict=True):
-        places = (
-            np.arange(ours.size) if ours.size <= each else np.sort(generator.choice(ours.size, each, replace=False))
-        )
+        places = drawn(ours.size, each, generator)
         parts[0].append(ours.reshape(-1)[places])
         parts[1].append(theirs.reshape(-1)[places])
         if weights is not None:
@@ -92,6 +88,13 @@ def look(
     return Looked(
         np.concatenate(parts[0]), np.concatenate(parts[1]), np.concatenate(parts[2]) if parts[2] else np.float32(1)
     )
+
+
+def drawn(size: int, count: int, generator: np.random.Generator) -> NDArray[np.intp]:
+    """Return places out of so many, in order: one at random of each of ``count`` even parts, or all."""
+    if size <= count:
+        return np.arange(size)
+    return ((np.arange(count) + generator.random(count)) * (size / count)).astype(np.intp)
 
 
 def best_range(

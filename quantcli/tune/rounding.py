@@ -4,7 +4,8 @@ The mean squared change of a layer's output is tr(Δ·H·Δᵀ), Δ = Ŵ − W a
 
 1. a scale per channel, tried at parts of the largest weight's (`best_scales`);
 2. OBQ/GPTQ (Frantar et al. 2022, "GPTQ", arXiv 2210.17323, algorithm 1): columns are rounded one after the other, and what each has
-   lost is made up for by those still to come, by the Cholesky factor of H⁻¹;
+   lost is made up for by those still to come. GPTQ takes the Cholesky factor of H⁻¹ for that; a factor of H itself gives the same
+   integers without an inverse, as Babai's nearest plane does (Chen et al. 2025, arXiv 2507.18553);
 3. coordinate descent from there: each integer in turn moves to where the quadratic form is smallest, the others held, until none
    moves (Behdin et al. 2023, "QuantEase", arXiv 2309.01885).
 
@@ -33,7 +34,7 @@ SHARES = np.linspace(1.0, 0.4, 25)
 FINE, FINE_SHARES = 64, np.linspace(1.0, 0.82, 7)
 # Of powers of two.
 HALVES = np.array([1.0, 0.5, 0.25])
-PASSES = 4
+PASSES = 2
 # Columns whose errors are carried on together.
 BLOCK = 64
 
@@ -139,23 +140,24 @@ def propagated(
 ) -> NDArray[np.float64]:
     """Return integers by GPTQ: columns of large second moments first, each one's error carried on to the others.
 
-    What a block of columns has lost is carried behind the block all at once (GPTQ, section 3.2, step 2).
+    H = Mᵀ·M with M lower triangular, so that the change e of the weights costs Σᵢ (Mᵢᵢ·eᵢ + Σⱼ﹤ᵢ Mᵢⱼ·eⱼ)²: column i is best at
+    wᵢ + Σⱼ﹤ᵢ Mᵢⱼ/Mᵢᵢ·eⱼ. What a block of columns adds to those behind it is added all at once (GPTQ, section 3.2, step 2).
     """
     order = np.argsort(-np.einsum("gii->gi", moments).mean(axis=0), kind="stable")
-    inverse = np.linalg.inv(moments[:, order][:, :, order])
-    factor = np.linalg.cholesky((inverse + inverse.transpose(0, 2, 1)) / 2).transpose(0, 2, 1)  # upper, H⁻¹ = Uᵀ·U
-    left = np.ascontiguousarray(weights[:, :, order].transpose(0, 2, 1))  # groups, inputs, outputs
-    found = np.empty_like(left)
+    flipped = np.linalg.cholesky(moments[:, order[::-1]][:, :, order[::-1]])
+    factor = flipped[:, ::-1, ::-1].transpose(0, 2, 1)  # lower
+    factor = np.ascontiguousarray(factor / np.einsum("gii->gi", factor)[:, :, None])
+    given = np.ascontiguousarray(weights[:, :, order].transpose(0, 2, 1))  # groups, inputs, outputs
+    wanted, found, lost = given.copy(), np.empty_like(given), np.empty_like(given)
     for first in range(0, len(order), BLOCK):
         last = min(first + BLOCK, len(order))
-        lost = np.empty_like(left[:, first:last])
+        wanted[:, first:last] += factor[:, first:last, :first] @ lost[:, :first]
         for column in range(first, last):
-            integer = limited(np.rint(left[:, column] / scales), limit)
+            integer = limited(np.rint(wanted[:, column] / scales), limit)
             found[:, column] = integer
-            error = (left[:, column] - integer * scales) / factor[:, column, column, None]
-            lost[:, column - first] = error
-            left[:, column + 1 : last] -= factor[:, column, column + 1 : last, None] * error[:, None]
-        left[:, last:] -= factor[:, first:last, last:].transpose(0, 2, 1) @ lost
+            error = given[:, column] - integer * scales
+            lost[:, column] = error
+            wanted[:, column + 1 : last] += factor[:, column + 1 : last, column, None] * error[:, None]
     back = np.empty_like(order)
     back[order] = np.arange(len(order))
     return np.ascontiguousarray(found[:, back].transpose(0, 2, 1))

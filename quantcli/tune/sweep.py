@@ -25,7 +25,7 @@ from quantcli.probe import runnable
 from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.bias import biased, corrected, within
 from quantcli.tune.moments import drawn_rows, matrix_of, moments_of, weighted_moments
-from quantcli.tune.outputs import OLDEST_OPSET, Ahead, Channels, range_for_outputs
+from quantcli.tune.outputs import OLDEST_OPSET, RANKED, Ahead, Channels, range_for_outputs
 from quantcli.tune.ranges import Grid, best_range, look
 from quantcli.tune.rounding import best_scales, compensated, damped, nearest, output_error, rounded
 from quantcli.tuning import Tuning
@@ -246,7 +246,8 @@ class Sweep:
         weights, axis = self.importance(value)
         known = weights is not None or made[0].ndim != 3  # of three axes, the last or the second one are channels
         channels = Channels.of(real, made, axis) if known else None
-        every = np.concatenate([array.reshape(-1) for array in real])
+        stride = max(1, sum(array.size for array in real) // RANKED) | 1
+        every = np.concatenate([array.reshape(-1)[::stride] for array in real])
         try:
             ahead = Ahead(self.model, self.done, value, self.made, self.expected)
             return range_for_outputs(ahead, every, channels, ends, self.target.activation.symmetric, self.grid_of)
