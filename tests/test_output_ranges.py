@@ -21,7 +21,7 @@ from quantcli.fold import fold
 from quantcli.load import load
 from quantcli.probe import with_outputs
 from quantcli.recipe import Tune
-from quantcli.tune.outputs import Ahead, Channels, range_for_outputs
+from quantcli.tune.outputs import Ahead, Channels, Expected, range_for_outputs
 from quantcli.tune.ranges import Grid
 from tests.graphs import data_for, node, normal, residual_net, save
 
@@ -63,7 +63,7 @@ class Rest:
         self.model = fold(load(path).graph)
         runner = Runner(with_outputs(self.model, [name]))
         found = [runner.run({"x": x}) for x in batches]
-        self.expected = [{"y": one["y"]} for one in found]
+        self.expected = [Expected.of({"y": one["y"]}) for one in found]
         self.values = [one[name] for one in found]
         nodes = list(self.model.graph)
         place = next(number for number, one in enumerate(nodes) if any(v.name == name for v in one.outputs))
@@ -83,8 +83,8 @@ def test_noise_is_that_of_the_outputs_with_the_tensor_on_the_grid(unheard: Path)
     for values, expected in zip(rest.values, rest.expected, strict=True):
         # y = b0 − 0.1·b1 = 0.99·a0 + 0·a1: the second channel is not heard.
         y = 0.99 * (grid.round(values)[:, :1] - 0.25)
-        squared += float(np.square(y - expected["y"].astype(np.float64)).sum())
-        signal += float(np.square(expected["y"].astype(np.float64)).sum())
+        squared += float(np.square(y - expected.values["y"].astype(np.float64)).sum())
+        signal += float(np.square(expected.values["y"].astype(np.float64)).sum())
     # Sums of at most four float32 products, each rounded; errors of y are about 1/4, so about 2^-20 of them is what is lost.
     assert found == pytest.approx(squared / signal, rel=1e-5)
 
@@ -115,13 +115,13 @@ def test_a_tensor_that_is_not_there_is_an_error_of_running(unheard: Path) -> Non
 
 
 def test_a_run_ends_where_a_rival_wins_by_far_over_enough_samples(unheard: Path) -> None:
-    ahead = Rest(unheard, "a", [samples(10), samples(9), samples(2)]).ahead()
+    ahead = Rest(unheard, "a", [samples(5), samples(4), samples(2)]).ahead()
     grid, nothing = grid_of(0.0, 1.0), np.zeros((1, 1, 1, 1), np.float32)
     whole = ahead.noise(grid, nothing)
     assert len(whole) == 3
     assert whole == sorted(whole)
-    assert ahead.noise(grid, nothing, [part / 1.09 for part in whole]) == whole
-    assert ahead.noise(grid, nothing, [part / 1.11 for part in whole]) == whole[:2]  # ten samples tell nothing yet
+    assert ahead.noise(grid, nothing, [part / 1.01 for part in whole]) == whole
+    assert ahead.noise(grid, nothing, [part / 1.03 for part in whole]) == whole[:2]  # five samples tell nothing yet
 
 
 def test_an_output_that_is_not_finite_ends_a_run(unheard: Path) -> None:
@@ -142,7 +142,7 @@ def test_what_is_not_heard_is_cut_off_and_what_is_heard_is_not(unheard: Path) ->
     assert heard * 0.5 <= high < top * 0.6
     assert after < before / 2
     # With the second channel alone heard, nothing is cut off that matters.
-    rest.expected = [{"y": array[:, 1:]} for array in rest.values]
+    rest.expected = [Expected.of({"y": array[:, 1:]}) for array in rest.values]
     weight = rest.model.graph.initializers["w3"]
     weight.const_value = ir.tensor(np.array([[-0.1 / 0.99, 1 / 0.99]], np.float32).reshape(1, 2, 1, 1), name="w3")
     (_, kept), _, _ = range_for_outputs(rest.ahead(), every, channels, (0.0, top), False, grid_of)

@@ -38,7 +38,7 @@ SHARES = (0.97, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 # Smaller parts are not tried once one leaves so many times the least noise, or so many in a row no less than it.
 HOPELESS, IN_A_ROW = 1.5, 3
 # A range that leaves so many times the noise of the best one over as many samples as tell something is not run over the others.
-LOSING, TELLING = 1.1, 16
+LOSING, TELLING = 1.02, 8
 # About how many ranges are tried of a tensor.
 TRIES = 7
 # A range gives way only to one that leaves this part of its noise, or less.
@@ -83,6 +83,29 @@ def is_distribution(values: NDArray[Any]) -> bool:
     return bool(values.min() >= 0) and bool(np.abs(values.sum(axis=-1) - 1).max() < 1e-3)
 
 
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What the float model gives out of a batch, in the form in which it is compared.
+
+    Attributes:
+        values: The outputs of real numbers; of probabilities their logarithms.
+        probabilities: Which those are.
+        signal: Σ of the squares of each.
+    """
+
+    values: Arrays
+    probabilities: frozenset[str]
+    signal: dict[str, float]
+
+    @classmethod
+    def of(cls, outputs: Arrays) -> Expected:
+        """Return it for the outputs of a batch."""
+        real = {name: values for name, values in outputs.items() if values.dtype.kind == "f"}
+        values, _ = logarithms(real, real)
+        signal = {name: float(np.square(array, dtype=np.float64).sum()) for name, array in values.items()}
+        return cls(values, frozenset(name for name, array in real.items() if is_distribution(array)), signal)
+
+
 class Ahead:
     """The nodes of a model that are still to come, ready to be run with one tensor on a grid.
 
@@ -92,6 +115,7 @@ class Ahead:
         value: The tensor.
         made: Batches of every tensor that was made and has a reader still to come.
         expected: What the float model gives out, batch by batch: as many as are to be looked at.
+        protos: Nodes as they are written, which are kept there for the next tensor.
 
     Raises:
         RunError: If ONNX Runtime refuses the rest of the model, or that reads what is no tensor.
@@ -103,7 +127,8 @@ class Ahead:
         done: Collection[ir.Node],
         value: ir.Value,
         made: dict[ir.Value, Batches],
-        expected: Sequence[Arrays],
+        expected: Sequence[Expected],
+        protos: dict[ir.Node, Any] | None = None,
     ) -> None:
         rest = [node for node in model.graph if node not in done]
         inner = {output for node in rest for output in node.outputs}
@@ -123,20 +148,20 @@ class Ahead:
             if not isinstance(batches[0], np.ndarray):
                 raise RunError(f"'{name}' is no tensor")
         self.rank = made[value][0].ndim
-        self.outputs = [
-            str(v.name) for v in model.graph.outputs if v in inner and expected[0][str(v.name)].dtype.kind == "f"
-        ]
-        self.runner = Runner(self.written(model, value, rest, held), what="the rest of the model")
+        self.outputs = [str(v.name) for v in model.graph.outputs if v in inner and str(v.name) in expected[0].values]
+        written = self.written(model, value, rest, held, {} if protos is None else protos)
+        self.runner = Runner(written, what="the rest of the model")
         self.samples = [len(array) for array in made[value]]
-        self.expected = [logarithms(batch, batch)[0] for batch in expected]
-        self.probabilities = [{name for name in self.outputs if is_distribution(batch[name])} for batch in expected]
-        sums = [[np.square(batch[name], dtype=np.float64).sum() for name in self.outputs] for batch in self.expected]
-        self.signal = np.sum(sums, axis=0)
+        self.expected = expected
+        self.signal = np.sum([[batch.signal[name] for name in self.outputs] for batch in expected], axis=0)
 
-    def written(self, model: ir.Model, value: ir.Value, rest: list[ir.Node], held: Arrays) -> bytes:
+    def written(
+        self, model: ir.Model, value: ir.Value, rest: list[ir.Node], held: Arrays, protos: dict[ir.Node, Any]
+    ) -> bytes:
         """Return the nodes, behind those that put the tensor on its grid, as the bytes of a model of their own."""
         import onnx
 
+        protos.update((node, ir.to_proto(node)) for node in rest if node not in protos)
         plain, scale, low, high, mean = self.names
         steps = self.between
         rounding = [
@@ -152,7 +177,7 @@ class Ahead:
         ranks[mean] = int(ir.DataType.FLOAT), self.rank
         graph = onnx.GraphProto(
             name="rest",
-            node=[*rounding, *(ir.to_proto(node) for node in rest)],
+            node=[*rounding, *(protos[node] for node in rest)],
             input=[
                 onnx.helper.make_tensor_value_info(name, kind, [None] * rank) for name, (kind, rank) in ranks.items()
             ],
@@ -184,8 +209,8 @@ class Ahead:
                 n: np.ascontiguousarray(some[number]).reshape(some[number].shape) for n, some in self.given.items()
             }
             found = self.runner.run({**feeds, **fixed})
-            found |= {name: logarithm(found[name]) for name in self.probabilities[number]}
-            errors += [np.square(found[n] - expected[n].astype(np.float64)).sum() for n in self.outputs]
+            found |= {name: logarithm(found[name]) for name in expected.probabilities.intersection(found)}
+            errors += [np.square(found[n] - expected.values[n].astype(np.float64)).sum() for n in self.outputs]
             part = float((errors[heard] / self.signal[heard]).mean()) if heard.any() else 0.0
             course.append(part if math.isfinite(part) else math.inf)
             telling = sum(self.samples[: number + 1]) >= TELLING

@@ -44,7 +44,8 @@ def damped(covariance: NDArray[np.float64], part: float = DAMPING) -> NDArray[np
     size = covariance.shape[-1]
     level = np.trace(covariance, axis1=1, axis2=2) / size
     level = np.where(level > 0, level, 1.0)
-    found: NDArray[np.float64] = covariance + part * level[:, None, None] * np.eye(size)
+    found = covariance.copy()
+    np.einsum("gii->gi", found)[:] += part * level[:, None]
     return found
 
 

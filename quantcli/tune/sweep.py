@@ -25,7 +25,7 @@ from quantcli.probe import runnable
 from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.bias import biased, corrected, within
 from quantcli.tune.moments import drawn_rows, matrix_of, moments_of, weighted_moments
-from quantcli.tune.outputs import OLDEST_OPSET, RANKED, Ahead, Channels, range_for_outputs
+from quantcli.tune.outputs import OLDEST_OPSET, RANKED, Ahead, Channels, Expected, range_for_outputs
 from quantcli.tune.ranges import Grid, best_range, look
 from quantcli.tune.rounding import best_scales, compensated, damped, nearest, output_error, rounded
 from quantcli.tuning import Tuning
@@ -136,10 +136,11 @@ class Sweep:
         self.scales: dict[str, NDArray[np.float32]] = {}
         self.gains = Gains()
         self.done: set[ir.Node] = set()
-        self.expected: list[dict[str, NDArray[Any]]] = []
+        self.expected: list[Expected] = []
+        self.protos: dict[ir.Node, Any] = {}
         if steps.ranges and steps.outputs and model.opset_imports.get("", 0) >= OLDEST_OPSET:
             runner = Runner(runnable(model), what="the folded model")
-            self.expected = [runner.run(batch) for batch in feeds[: steps.outputs]]
+            self.expected = [Expected.of(runner.run(batch)) for batch in feeds[: steps.outputs]]
         self.left = Counter(v for node in model.graph for v in {*node.inputs, *captured(node)} if v is not None)
         self.left.update(model.graph.outputs)
         for value in model.graph.inputs:
@@ -249,7 +250,7 @@ class Sweep:
         stride = max(1, sum(array.size for array in real) // RANKED) | 1
         every = np.concatenate([array.reshape(-1)[::stride] for array in real])
         try:
-            ahead = Ahead(self.model, self.done, value, self.made, self.expected)
+            ahead = Ahead(self.model, self.done, value, self.made, self.expected, self.protos)
             return range_for_outputs(ahead, every, channels, ends, self.target.activation.symmetric, self.grid_of)
         except RunError as error:
             logger.debug("the range of '%s' is judged at its readers: %s", value.name, error)
