@@ -33,8 +33,13 @@ class ActivationFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def grid(self) -> str:
         """The integer type of the grid: ``uint4`` of 4 bits in uint8."""
-        sign, width = ("u", 8) if self.dtype == "uint8" else ("", int(self.dtype.removeprefix("int")))
-        return f"{sign}int{min(self.bits or width, width)}"
+        return f"{'u' if self.dtype == 'uint8' else ''}int{self.width}"
+
+    @property
+    def width(self) -> int:
+        """The width of the grid, in bits."""
+        stored = 16 if self.dtype == "int16" else 8
+        return min(self.bits or stored, stored)
 
     @property
     def opset(self) -> int:
@@ -116,6 +121,11 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight: WeightFormat
     multiplier: MultiplierFormat
     placement: PlacementFormat = PlacementFormat()
+
+    @property
+    def weights_are_coarser(self) -> bool:
+        """Whether weights have fewer bits than activations: a quantized model's noise comes from them then."""
+        return self.weight.bits < self.activation.width
 
 
 def known() -> list[str]:

@@ -74,7 +74,7 @@ LARGEST = 1 << 30
 # A candidate is kept only where it is better by so many dB.
 MARGIN = 0.05
 # How many multiply-accumulates may go into ranges by what they do to the outputs, and the least samples that tell something.
-AHEAD = {"default": 5 * 10**11, "best": 10**13}
+AHEAD = {"default": 10**11, "best": 10**13}
 FEWEST_AHEAD = 32
 UNTOUCHED = "as calibrated"
 
@@ -143,8 +143,8 @@ def wanted_samples(model: ir.Model, recipe: Recipe) -> int:
     """Return how many samples sweeps are to run: the recipe's, or the effort's as far as there is room."""
     if recipe.tune.samples is not None:
         return recipe.tune.samples
-    target = resolve_target(recipe)
-    wished = COARSE_SAMPLES if target.weight.bits < 8 or is_coarse(target) else SAMPLES[recipe.tune.effort]
+    weight = resolve_target(recipe).weight
+    wished = COARSE_SAMPLES if weight.bits < 8 or not weight.per_channel else SAMPLES[recipe.tune.effort]
     held = 8 * most_held(model)
     return max(4, min(wished, ROOM // max(held, 1)))
 
@@ -270,9 +270,7 @@ class Trying:
         wished, target = self.recipe.tune.ranges, resolve_target(self.recipe)
         if wished == "outputs":
             return len(self.samples.swept)
-        # Where activations are finer than weights, an output's noise is from the weights.
-        finer = IntegerType(target.activation.grid).bits > target.weight.bits
-        if wished is not None or (finer and self.recipe.tune.effort != "best"):
+        if wished is not None or (target.weights_are_coarser and self.recipe.tune.effort != "best"):
             return 0
         room = AHEAD[self.recipe.tune.effort] // max(work_ahead(self.start, self.recipe, self.samples.swept[0]), 1)
         rows = np.cumsum([len(next(iter(feeds.values()))) for feeds in self.samples.swept])

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 ELEMENTS = 1 << 18
 PERCENTILES = (99.99, 99.999)
 SHARES = (0.97, 0.94, 0.9, 0.85, 0.8)
-# What is clipped is rare and large: a range gives way only to one whose error is this part of its own, or less.
-ENOUGH = 0.8
+# What is clipped is rare and large: a range gives way only to one whose error is this part of its own, or less; a smaller part
+# where weights are coarser than activations, since what the layers before have made is far from float then.
+ENOUGH, ENOUGH_COARSE = 0.9, 0.8
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def best_range(
     symmetric: bool,
     grid: Callable[[float, float], Grid],
     more: tuple[float, ...] = (),
+    enough: float = ENOUGH,
 ) -> tuple[tuple[float, float], float, float]:
     """Return the best range within [lo, hi], and the errors of [lo, hi] and of it.
 
@@ -114,6 +116,7 @@ def best_range(
         symmetric: Whether only ranges about zero can be had.
         grid: Gives the grid of a range.
         more: Parts of the range that are tried as well.
+        enough: The part of the widest range's error that a narrower one may leave at most.
     """
 
     def error(low: float, high: float) -> float:
@@ -137,4 +140,4 @@ def best_range(
             low, high = (bound * share if end in moved else bound for end, bound in enumerate(start))
             if (found := error(low, high)) < lowest:
                 best, lowest = (low, high), found
-    return (best, widest, lowest) if lowest <= ENOUGH * widest else ((lo, hi), widest, widest)
+    return (best, widest, lowest) if lowest <= enough * widest else ((lo, hi), widest, widest)

@@ -26,7 +26,7 @@ from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.bias import biased, corrected, within
 from quantcli.tune.moments import drawn_rows, matrix_of, moments_of, weighted_moments
 from quantcli.tune.outputs import OLDEST_OPSET, RANKED, Ahead, Channels, Expected, range_for_outputs
-from quantcli.tune.ranges import Grid, best_range, look
+from quantcli.tune.ranges import ENOUGH, ENOUGH_COARSE, Grid, best_range, look
 from quantcli.tune.rounding import best_scales, compensated, damped, nearest, output_error, rounded
 from quantcli.tuning import Tuning
 
@@ -230,7 +230,8 @@ class Sweep:
             weights, axis = self.importance(value)
             looked = look(real, made, weights, axis, self.steps.seed)
             more = (0.5,) if self.target.activation.power_of_two else ()
-            found = best_range(looked, lo, hi, self.target.activation.symmetric, self.grid_of, more)
+            enough = ENOUGH_COARSE if self.target.weights_are_coarser else ENOUGH
+            found = best_range(looked, lo, hi, self.target.activation.symmetric, self.grid_of, more, enough)
         best, before, after = found
         self.gains.count("ranges", before, after)
         if best != (lo, hi):
