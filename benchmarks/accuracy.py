@@ -5,17 +5,19 @@ QUANTCLI_BED=… python -m benchmarks.accuracy [table] [ablation] [search] [time
 table     metric, SQNR of the outputs and seconds to convert, for recipes of several widths
 ablation  the same with each algorithm off in turn
 search    --max-drop 0.1 from 4 bits, judged on every second evaluation sample and checked on the others
-time      default and best effort beside calibration, and memory at 256 and 2,048 calibration samples
+time      default and best effort beside calibration, in this process and as commands; memory at 256 and 2,048 calibration samples
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,20 +183,36 @@ def top1(model: Path, data: Path) -> float:
 def times(cases: list[Case]) -> None:
     """Print what an effort takes beside calibration, whole processes' memory included."""
     print(
-        "| model | calibration | default | best | peak memory default, 256 and 2,048 samples |\n|---|---|---|---|---|"
+        "| model | command calibrate | command convert | calibration alone | default alone | best alone "
+        "| peak memory default, 256 and 2,048 samples |\n|---|---|---|---|---|---|---|"
     )
     for case in cases:
-        begun = time.perf_counter()
-        calibrate(case.model, case.data)
-        calibration = time.perf_counter() - begun
+        given = [str(case.model), "--data", str(case.data), "-q", "-o"]
+        commands = [
+            ["calibrate", *given, str(case.folder / "t.qstats")],
+            ["convert", *given, str(case.folder / "t.onnx")],
+        ]
+        whole = medians(3, *(functools.partial(command_peak, command) for command in commands))
+        calibration = medians(3, functools.partial(calibrate, case.model, case.data))[0]
         default, best = (case.run(RECIPES[name]).seconds for name in ("w8", "w8-best"))
-        many = repeated(case.data, 2048)
-        peaks = [peak(case, data) for data in (case.data, many)]
+        given[2] = str(repeated(case.data, 2048))
+        peaks = [command_peak(command) for command in (commands[1], ["convert", *given, str(case.folder / "t.onnx")])]
         print(
-            f"| {case.name} | {calibration:.2f} s | {default:.2f} s = {default / calibration:.1f}× | {best:.1f} s | "
-            f"{peaks[0]} and {peaks[1]} MB |",
+            f"| {case.name} | {whole[0]:.2f} s | {whole[1]:.2f} s = {whole[1] / whole[0]:.1f}× | {calibration:.2f} s | "
+            f"{default:.2f} s = {default / calibration:.1f}× | {best:.1f} s | {peaks[0]} and {peaks[1]} MB |",
             flush=True,
         )
+
+
+def medians(runs: int, *actions: Callable[[], object]) -> list[float]:
+    """Return the median seconds of each action, run in turn."""
+    spent: list[list[float]] = [[] for _ in actions]
+    for _ in range(runs):
+        for seconds, action in zip(spent, actions, strict=True):
+            begun = time.perf_counter()
+            action()
+            seconds.append(time.perf_counter() - begun)
+    return [float(np.median(seconds)) for seconds in spent]
 
 
 def repeated(data: Path, count: int) -> Path:
@@ -205,14 +223,14 @@ def repeated(data: Path, count: int) -> Path:
     return path
 
 
-def peak(case: Case, data: Path) -> int:
-    """Return the peak memory of a conversion in a process of its own, in MB."""
-    command = ["convert", str(case.model), "--data", str(data), "-o", str(case.folder / "p.onnx"), "-q"]
+def command_peak(command: list[str]) -> int:
+    """Run a command in a process of its own, and return its peak memory in MB."""
     program = (
-        f"import resource, sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r})\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r})\n"
         "from quantcli.cli import main\n"
-        "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        # Not ru_maxrss, which begins with what the parent process held when it forked.
+        "print(next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')) >> 10)"
     )
     found = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=True)
     return int(found.stdout.split()[-1])

@@ -5,7 +5,7 @@ plan is always one of them, so that tuning never makes a model worse by that mea
 
 ======== ================================================================================================================
 fast     nothing: ranges as calibration gives them, weights rounded to nearest
-default  one sweep over 64 samples: ranges and weight scales by error, rounding by second moments, bias correction;
+default  one sweep over 64 samples, 256 for coarse weights: ranges and weight scales by error, rounding by second moments, bias;
          compensation where weights have less than 8 bits; with one scale per tensor also on the equalized model; with scales of
          powers of two on the centred and aligned one; of those two the best one with compensation, too; without ranges by error,
          where that was no better than nothing. The error of a range is that of the model's outputs where the model is small, and
