@@ -26,11 +26,21 @@ from quantcli.probe import model_bytes, with_outputs
 from quantcli.recipe import Activation, Layers, Tune, Weight
 from quantcli.sidecar import MovedEntry
 from quantcli.tune.bias import channel_means, corrected
+from quantcli.tune.effort import wanted_samples
 from quantcli.tune.equalize import equalize
 from quantcli.tune.moments import Matrix, drawn_rows, matrix_of, moments_of
 from quantcli.tune.outputs import is_distribution, logarithms
-from quantcli.tune.ranges import Grid, best_range, look
-from quantcli.tune.rounding import best_scales, compensated, damped, descended, nearest, output_error, rounded
+from quantcli.tune.ranges import Grid, best_range, drawn, look
+from quantcli.tune.rounding import (
+    best_scales,
+    compensated,
+    damped,
+    descended,
+    nearest,
+    output_error,
+    propagated,
+    rounded,
+)
 from tests.graphs import data_for, node, normal, residual_net, save
 
 small = st.integers(1, 4)
@@ -45,6 +55,43 @@ def rows(groups: int, count: int, inputs: int, seed: int) -> NDArray[np.float32]
     generator = np.random.default_rng(seed)
     mixed = generator.normal(size=(groups, inputs, inputs)) * np.exp(generator.normal(size=(groups, 1, inputs)))
     return (generator.normal(size=(groups, count, inputs)) @ mixed).astype(np.float32)
+
+
+@given(groups=small, outputs=small, inputs=st.integers(1, 90), bits=st.integers(2, 8), seed=st.integers(0, 99))
+def test_columns_are_rounded_as_gptq_rounds_them(groups: int, outputs: int, inputs: int, bits: int, seed: int) -> None:
+    moments = damped(moments_of(None, rows(groups, 40, inputs, seed), centred=False).covariance)
+    weights = np.random.default_rng(seed).normal(size=(groups, outputs, inputs))
+    limit = 2 ** (bits - 1) - 1
+    scales = np.abs(weights).max(axis=2) / limit
+    found = propagated(weights, scales, moments, limit)
+    order = np.argsort(-np.einsum("gii->gi", moments).mean(axis=0), kind="stable")
+    for group in range(groups):
+        # GPTQ, equations 2 and 3: the error of a column is carried on by H⁻¹, which then loses the column's row and column.
+        left, inverse = weights[group].copy(), np.linalg.inv(moments[group])
+        for column in order:
+            integer = np.clip(np.rint(left[:, column] / scales[group]), -limit, limit)
+            assert (found[group, :, column] == integer).all()
+            error = (left[:, column] - integer * scales[group]) / inverse[column, column]
+            left -= error[:, None] * inverse[column]
+            inverse -= np.outer(inverse[:, column], inverse[column]) / inverse[column, column]
+
+
+@given(size=st.integers(1, 5000), count=st.integers(1, 5000), seed=st.integers(0, 9))
+def test_elements_are_drawn_evenly(size: int, count: int, seed: int) -> None:
+    places = drawn(size, count, np.random.default_rng(seed))
+    assert len(places) == min(size, count)
+    assert (np.diff(places) > 0).all()
+    ends = np.arange(len(places) + 1) * size // len(places)
+    assert (places >= ends[:-1]).all()
+    assert (places < ends[1:]).all()
+
+
+def test_coarse_weights_are_tuned_over_more_samples(tmp_path: Path) -> None:
+    model = loaded(residual_net(tmp_path / "net.onnx"))
+    coarse = [Recipe(weight=Weight(bits=7)), Recipe(weight=Weight(per_channel=False)), Recipe(tune=Tune(effort="best"))]
+    assert wanted_samples(model, Recipe()) == 64
+    assert [wanted_samples(model, recipe) for recipe in coarse] == [256] * 3
+    assert wanted_samples(model, Recipe(weight=Weight(bits=4), tune=Tune(samples=10))) == 10
 
 
 @given(groups=small, outputs=small, inputs=st.integers(1, 90), bits=st.integers(2, 8), seed=st.integers(0, 99))

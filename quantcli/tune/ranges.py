@@ -95,7 +95,8 @@ def drawn(size: int, count: int, generator: np.random.Generator) -> NDArray[np.i
     """Return places out of so many, in order: one at random of each of ``count`` even parts, or all."""
     if size <= count:
         return np.arange(size)
-    return ((np.arange(count) + generator.random(count)) * (size / count)).astype(np.intp)
+    ends = np.arange(count + 1) * size // count
+    return ends[:-1] + (generator.random(count) * np.diff(ends)).astype(np.intp)
 
 
 def best_range(
