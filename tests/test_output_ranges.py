@@ -20,7 +20,7 @@ from quantcli.arithmetic.affine import IntegerType
 from quantcli.fold import fold
 from quantcli.load import load
 from quantcli.probe import with_outputs
-from quantcli.recipe import Tune
+from quantcli.recipe import Activation, Tune
 from quantcli.tune.outputs import Ahead, Channels, Expected, range_for_outputs
 from quantcli.tune.ranges import Grid
 from tests.graphs import data_for, node, normal, residual_net, save
@@ -256,3 +256,12 @@ def test_too_large_a_model_is_not_judged_at_its_outputs(tmp_path: Path, monkeypa
     model = residual_net(tmp_path / "m.onnx")
     done = convert(model, tmp_path / "q.onnx", data=data_for(tmp_path / "x.npz", 96))
     assert not any("by outputs" in one.name for one in done.tuned.tries)
+
+
+def test_few_integers_are_worth_more_work_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantcli.tune import effort
+
+    monkeypatch.setitem(effort.AHEAD, "default", 1000)
+    model, data = residual_net(tmp_path / "m.onnx"), data_for(tmp_path / "x.npz", 96)
+    done = convert(model, tmp_path / "q.onnx", data=data, recipe=Recipe(activation=Activation(bits=4)))
+    assert done.tuned.tries[1].name.startswith("ranges by outputs")

@@ -73,8 +73,9 @@ ROOM = 1 << 30
 LARGEST = 1 << 30
 # A candidate is kept only where it is better by so many dB.
 MARGIN = 0.05
-# How many multiply-accumulates may go into ranges by what they do to the outputs, and the least samples that tell something.
-AHEAD = {"default": 10**11, "best": 10**13}
+# How many multiply-accumulates may go into ranges by what they do to the outputs, more where activations have less than 8 bits,
+# whose ranges matter most; and the least samples that tell something.
+AHEAD, AHEAD_NARROW = {"default": 10**11, "best": 10**13}, 5 * 10**11
 FEWEST_AHEAD = 32
 UNTOUCHED = "as calibrated"
 
@@ -272,7 +273,8 @@ class Trying:
             return len(self.samples.swept)
         if wished is not None or (target.weights_are_coarser and self.recipe.tune.effort != "best"):
             return 0
-        room = AHEAD[self.recipe.tune.effort] // max(work_ahead(self.start, self.recipe, self.samples.swept[0]), 1)
+        most = max(AHEAD[self.recipe.tune.effort], AHEAD_NARROW if target.activation.width < 8 else 0)
+        room = most // max(work_ahead(self.start, self.recipe, self.samples.swept[0]), 1)
         rows = np.cumsum([len(next(iter(feeds.values()))) for feeds in self.samples.swept])
         fitting = int(np.searchsorted(rows, room, side="right"))
         return fitting if fitting and (rows[fitting - 1] >= FEWEST_AHEAD or fitting == len(rows)) else 0
