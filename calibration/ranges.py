@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from calibration.observers import Histogram, TensorStatistics
+    from calibration.histogram import Histogram
+    from calibration.observers import TensorStatistics
 
     # Lows (a column), highs (a row) and the steps between them; of a symmetric grid the highs alone count.
     Cost = Callable[[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.errors import StatisticsError
-from calibration.observers import BINS, OBSERVERS, ChannelRanges, Histogram, SampleRanges, TensorStatistics
+from calibration.histogram import BINS, Histogram
+from calibration.observers import OBSERVERS, ChannelRanges, SampleRanges, TensorStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,7 +16,8 @@ SOURCES = sorted(file for package in ("quantcli", "calibration") for file in (RO
 ORDER = [
     {"calibration.errors"},
     {"calibration.datasets"},
-    {"calibration.hooks", "calibration.observers", "calibration.lanes"},
+    {"calibration.hooks", "calibration.histogram", "calibration.lanes"},
+    {"calibration.observers"},
     {"calibration.statistics", "calibration.collect", "calibration.ranges"},
     {"calibration"},
     {"quantcli.errors"},

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from calibration.observers import Histogram, TensorStatistics
+    from calibration.histogram import Histogram
+    from calibration.observers import TensorStatistics
     from calibration.ranges import Grid, RangeSpec
 
 BARS = " ▁▂▃▄▅▆▇█"

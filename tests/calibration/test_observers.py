@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from calibration import observers
 from calibration.errors import DataError, StatisticsError
-from calibration.observers import BINS, OBSERVERS, Counting, Histogram, SampleRanges, TensorStatistics
+from calibration.histogram import BINS, SMALLEST_EXPONENT, Histogram
+from calibration.observers import OBSERVERS, Counting, SampleRanges, TensorStatistics
 from calibration.ranges import RANGES, Grid, RangeSpec, Shares, parse_range, range_of
 
 Array = NDArray[Any]
@@ -160,7 +161,7 @@ def test_a_histogram_holds_every_value_in_its_bin(batches: list[Array]) -> None:
     assert found.counts.tolist() == np.bincount(places, minlength=2 * BINS).tolist()
     assert found.zeros == int((values == 0).sum())
     largest = max(-float(values.min()), float(values.max()))
-    assert found.exponent == observers.SMALLEST_EXPONENT or largest >= float(width) * BINS / 2  # no wider than needed
+    assert found.exponent == SMALLEST_EXPONENT or largest >= float(width) * BINS / 2  # no wider than needed
 
 
 @given(st.lists(VALUES, min_size=2, max_size=5), st.randoms())
