@@ -120,8 +120,8 @@ def test_a_run_ends_where_a_rival_wins_by_far_over_enough_samples(unheard: Path)
     whole = ahead.noise(grid, nothing)
     assert len(whole) == 3
     assert whole == sorted(whole)
-    assert ahead.noise(grid, nothing, [part / 1.01 for part in whole]) == whole
-    assert ahead.noise(grid, nothing, [part / 1.03 for part in whole]) == whole[:2]  # five samples tell nothing yet
+    assert ahead.noise(grid, nothing, [part / 1.09 for part in whole]) == whole
+    assert ahead.noise(grid, nothing, [part / 1.11 for part in whole]) == whole[:2]  # five samples tell nothing yet
 
 
 def test_an_output_that_is_not_finite_ends_a_run(unheard: Path) -> None:

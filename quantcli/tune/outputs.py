@@ -38,7 +38,7 @@ SHARES = (0.97, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 # Smaller parts are not tried once one leaves so many times the least noise, or so many in a row no less than it.
 HOPELESS, IN_A_ROW = 1.5, 3
 # A range that leaves so many times the noise of the best one over as many samples as tell something is not run over the others.
-LOSING, TELLING = 1.02, 8
+LOSING, TELLING = 1.1, 8
 # About how many ranges are tried of a tensor.
 TRIES = 7
 # A range gives way only to one that leaves this part of its noise, or less.
