@@ -21,7 +21,7 @@ from quantcli.recipe import Tune, Weight
 from quantcli.review import lint
 from quantcli.targets import load_target
 from quantcli.tune.data import compared
-from quantcli.tune.search import Score, Search, Step
+from quantcli.tune.search import CONFIDENCE, Score, Search, Step
 from tests.graphs import data_for, node, normal, residual_net, save
 
 
@@ -85,8 +85,10 @@ def test_a_promise_that_cannot_be_kept_is_not_made(tmp_path: Path, model: Path, 
     np.savez(
         labelled, x=arrays["x"], labels=(arrays["labels"] + np.arange(300) % 2) % 10
     )  # half of them are wrong in float
-    with pytest.raises(PlanError, match="standard error"):
-        convert(model, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz"), recipe=searching(0.6), validate=labelled)
+    with pytest.raises(PlanError, match="95 % confidence"):
+        convert(
+            model, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz"), recipe=searching(0.83), validate=labelled
+        )
     assert not (tmp_path / "q.onnx").exists()
 
 
@@ -140,7 +142,7 @@ def test_bad_requests(tmp_path: Path, model: Path, labelled: Path) -> None:
         DataError, match=r"300 samples cannot show a drop of 0.1 points.*one of the others is 0.5 points"
     ) as few:
         convert(model, tmp_path / "q.onnx", data=data, recipe=searching(0.1), validate=labelled)
-    assert "give at least 1500, or allow more" in few.value.remedy
+    assert "give at least 2468, or allow more" in few.value.remedy
     with pytest.raises(DataError, match="cannot show a drop of 0 points"):
         convert(model, tmp_path / "q.onnx", data=data, recipe=searching(0.0), validate=labelled)
     with pytest.raises(UsageError, match="--mode weights"):
@@ -153,8 +155,8 @@ def test_a_scores_uncertainty_is_that_of_paired_differences() -> None:
     score = Score(90.0, 91.0, 400, 16)
     assert score.drop == 1.0
     assert score.uncertainty == 1.0
-    assert score.worst == 2.0
-    assert Score(92.0, 91.0, 400, 16).worst == 1.0  # a gain is luck
+    assert score.worst == 1.0 + CONFIDENCE
+    assert Score(92.0, 91.0, 400, 16).worst == CONFIDENCE  # a gain is luck
     assert Score(91.0, 91.0, 400, 0).uncertainty == 0.25  # the next one may change
     assert compared(np.zeros(0, bool), np.zeros(0, bool)).worst == 0.0
 
@@ -276,7 +278,7 @@ def test_c_source_has_integers_alone_and_so_has_its_search(tmp_path: Path, model
     assert kept.steps > 0
     assert not done.plan.floats
     with pytest.raises(PlanError, match="no widths keep the drop"):
-        convert(model, tmp_path / "r", data=data, recipe=searching(0.51), validate=labelled, form="c")
+        convert(model, tmp_path / "r", data=data, recipe=searching(0.83), validate=labelled, form="c")
 
 
 def test_every_layer_passes_its_widths_in_order(

@@ -14,7 +14,7 @@ from quantcli.evaluation.evaluate import run_padded
 from quantcli.evaluation.metrics import LABEL_METRICS, TopK
 from quantcli.tune.candidates import Samples
 from quantcli.tune.effort import JUDGES, wanted_samples
-from quantcli.tune.search import Score
+from quantcli.tune.search import CONFIDENCE, Score
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,8 +81,9 @@ def scorer(source: LoadedModel, data: Data, recipe: Recipe) -> tuple[Callable[[b
         raise DataError("--max-drop needs labels and the data has none", "give --validate with labelled data")
     held = np.arange(len(dataset)) % HELD_BACK == HELD_BACK - 1
     one, wanted = 100.0 / max(int((~held).sum()), 1), recipe.tune.max_drop or 0.0
-    if one > wanted:
-        enough = f"give at least {math.ceil(HELD_BACK * 100.0 / ((HELD_BACK - 1) * wanted))}, or " if wanted else ""
+    if CONFIDENCE * one > wanted:
+        least = CONFIDENCE * 100.0 * HELD_BACK / (HELD_BACK - 1)
+        enough = f"give at least {math.ceil(least / wanted)}, or " if wanted else ""
         raise DataError(
             f"{len(dataset)} samples cannot show a drop of {wanted:g} points: a third is held back, and one of the others is "
             f"{one:.2g} points",

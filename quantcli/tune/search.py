@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WIDE, WIDEST = 8, 16
+# How many standard errors a promise allows for: the normal distribution has 95 % of itself below so many.
+CONFIDENCE = 1.645
 # The bits of a float weight.
 FLOAT = 32
 # The operator set from which DequantizeLinear knows int16.
@@ -80,8 +82,11 @@ class Score:
 
     @property
     def worst(self) -> float:
-        """The drop and its standard error: what a promise about other samples has to allow for. A gain is taken to be luck."""
-        return max(self.drop, 0.0) + self.uncertainty
+        """The most that the drop is, with 95 % confidence: what a promise about other samples has to allow for.
+
+        A gain is taken to be luck.
+        """
+        return max(self.drop, 0.0) + CONFIDENCE * self.uncertainty
 
     @property
     def uncertainty(self) -> float:
@@ -174,7 +179,7 @@ class Search:
     def run(self, max_drop: float) -> Found:
         """Return the cheapest assignment whose metric drops by at most so many points.
 
-        On the samples that are searched with, the drop's standard error is included.
+        On the samples that are searched with, the drop's standard error is allowed for (`Score.worst`).
 
         Raises:
             PlanError: If none does that still has an integer layer.
@@ -216,7 +221,7 @@ class Search:
         if best is None:
             tightest = min(attempts.values(), key=lambda one: max(one.score.worst, one.held.drop))
             raise PlanError(
-                f"no widths keep the drop within {max_drop:g} points, with its standard error and on samples held back (at best "
+                f"no widths keep the drop within {max_drop:g} points, with 95 % confidence and on samples held back (at best "
                 f"{tightest.score.drop:+.2f} ± {tightest.score.uncertainty:.2f} over {tightest.score.samples} samples, "
                 f"{tightest.held.drop:+.2f} over {tightest.held.samples})",
                 "allow more, or judge on more samples (--validate)",
