@@ -151,7 +151,7 @@ class Ahead:
         self.outputs = [str(v.name) for v in model.graph.outputs if v in inner and str(v.name) in expected[0].values]
         written = self.written(model, value, rest, held, {} if protos is None else protos)
         self.runner = Runner(written, what="the rest of the model")
-        self.samples = [len(array) for array in made[value]]
+        self.samples = [array.shape[0] if array.ndim else 1 for array in made[value]]
         self.expected = expected
         self.signal = np.sum([[batch.signal[name] for name in self.outputs] for batch in expected], axis=0)
 
