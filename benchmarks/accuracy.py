@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ import numpy as np
 if __package__ in {None, ""}:  # run as a file: its folder stands on the path in the project's place
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.bed import bed_folder, entries, load_bed, machine
+from benchmarks.bed import bed_folder, entries, interleaved, load_bed, machine
 from calibration.errors import ReportedError
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Conversion, Recipe, calibrate, convert
@@ -192,8 +191,8 @@ def times(cases: list[Case]) -> None:
             ["calibrate", *given, str(case.folder / "t.qstats")],
             ["convert", *given, str(case.folder / "t.onnx")],
         ]
-        whole = medians(3, *(functools.partial(command_peak, command) for command in commands))
-        calibration = medians(3, functools.partial(calibrate, case.model, case.data))[0]
+        whole = interleaved(3, *(functools.partial(command_peak, command) for command in commands), warm=0)
+        calibration = interleaved(3, functools.partial(calibrate, case.model, case.data), warm=0)[0]
         default, best = (case.run(RECIPES[name]).seconds for name in ("w8", "w8-best"))
         given[2] = str(repeated(case.data, 2048))
         peaks = [command_peak(command) for command in (commands[1], ["convert", *given, str(case.folder / "t.onnx")])]
@@ -202,17 +201,6 @@ def times(cases: list[Case]) -> None:
             f"{default:.2f} s = {default / calibration:.1f}× | {best:.1f} s | {peaks[0]} and {peaks[1]} MB |",
             flush=True,
         )
-
-
-def medians(runs: int, *actions: Callable[[], object]) -> list[float]:
-    """Return the median seconds of each action, run in turn."""
-    spent: list[list[float]] = [[] for _ in actions]
-    for _ in range(runs):
-        for seconds, action in zip(spent, actions, strict=True):
-            begun = time.perf_counter()
-            action()
-            seconds.append(time.perf_counter() - begun)
-    return [float(np.median(seconds)) for seconds in spent]
 
 
 def repeated(data: Path, count: int) -> Path:

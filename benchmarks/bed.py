@@ -49,8 +49,8 @@ def entries(bed: Any, wanted: Sequence[str]) -> list[str]:
     return found
 
 
-def interleaved(runs: int, *actions: Callable[[], object], least: float = 0.0) -> list[float]:
-    """Return the median seconds of each action, run in turn after five warm-ups, in another order each time.
+def interleaved(runs: int, *actions: Callable[[], object], least: float = 0.0, warm: int = 5) -> list[float]:
+    """Return the median seconds of each action, run in turn after some warm-ups, in another order each time.
 
     What ran before an action leaves the caches as it found use for them; so none comes always after the same one.
 
@@ -59,16 +59,17 @@ def interleaved(runs: int, *actions: Callable[[], object], least: float = 0.0) -
         actions: What is timed.
         least: About how many seconds an action is repeated for while it is timed. Threads of the action before it, which wait for
             work and turn in circles, would disturb a short one.
+        warm: How many times each is run before.
     """
     times: list[list[float]] = [[] for _ in actions]
     repeats = [1 for _ in actions]
-    for turn in range(runs + 5):
+    for turn in range(runs + warm):
         for place in random.Random(turn).sample(range(len(actions)), len(actions)):
             start = time.perf_counter()
             for _ in range(repeats[place]):
                 actions[place]()
             took = (time.perf_counter() - start) / repeats[place]
-            if turn >= 5:
+            if turn >= warm:
                 times[place].append(took)
             else:
                 repeats[place] = max(1, math.ceil(least / took))
