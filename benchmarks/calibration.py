@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ if __package__ in {None, ""}:  # run as a file: its folder stands on the path in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.bed import as_feeds, bed_folder, entries, interleaved, load_bed, machine
-from calibration.collect import Shortcut, Work, collect, computed
+from calibration.collect import Shortcut, Work, collect, computed, pilot_of
 from calibration.histogram import Histogram
 from calibration.hooks.onnxruntime import Runner
 from calibration.lanes import Lanes
@@ -114,7 +114,7 @@ class Case:
     def count(self, observer: str) -> dict[str, TensorStatistics]:
         """Calibrate as quantcli does."""
         counting = Counting(observer, samples=len(self.data))
-        work = Work(self.data, self.indices, self.spans, self.spans[0], counting, lanes=self.lanes)
+        work = Work(self.data, self.indices, self.spans, pilot_of(self.spans), counting, lanes=self.lanes)
         pooled = poolable(self.placement) & set(self.floors) & set(self.names)
         shortcut = Shortcut(pooled, largest_safe(self.placement), self.build) if pooled else None
         return collect(self.hook, self.names, work, None, self.floors, shortcut).tensors
@@ -203,7 +203,7 @@ def subset(bed: Any, names: list[str]) -> None:
         case = Case(bed, name, 0)
         with every_element():
             whole = case.count("mse")
-        for text in ("percentile:99.99", "mse", "entropy"):
+        for text in ("percentile:99.9", "percentile:99.99", "mse", "entropy"):
             part = case.count(parse_range(text).name)
             moves = []
             for tensor in case.names:
@@ -221,8 +221,10 @@ def every_element() -> Iterator[None]:
     """Let histograms look at all elements."""
     before = Histogram.prepare
 
-    def prepare(self: Histogram, values: NDArray[np.float32], elements: int, bulk: int = 0) -> None:
-        before(self, values, elements, elements + bulk)
+    def prepare(
+        self: Histogram, size: int, glances: Sequence[NDArray[np.float32]], elements: int, bulk: int = 0
+    ) -> None:
+        before(self, size, glances, elements, elements + bulk)
 
     Histogram.prepare = prepare  # type: ignore[method-assign]
     try:

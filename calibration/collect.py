@@ -13,7 +13,7 @@ import numpy as np
 
 from calibration.errors import DataError
 from calibration.lanes import ONE_BY_ONE, Lanes, in_line
-from calibration.observers import TensorStatistics
+from calibration.observers import TensorStatistics, glance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # How many samples are kept for self-checks: enough for a number that means something, few enough to be small.
 CHECK_SAMPLES = 4
+# So many samples tell where the tails of tensors begin, but no more than this part of all batches: they are run once more.
+PILOT_SAMPLES, PILOT_PART = 8, 1 / 16
 # Fewer values are counted sooner than another thread would begin to.
 LITTLE = 1 << 17
 
@@ -75,7 +77,7 @@ class Work:
         dataset: The samples.
         indices: The chosen ones, in order.
         spans: The batches of this run, as positions in ``indices``.
-        pilot: The first batch of the whole calibration, which fixes how histograms look at their tensors.
+        pilot: The first batches of the whole calibration, which fix how histograms look at their tensors.
         counting: What is counted.
         whole: Whether a batch is kept whole for self-checks, since the model fixes its batch size.
         columns: The tensors of which the extremes of every column are counted.
@@ -85,7 +87,7 @@ class Work:
     dataset: Dataset
     indices: NDArray[np.intp]
     spans: list[Span]
-    pilot: Span
+    pilot: tuple[Span, ...]
     counting: Counting
     whole: bool = False
     columns: frozenset[str] = frozenset()
@@ -238,13 +240,26 @@ def interruptions() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+def pilot_of(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Return the first of a calibration's batches: those that hold enough samples to tell where tails begin."""
+    most = max(1, int(PILOT_PART * len(spans)))
+    enough = next((n for n, (_, stop) in enumerate(spans, 1) if stop - spans[0][0] >= PILOT_SAMPLES), len(spans))
+    return tuple(spans[: min(enough, most)])
+
+
 def prepare(hook: Hook, seen: Seen, work: Work) -> None:
-    """Let histograms see the first batch of the whole calibration, where this run does not begin with it."""
-    if "histogram" not in work.counting.parts or (work.spans and work.spans[0] == work.pilot):
+    """Let histograms see the first batches of the whole calibration, unless that is the one that this run begins with."""
+    if "histogram" not in work.counting.parts or tuple(work.spans[:1]) == work.pilot:
         return
-    found = computed(hook, list(seen.tensors), work.feeds(work.pilot))
+    glances: dict[str, list[NDArray[np.float32]]] = {name: [] for name in seen.tensors}
+    for span in work.pilot[1:]:
+        found = computed(hook, list(seen.tensors), work.feeds(span))
+        for name in list(found):
+            glances[name].append(glance(found.pop(name), len(work.pilot)))
+    first = work.pilot[0]
+    found = computed(hook, list(seen.tensors), work.feeds(first))
     for name in list(found):
-        seen.tensors[name].prepare(found.pop(name), work.pilot[1] - work.pilot[0], work.counting)
+        seen.tensors[name].prepare(found.pop(name), first[1] - first[0], work.counting, glances[name])
 
 
 def computed(hook: Hook, names: Sequence[str], feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -304,7 +319,7 @@ def count(found: dict[str, NDArray[Any]], tensors: dict[str, TensorStatistics], 
     rows = span[1] - span[0]
     for name in list(found):
         values = found.pop(name)
-        if span == work.pilot:
+        if work.pilot == (span,):
             tensors[name].prepare(values, rows, work.counting)
         try:
             tensors[name].update(values, span[0], rows, work.counting)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 # Bins of a histogram on either side of zero.
@@ -18,8 +20,8 @@ SMALLEST_EXPONENT = -126
 # About how many elements of a tensor's bulk a histogram looks at over a whole calibration.
 BULK = 1 << 15
 # About which share of a tensor, at either end, is counted to the last element.
-TAIL = 1 / 1024
-# How many elements of a first batch tell where that share begins.
+TAIL = 1 / 512
+# How many elements of the first batches tell where that share begins.
 TAIL_SAMPLE = 8192
 # How many looked-at elements wait before they are put into bins together.
 PENDING = 8192
@@ -33,7 +35,7 @@ class Histogram:
     values and the parts that they were counted in, the bins and their counts are the same.
 
     Of a large tensor's bulk only every ``stride``-th element is looked at, and counts ``stride`` times; what lies beyond ``tails``
-    is counted to the last element. Both are fixed by the first batch of a calibration.
+    is counted to the last element. Both are fixed by the first batches of a calibration.
 
     Attributes:
         exponent: k.
@@ -58,22 +60,22 @@ class Histogram:
     beyond: list[NDArray[np.float32]] = field(default_factory=list, compare=False, repr=False)
     outside: int = field(default=0, compare=False, repr=False)
 
-    def prepare(self, values: NDArray[np.float32], elements: int, bulk: int = BULK) -> None:
-        """Fix stride and tails from a first batch.
+    def prepare(self, size: int, glances: Sequence[NDArray[np.float32]], elements: int, bulk: int = BULK) -> None:
+        """Fix stride and tails.
 
         Args:
-            values: The batch, of any shape, finite.
+            size: How many elements the first batch has.
+            glances: Some elements of each of the first batches, finite.
             elements: About how many elements the whole calibration will have.
             bulk: About how many of them are to be looked at.
         """
         self.stride = max(1, elements // bulk) | 1
-        while math.gcd(self.stride, values.size) > 1:
+        while math.gcd(self.stride, size) > 1:
             self.stride += 2
-        if values.size and self.stride > 1:
-            looked = values.reshape(-1)[:: max(1, values.size // TAIL_SAMPLE) | 1]
-            place = max(1, int(TAIL * looked.size))
-            ordered = np.partition(looked, (place, looked.size - 1 - place))
-            self.tails = float(ordered[place]), float(ordered[looked.size - 1 - place])
+        ends = [ends_of(looked) for looked in glances if looked.size]
+        if ends and self.stride > 1:
+            low, high = np.median(ends, axis=0).tolist()  # whatever a single batch is like
+            self.tails = low, high
 
     def grow(self, lowest: float, highest: float) -> None:
         """Widen the bins until both values lie inside."""
@@ -172,3 +174,10 @@ class Histogram:
     def edges(self) -> NDArray[np.float64]:
         """Return the bins' edges, 2·BINS + 1 values."""
         return np.ldexp(np.arange(-BINS, BINS + 1, dtype=np.float64), self.exponent)
+
+
+def ends_of(values: NDArray[np.float32]) -> tuple[float, float]:
+    """Return between which values the bulk of some others lies."""
+    place = min(max(1, int(TAIL * values.size)), values.size - 1)
+    ordered = np.partition(values, (place, values.size - 1 - place))
+    return float(ordered[place]), float(ordered[values.size - 1 - place])

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.errors import DataError
-from calibration.histogram import BULK, Histogram
+from calibration.histogram import BULK, TAIL_SAMPLE, Histogram
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -190,14 +190,21 @@ class TensorStatistics:
             histogram=Histogram() if "histogram" in parts else None,
         )
 
-    def prepare(self, values: NDArray[np.floating], rows: int, counting: Counting) -> None:
-        """Fix what a first batch fixes, without counting it."""
+    def prepare(
+        self, values: NDArray[np.floating], rows: int, counting: Counting, others: Sequence[NDArray[np.float32]] = ()
+    ) -> None:
+        """Fix what the first batches fix, without counting them.
+
+        Args:
+            values: The first batch.
+            rows: How many samples it has.
+            counting: What will be counted.
+            others: Glances at other batches.
+        """
         if self.histogram is not None:
-            numbers = as_float32(values).reshape(-1)
-            if counting.allow_non_finite:
-                numbers = numbers[np.isfinite(numbers)]
+            glances = [glance(values, 1 + len(others)), *others]
             elements = values.size * counting.samples // max(rows, 1)
-            self.histogram.prepare(numbers, elements, SLOPES_BULK if counting.observer in SLOPES else BULK)
+            self.histogram.prepare(values.size, glances, elements, SLOPES_BULK if counting.observer in SLOPES else BULK)
 
     def update(self, values: NDArray[np.floating], first: int, rows: int, counting: Counting) -> None:
         """Count one batch.
@@ -329,6 +336,12 @@ class TensorStatistics:
             mine, theirs = getattr(self, part), getattr(other, part)
             if mine is not None and theirs is not None:
                 yield mine, theirs
+
+
+def glance(values: NDArray[np.floating], batches: int = 1) -> NDArray[np.float32]:
+    """Return some finite elements of one of the batches that tell where a tensor's tails begin."""
+    looked = as_float32(values).reshape(-1)[:: max(1, values.size * batches // TAIL_SAMPLE) | 1]
+    return looked[np.isfinite(looked)]
 
 
 def grown(

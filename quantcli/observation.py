@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibration import statistics as statistics_file
-from calibration.collect import Checkpoint, Seen, Shortcut, Work, collect, computed
+from calibration.collect import Checkpoint, Seen, Shortcut, Work, collect, computed, pilot_of
 from calibration.datasets import boundaries, first_samples, fitted_batch, fixes_batch, open_dataset, select
 from calibration.errors import DataError, StatisticsError
 from calibration.hooks.onnxruntime import Runner
@@ -305,7 +305,7 @@ class Observation:
         )
         part = Part(dataset.digest, usable, mine[0][0], mine[-1][1])
         columns = columns_needed(self.folded, self.recipe)
-        return Work(dataset, indices, mine, spans[0], counting, fixed, columns, lanes), part
+        return Work(dataset, indices, mine, pilot_of(spans), counting, fixed, columns, lanes), part
 
     def blank(self, dataset: Dataset, chosen: int, batch: int, part: Part) -> Statistics:
         """Return the statistics with everything but what is counted."""

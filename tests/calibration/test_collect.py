@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -16,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.collect import CHECK_SAMPLES, Checkpoint, Seen, Shortcut, Work, collect
+from calibration.collect import CHECK_SAMPLES, Checkpoint, Seen, Shortcut, Work, collect, pilot_of
 from calibration.datasets import InputSpec
 from calibration.errors import DataError, RunError
 from calibration.hooks.onnxruntime import Runner
@@ -57,7 +58,7 @@ LANES = [Lanes(), Lanes(1, 1, 2), Lanes(1, 2, 2), Lanes(1, 3, 3)]
 def work(values: Array, batch: int, counting: Counting | None = None, lanes: Lanes = LANES[0]) -> Work:
     spans = [(start, min(start + batch, len(values))) for start in range(0, len(values), batch)]
     counting = counting or Counting(samples=len(values))
-    return Work(Rows(values), np.arange(len(values), dtype=np.intp), spans, spans[0], counting, lanes=lanes)
+    return Work(Rows(values), np.arange(len(values), dtype=np.intp), spans, pilot_of(spans), counting, lanes=lanes)
 
 
 def model(batch: int | str, *operators: str) -> Runner:
@@ -252,6 +253,46 @@ def test_checkpoints_are_kept_as_often_as_asked() -> None:
     keep = Checkpoint(0.0, lambda seen: saved.append(seen.done))
     collect(model("n"), ["x"], work(ROWS, 2), checkpoint=keep)
     assert saved == [1, 2, 3, 4, 5]
+
+
+# ---- the first batches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "wanted"),
+    [(1, 1, 1), (15, 1, 1), (32, 1, 2), (200, 1, 8), (200, 3, 3), (200, 14, 1), (1000, 8, 1), (1000, 7, 2)],
+)
+def test_so_many_batches_tell_where_tails_begin(count: int, batch: int, wanted: int) -> None:
+    spans = [(start, min(start + batch, count)) for start in range(0, count, batch)]
+    assert pilot_of(spans) == tuple(spans[:wanted])
+
+
+def test_no_single_sample_says_where_tails_begin() -> None:
+    values = np.random.default_rng(8).normal(size=(256, 2100)).astype(np.float32)
+    values[0] *= 20
+    spans = [(start, start + 1) for start in range(256)]
+    found = []
+    for mine in (spans, spans[:100], spans[100:]):
+        job = Work(
+            Rows(values),
+            np.arange(256, dtype=np.intp),
+            mine,
+            pilot_of(spans),
+            Counting("percentile", samples=256),
+        )
+        histogram = collect(model("n"), ["x"], job).tensors["x"].histogram
+        assert histogram is not None
+        found.append(histogram)
+    whole, first, second = found
+    assert whole.stride > 1
+    assert whole.tails == first.tails == second.tails
+    assert 2 < whole.tails[1] < 4
+    assert -4 < whole.tails[0] < -2
+    first.merge(second)
+    assert (first.counts == whole.counts).all()
+    clear = math.ceil(math.ldexp(whole.tails[1], -whole.exponent))  # the first bin that holds nothing else
+    beyond = int((values >= math.ldexp(clear, whole.exponent)).sum())
+    assert whole.counts[len(whole.counts) // 2 + clear :].sum() == beyond > 0
 
 
 # ---- the shortcut --------------------------------------------------------------------------------------------------------------
