@@ -1,10 +1,12 @@
 """What calibration costs: time and memory over bare inference, beside ONNX Runtime's calibrators; and what each observer is worth.
 
-QUANTCLI_BED=… python -m benchmarks.calibration [time] [subset] [memory] [accuracy] [--runs 7] [--entries NAME …]
+QUANTCLI_BED=… python -m benchmarks.calibration [time] [subset] [memory] [merge] [kill] [accuracy] [--runs 7] [--entries NAME …]
 
 time      seconds over bare float inference of the same samples in the same batches, medians of interleaved runs
 subset    how far ranges move because histograms look at a part of the elements
 memory    peak memory of whole processes, with 256 and 4,096 samples
+merge     four shards of a calibration put together, against the whole
+kill      kill -9 at ten random moments and --resume, against an unbroken run
 accuracy  every observer on the whole bed: metric, SQNR, and seconds of calibration
 """
 
@@ -33,6 +35,7 @@ if __package__ in {None, ""}:  # run as a file: its folder stands on the path in
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.bed import as_feeds, bed_folder, entries, interleaved, load_bed, machine
+from calibration import statistics as statistics_file
 from calibration.collect import Shortcut, Work, collect, computed, pilot_of
 from calibration.histogram import Histogram
 from calibration.hooks.onnxruntime import Runner
@@ -48,6 +51,9 @@ from quantcli.probe import model_bytes, with_highest, with_outputs
 from quantcli.recipe import Activation, Tune
 
 ENTRIES = ("resnet56_cifar10", "mobilenetv1_025_imagenet", "dscnn_kws")
+WHAT = ("time", "subset", "memory", "merge", "kill", "accuracy")
+# How many runs are killed.
+KILLS = 10
 OBSERVERS = ("minmax", "mean-minmax", "percentile", "mse", "entropy")
 PEERS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
 RANGES = ("minmax", "moving-average", "mean-minmax", "percentile:99.9", "percentile:99.99", "mse", "entropy")
@@ -239,19 +245,8 @@ def memory(bed: Any, names: list[str]) -> None:
     print("|---|---|---|---|---|---|---|")
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            stored = as_feeds(
-                bed.inputs(name, "calib")[0], Runner(bed_folder() / "models" / bed.BED[name]["onnx"]).inputs[0].name
-            )
-            files = {}
-            for count in (256, 4096):
-                files[count] = Path(folder) / f"{count}.npy"
-                values = next(iter(stored.values()))
-                held = np.lib.format.open_memmap(files[count], "w+", values.dtype, (count, *values.shape[1:]))
-                for start in range(0, count, len(values)):
-                    held[start : start + len(values)] = values[: count - start]
-                held.flush()
-                del held
-            model = str(bed_folder() / "models" / bed.BED[name]["onnx"])
+            files = {count: repeated(bed, name, count, Path(folder)) for count in (256, 4096)}
+            model = model_of(bed, name)
             bare = peak("bare", model, files[256])
             for observer in ("minmax", "mse"):
                 small, large = peak(observer, model, files[256]), peak(observer, model, files[4096])
@@ -260,6 +255,84 @@ def memory(bed: Any, names: list[str]) -> None:
                     f"| {large / small - 1:+.1%} | {large / bare:.2f} |",
                     flush=True,
                 )
+
+
+def model_of(bed: Any, name: str) -> str:
+    """Return where a model lies."""
+    return str(bed_folder() / "models" / bed.BED[name]["onnx"])
+
+
+def repeated(bed: Any, name: str, count: int, folder: Path) -> Path:
+    """Write so many calibration samples into a file, the same ones again where there are fewer, and return where it lies."""
+    values = next(iter(as_feeds(bed.inputs(name, "calib")[0], "x").values()))
+    file = folder / f"{count}.npy"
+    held = np.lib.format.open_memmap(file, "w+", values.dtype, (count, *values.shape[1:]))
+    for start in range(0, count, len(values)):
+        held[start : start + len(values)] = values[: count - start]
+    held.flush()
+    return file
+
+
+def calibration(model: str, data: Path, output: Path, *options: str) -> list[str]:
+    """Return the command that calibrates."""
+    command = [sys.executable, "-m", "quantcli", "calibrate", "-q", model, "--data", str(data)]
+    return [*command, "-o", str(output), *options]
+
+
+def merged(bed: Any, names: list[str]) -> None:
+    """Print whether four shards put together are the whole."""
+    print("\n| model | observer | samples | tensors | ranges that differ | file |\n|---|---|---|---|---|---|")
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            model, data = model_of(bed, name), repeated(bed, name, 256, Path(folder))
+            whole, together = Path(folder) / "whole.qstats", Path(folder) / "together.qstats"
+            for observer in OBSERVERS:
+                subprocess.run(calibration(model, data, whole, "--observer", observer), check=True)
+                shards = [Path(folder) / f"{shard}.qstats" for shard in range(4)]
+                for shard, path in enumerate(shards):
+                    options = ("--observer", observer, "--shard", f"{shard}/4")
+                    subprocess.run(calibration(model, data, path, *options), check=True)
+                paths = [str(path) for path in shards]
+                merging = [sys.executable, "-m", "quantcli", "merge", "-q", *paths, "-o", str(together)]
+                subprocess.run(merging, check=True)
+                seen, found = (statistics_file.load(path).tensors for path in (whole, together))
+                spec = parse_range(observer)
+                differ = sum(
+                    range_of(spec, tensor, seen[tensor], Grid()) != range_of(spec, tensor, found[tensor], Grid())
+                    for tensor in seen
+                )
+                same = "the same bytes" if whole.read_bytes() == together.read_bytes() else "differs"
+                print(f"| {name} | {observer} | 256 | {len(seen)} | {differ} | {same} |", flush=True)
+
+
+def killed(bed: Any, names: list[str]) -> None:
+    """Print what `--resume` makes of runs that were killed at random moments."""
+    print("\n| model | observer | killed after, samples | resumed: the file of an unbroken run |\n|---|---|---|---|")
+    moments = np.random.default_rng(0)
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            model, data = model_of(bed, name), repeated(bed, name, 2048, Path(folder))
+            unbroken, broken = Path(folder) / "unbroken.qstats", Path(folder) / "broken.qstats"
+            options = ("--observer", "all", "--checkpoint", "0.02")
+            begun = time.perf_counter()
+            subprocess.run(calibration(model, data, unbroken, *options), check=True)
+            whole = time.perf_counter() - begun
+            done: list[str] = []
+            same = 0
+            while len(done) < KILLS:
+                broken.unlink(missing_ok=True)
+                process = subprocess.Popen(calibration(model, data, broken, *options))
+                time.sleep(whole * moments.uniform(0.5, 1))  # the first half goes into loading
+                process.kill()
+                process.wait()
+                partial = broken.with_name(f"{broken.name}.partial")
+                held = statistics_file.load_any(partial).unfinished if partial.is_file() else None
+                if broken.is_file():
+                    continue  # it was over before
+                done.append(str(held["samples"]) if held else "0")
+                subprocess.run(calibration(model, data, broken, *options, "--resume"), check=True)
+                same += broken.read_bytes() == unbroken.read_bytes()
+            print(f"| {name} | all | {', '.join(done)} | {same} of {KILLS} |", flush=True)
 
 
 def peak(what: str, model: str, data: Path) -> int:
@@ -340,20 +413,24 @@ def main() -> None:
         child(*sys.argv[2:5])
         return
     parser = argparse.ArgumentParser(description="What calibration costs, and what each observer is worth.")
-    parser.add_argument("what", nargs="*", choices=["time", "subset", "memory", "accuracy", []], default=[])
+    parser.add_argument("what", nargs="*", choices=[*WHAT, []], default=[])
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--no-peers", action="store_true", help="leave ONNX Runtime's calibrators out of the times")
     parser.add_argument("--entries", nargs="*", default=[])
     given = parser.parse_args()
     bed = load_bed()
     three = entries(bed, given.entries or ENTRIES)
-    wanted = given.what or ["time", "subset", "memory", "accuracy"]
+    wanted = given.what or WHAT
     if "time" in wanted:
         times(bed, three, given.runs, {} if given.no_peers else PEERS)
     if "subset" in wanted:
         subset(bed, three)
     if "memory" in wanted:
         memory(bed, three)
+    if "merge" in wanted:
+        merged(bed, three)
+    if "kill" in wanted:
+        killed(bed, three)
     if "accuracy" in wanted:
         accuracy(bed, entries(bed, given.entries))
 

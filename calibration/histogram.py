@@ -88,12 +88,14 @@ class Histogram:
 
     def widen(self, exponent: int) -> None:
         """Put bins together until they are 2^exponent wide."""
+        if exponent <= self.exponent:
+            return
         turns = min(exponent - self.exponent, BINS.bit_length()) if self.counts.any() else 0
         for _ in range(turns):
             pairs = self.counts.reshape(-1, 2).sum(axis=1)
             self.counts = np.zeros(2 * BINS, dtype=np.int64)
             self.counts[BINS // 2 : BINS // 2 + BINS] = pairs
-        self.exponent = max(self.exponent, exponent)
+        self.exponent = exponent
 
     def update(self, values: NDArray[np.float32], start: int, tails: list[NDArray[np.float32]]) -> None:
         """Count one batch.

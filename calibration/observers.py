@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-# A tensor's extremes and tails are found in columns of so many elements, from this size on.
-COLUMN, WORTH_COLUMNS = 16, 1 << 18
+# The answers of eight values that lie within a limit; and of how many they are looked at eight at a time.
+INSIDE, WORTH_EIGHT = np.ones(8, dtype=bool), 1 << 15
 # Sums of float32 values are kept as whole multiples of the smallest float32, 2^-149, so that their order does not matter.
 UNIT = 149
 
@@ -376,24 +376,29 @@ def beyond(
         known: The highest (or lowest) so far, which is returned where none of the values changes it and that is plain to see.
         above: Which.
     """
-    extreme, outside, inside = (
-        (np.maximum, np.greater, np.less_equal) if above else (np.minimum, np.less, np.greater_equal)
-    )
+    extreme, outside = (np.maximum, np.greater) if above else (np.minimum, np.less)
     limit = np.float32(bound)
     if math.isinf(bound):
         return float(extreme.reduce(values)), []
-    if values.size >= WORTH_COLUMNS:
-        cut = values.size - values.size % COLUMN
-        columns = values[:cut].reshape(COLUMN, -1)
-        peaks = extreme.reduce(columns, axis=0)
-        end, tails = beyond(values[cut:], bound, known, above) if cut < values.size else (known, [])
-        end = float(extreme(end, extreme.reduce(peaks)))
-        some = columns.take(outside(peaks, limit).nonzero()[0], axis=1).reshape(-1)
-        return end, [*tails, some[outside(some, limit)]]
-    within = inside(values, limit)
-    places = np.logical_not(within, out=within).nonzero()[0]
-    if places.size:
-        tail = values[places]  # with what is no number
+    tail = values_outside(values, limit, above)
+    if tail.size:
         return float(extreme.reduce(tail)), [tail]
     # None lies beyond the bound: what does already is further out.
     return (known if outside(known, bound) else float(extreme.reduce(values))), []
+
+
+def values_outside(values: NDArray[np.float32], limit: np.float32, above: bool) -> NDArray[np.float32]:
+    """Return those of some values that are above (or below) a limit, and what is no number.
+
+    Few are expected: of many values, the answers are looked at eight at a time.
+    """
+    inside = np.less_equal if above else np.greater_equal
+    cut = values.size - values.size % INSIDE.size if values.size >= WORTH_EIGHT else 0
+    some = values[cut:]
+    if cut:
+        within = inside(values[:cut], limit).view(np.uint64)
+        rows = (within != INSIDE.view(np.uint64)[0]).nonzero()[0]
+        mixed = values[:cut].reshape(-1, INSIDE.size).take(rows, axis=0).reshape(-1)
+        some = np.concatenate([mixed, some]) if some.size else mixed
+    within = inside(some, limit)
+    return some[np.logical_not(within, out=within).nonzero()[0]]

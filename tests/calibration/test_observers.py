@@ -427,7 +427,7 @@ def test_a_percentile_is_read() -> None:
     assert parse_range("percentile").argument == pytest.approx(99.99)
 
 
-@pytest.mark.parametrize("size", [50_000, observers.WORTH_COLUMNS + 5])
+@pytest.mark.parametrize("size", [20_000, observers.WORTH_EIGHT, observers.WORTH_EIGHT + 5])
 @pytest.mark.parametrize("place", [0, 12_345, -1])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_found_anywhere(size: int, place: int, bad: float) -> None:
