@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from calibration import statistics as statistics_file
@@ -138,9 +139,17 @@ def tuned_by(
         why_not = "" if samples is not None else "there are too few samples: some tune, and others judge"
     again = replace(run, partial=None, resume=False, shard=(0, 1))
 
-    def observed(changed: ir.Model) -> Statistics:
+    whole: list[tuple[ir.Model, Statistics]] = []
+
+    def observed(model: ir.Model, channels: bool = False) -> Statistics:
         assert places is not None  # noqa: S101 - there are samples only where there is data
-        return observe(source, changed, places, recipe, again, progress)
+        if not channels:
+            return observe(source, model, places, recipe, again, progress)
+        if not whole or whole[0][0] is not model:
+            wishes = msgspec.structs.replace(recipe.calibration, observer="minmax", channels=True)
+            counting = msgspec.structs.replace(recipe, calibration=wishes)
+            whole[:] = [(model, observe(source, model, places, counting, again, progress))]
+        return whole[0][1]
 
     may_observe = observed if run.runtime == "onnxruntime" and samples is not None else None
     if recipe.tune.max_drop is not None:

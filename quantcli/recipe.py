@@ -97,7 +97,7 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``effort`` says how much is tried (`quantcli.tune.effort`), over ``samples`` calibration samples. Each step can be switched on
     or off by itself: ``ranges`` by the error that they leave (``outputs``: at the model's outputs, not at their readers),
-    ``equalize`` the channels of neighbouring layers, ``centre`` what is never negative on symmetric grids, ``align`` tensors with
+    ``equalize`` channels so that rounding costs least, ``centre`` what is never negative on symmetric grids, ``align`` tensors with
     grids of powers of two, ``compensation`` of what the layers before have changed, weight ``scales`` and ``rounding`` by output
     error, ``bias`` correction, and regard to what ``activations`` cut.
 

@@ -19,15 +19,12 @@ from numpy.typing import NDArray
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe, calibrate, convert, verify
 from quantcli.arithmetic.affine import IntegerType
-from quantcli.evaluation.compare import moved
-from quantcli.fold import constant, fold
+from quantcli.fold import fold
 from quantcli.load import load
-from quantcli.probe import model_bytes, with_outputs
+from quantcli.probe import with_outputs
 from quantcli.recipe import Activation, Layers, Tune, Weight
-from quantcli.sidecar import MovedEntry
 from quantcli.tune.bias import channel_means, corrected
 from quantcli.tune.effort import wanted_samples
-from quantcli.tune.equalize import equalize
 from quantcli.tune.moments import Matrix, drawn_rows, matrix_of, moments_of
 from quantcli.tune.outputs import is_distribution, logarithms
 from quantcli.tune.ranges import Grid, best_range, drawn, look
@@ -214,105 +211,6 @@ def test_ranges_clip_outliers_and_leave_others_alone() -> None:
     assert high < 40.0
     assert low <= 0
     assert after < before
-
-
-@pytest.fixture
-def uneven(tmp_path: Path) -> Path:
-    """A residual net whose channels differ by factors of up to a thousand, with everything that factors pass."""
-    spread = np.exp(np.linspace(-3.4, 3.4, 8)).astype(np.float32)
-    tensors = {
-        "w1": normal(8, 3, 3, 3, seed=1, scale=0.3) * spread[:, None, None, None],
-        "b1": normal(8, seed=2, scale=0.1) * spread,
-        "w2": normal(8, 1, 3, 3, seed=3, scale=0.3),
-        "w3": normal(8, 8, 1, 1, seed=4, scale=0.3) / spread[None, :, None, None],
-        "b3": np.full(8, 3.0, np.float32),
-        "w4": normal(4, 16, 1, 1, seed=5, scale=0.3),
-        "w5": normal(5, 4, seed=6, scale=0.3),
-    }
-    nodes = [
-        node("Conv", ["x", "w1", "b1"], ["a"], pads=[1, 1, 1, 1]),
-        node("Relu", ["a"], ["ar"]),
-        node("Conv", ["ar", "w2"], ["d"], pads=[1, 1, 1, 1], group=8),
-        node("Add", ["ar", "d"], ["s"]),
-        node("MaxPool", ["s"], ["p"], kernel_shape=[2, 2], strides=[2, 2]),
-        node("Conv", ["p", "w3", "b3"], ["e"]),
-        node("Relu", ["e"], ["er"]),
-        node("Concat", ["p", "er"], ["c"], axis=1),
-        node("Conv", ["c", "w4"], ["f"]),
-        node("GlobalAveragePool", ["f"], ["g"]),
-        node("Flatten", ["g"], ["h"]),
-        node("Gemm", ["h", "w5"], ["y"], transB=1),
-    ]
-    return save(tmp_path / "uneven.onnx", nodes, {"x": ["N", 3, 8, 8]}, {"y": None}, tensors)
-
-
-def outputs(model: ir.Model, x: NDArray[np.float32]) -> NDArray[np.float32]:
-    found: NDArray[np.float32] = Runner(model_bytes(model)).run({"x": x})["y"]
-    return found
-
-
-def test_equalization_keeps_the_function_and_evens_the_weights(uneven: Path) -> None:
-    model, x = loaded(uneven), normal(6, 3, 8, 8, seed=9)
-    changed, done = equalize(model, [{"x": x}])
-    # Factors are exact in the algebra; each is rounded to float32 once in either weight, and sums are of at most 27 terms.
-    assert np.allclose(outputs(changed, x), outputs(model, x), rtol=1e-4, atol=1e-4)
-
-    def spread(of: ir.Model) -> float:
-        weight = np.asarray(constant(of.graph.initializers["w1"])).reshape(8, -1)
-        largest = np.abs(weight).max(axis=1)
-        return float(largest.max() / largest.min())
-
-    assert spread(model) > 300
-    assert spread(changed) < 30
-    assert done.channels > 0
-    names = [str(value.name) for item in model.graph for value in item.outputs if value.name != "y"]
-    before, after = (Runner(with_outputs(of, names)).run({"x": x}, names) for of in (model, changed))
-    for name in names:
-        entry = done.moved.get(name)
-        expected = (
-            before[name] if entry is None else moved(before[name], MovedEntry(list(entry.factor), list(entry.shift)))
-        )
-        assert np.allclose(after[name], expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
-    assert len(done.moved) > 2
-    assert {name for name, _ in done.refused} >= {"x", "y"}
-    assert all(reason for _, reason in done.refused)
-
-
-def test_equalization_absorbs_what_relu_never_cuts(tmp_path: Path) -> None:
-    tensors = {
-        "w1": normal(4, 3, 1, 1, seed=1, scale=0.1),
-        "b1": np.array([5, 0, 4, 0], np.float32),
-        "w2": normal(2, 4, 1, 1, seed=2),
-    }
-    nodes = [node("Conv", ["x", "w1", "b1"], ["a"]), node("Relu", ["a"], ["r"]), node("Conv", ["r", "w2"], ["y"])]
-    model = loaded(save(tmp_path / "m.onnx", nodes, {"x": ["N", 3, 4, 4]}, {"y": None}, tensors))
-    x = normal(8, 3, 4, 4, seed=3)
-    changed, done = equalize(model, [{"x": x}])
-    assert done.absorbed == 2
-    for name, entry in done.moved.items():
-        before, after = (Runner(with_outputs(of, [name])).run({"x": x}, [name])[name] for of in (model, changed))
-        assert np.allclose(after, moved(before, MovedEntry(list(entry.factor), list(entry.shift))), atol=1e-5)
-    assert set(done.moved) == {"a", "r"}
-    assert np.allclose(outputs(changed, x), outputs(model, x), atol=1e-5)
-    # What was absorbed is out of the bias: 5 and 4 are what a Relu never cut, but for the spread of the products.
-    assert (np.asarray(constant(changed.graph.initializers["b1"]))[[0, 2]] < [2, 2]).all()
-
-
-@pytest.mark.parametrize(("bound", "may"), [(100.0, True), (0.01, False)])
-def test_a_clip_that_clips_keeps_its_channels(tmp_path: Path, bound: float, may: bool) -> None:
-    spread = np.array([1, 10, 0.1, 5], np.float32)[:, None, None, None]
-    tensors = {
-        "w1": normal(4, 3, 1, 1, seed=1) * spread,
-        "w2": normal(2, 4, 1, 1, seed=2),
-        "lo": np.array(0, np.float32),
-        "hi": np.array(bound, np.float32),
-    }
-    nodes = [node("Conv", ["x", "w1"], ["a"]), node("Clip", ["a", "lo", "hi"], ["r"]), node("Conv", ["r", "w2"], ["y"])]
-    model = loaded(save(tmp_path / "m.onnx", nodes, {"x": ["N", 3, 4, 4]}, {"y": None}, tensors))
-    x = normal(8, 3, 4, 4, seed=3)
-    changed, done = equalize(model, [{"x": x}])
-    assert bool(done.layers) == may
-    assert np.allclose(outputs(changed, x), outputs(model, x), rtol=1e-4, atol=1e-5)
 
 
 def sqnr(done: Any) -> float:

@@ -287,7 +287,8 @@ def tuning(terminal: Terminal, tuned: Tuned) -> None:
     if tuned.equalized is not None:
         done = tuned.equalized
         terminal.say(
-            f"equalized: {done.channels} channels of {len(done.layers)} layers; {done.absorbed} biases absorbed"
+            f"equalized: {done.channels} channels of {len(done.layers)} layers, to save {done.gained:.1f} dB of noise; "
+            f"{done.absorbed} biases absorbed"
         )
         for name, reason in done.refused if terminal.verbose else ():
             terminal.say(f"  '{name}' keeps its channels: {reason}")

@@ -19,7 +19,8 @@ import onnx_ir as ir
 
 from quantcli.fold import add_constant, constant
 from quantcli.island import captured
-from quantcli.tune.equalize import HOMOGENEOUS, Sets, store
+from quantcli.tune.channels import HOMOGENEOUS, Sets
+from quantcli.tune.equalize import store
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from calibration.observers import TensorStatistics
+import numpy as np
+
+from calibration.observers import OBSERVERS, TensorStatistics
+from quantcli.arithmetic.affine import IntegerType
+from quantcli.observation import observer_of
 from quantcli.placement import place
 from quantcli.plan import activation_parameters, make_plan, unresolvable
+from quantcli.recipe import resolve_target
+from quantcli.rules import Operand
 from quantcli.tune.align import align
 from quantcli.tune.centre import centre
-from quantcli.tune.equalize import Equalized, equalize
+from quantcli.tune.equalize import Equalized, Grids, Met, equalize
 from quantcli.tune.smooth import Smoothed, smooth
 from quantcli.tune.sweep import Steps, Sweep
 from quantcli.tuning import UNTUNED, Moved, Tuning
@@ -28,6 +34,15 @@ if TYPE_CHECKING:
     from quantcli.targets import Target
 
     Feeds = dict[str, NDArray[Any]]
+
+
+class Observe(Protocol):
+    """Calibrates another folded model on the same data."""
+
+    def __call__(self, model: ir.Model, channels: bool = False) -> Statistics:
+        """Return what is seen of a model; of its tensors' channels, too, where that is asked for."""
+        ...
+
 
 # By step: how many layers or tensors it looked at, and by how many dB it lowered their error on average.
 Gained = dict[str, tuple[int, float]]
@@ -54,19 +69,75 @@ class Candidate:
     equalized: Equalized | None = None
 
 
-def equalized(
+def grids_of(model: ir.Model, statistics: Statistics, recipe: Recipe, bits: Mapping[str, int]) -> Grids:
+    """Return what a plan would round of a model, and to what."""
+    target = resolve_target(recipe)
+    placement = place(model, recipe, unresolvable(statistics.tensors))
+    activation = IntegerType(target.activation.grid)
+    weights = {
+        str(value.name): IntegerType(f"int{bits.get(str(value.name), target.weight.bits)}", narrow=True).qmax
+        for layer in placement.layers
+        for _, value, kind in layer.operands()
+        if kind is Operand.WEIGHT
+    }
+    symmetric = target.activation.symmetric
+    steps = activation.qmax if symmetric else activation.qmax - activation.qmin
+    return Grids(placement.observed(), weights, steps, symmetric, not target.weight.per_channel)
+
+
+def foreseen(
     model: ir.Model,
+    statistics: Statistics,
     recipe: Recipe,
     samples: Samples,
-    observe: Callable[[ir.Model], Statistics],
+    bits: Mapping[str, int],
+    known: dict[str, Met],
+) -> float:
+    """Return by how many dB equalization would lower the noise, as the samples alone predict."""
+    grids = grids_of(model, statistics, recipe, bits)
+    return equalize(model, samples.swept, grids, absorb=False, known=known)[1].gained
+
+
+def equalized(
+    model: ir.Model,
+    statistics: Statistics,
+    recipe: Recipe,
+    samples: Samples,
+    observe: Observe,
     bits: dict[str, int],
+    known: dict[str, Met],
 ) -> Candidate | None:
-    """Return the equalized model with statistics of its own; None where nothing changed."""
-    changed, done = equalize(model, samples.swept)
+    """Return the equalized model with statistics of its own; None where nothing changed.
+
+    Where ranges begin at the extremes, those of the channels tell what the statistics become, exactly: a channel's factor is above
+    zero. Else the changed model is observed.
+    """
+    whole = observe(model, channels=True)
+    extremes = {name: seen.channels for name, seen in whole.tensors.items() if seen.channels is not None}
+    grids = grids_of(model, statistics, recipe, bits)
+    changed, done = equalize(model, samples.swept, grids, extremes, known=known)
     if not done.layers and not done.absorbed:
         return None
-    final, seen, evened = smooth(changed, observe(changed), recipe)
-    return Candidate(final, seen, evened, Tuning(bits=bits, moved=done.moved), done)
+    if OBSERVERS[observer_of(recipe)] or not done.moved.keys() & whole.tensors.keys() <= extremes.keys():
+        after = observe(changed)
+    else:
+        tensors = dict(statistics.tensors)
+        for name in done.moved.keys() & tensors.keys():
+            lows, highs = (
+                moved_by(done.moved[name], ends) for ends in (extremes[name].minimum, extremes[name].maximum)
+            )
+            seen = tensors[name]
+            ends = float(lows.min()), float(highs.max())
+            tensors[name] = TensorStatistics(*ends, seen.elements, seen.nan, seen.infinite, derived=True)
+        after = replace(statistics, tensors=tensors)
+    final, seen_after, evened = smooth(changed, after, recipe)
+    return Candidate(final, seen_after, evened, Tuning(bits=bits, moved=done.moved), done)
+
+
+def moved_by(what: Moved, values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return what becomes of a value of each channel."""
+    found: NDArray[np.float64] = values.astype(np.float64) * what.factor + what.shift
+    return found
 
 
 def ranges_of(plan: Plan) -> dict[str, tuple[float, float]]:

@@ -6,10 +6,10 @@ plan is always one of them, so that tuning never makes a model worse by that mea
 ======== ================================================================================================================
 fast     nothing: ranges as calibration gives them, weights rounded to nearest
 default  one sweep over 64 samples, 256 for coarse weights: ranges and weight scales by error, rounding by second moments, bias;
-         compensation where weights have less than 8 bits; with one scale per tensor also on the equalized model; with scales of
-         powers of two on the centred and aligned one; of those two the best one with compensation, too; without ranges by error,
-         where that was no better than nothing. The error of a range is that of the model's outputs where the model is small, and
-         that of the tensor's readers elsewhere
+         compensation where weights have less than 8 bits; on the equalized model where that is predicted to pay, and on both with
+         one scale per tensor; with scales of powers of two on the centred and aligned one; where weights are coarse the best one
+         with compensation, too; without ranges by error, where that was no better than nothing. The error of a range is that of
+         the model's outputs where the model is small, and that of the tensor's readers elsewhere
 best     sweeps over 256 samples: the above, with the outputs' error of larger models, too; and then each of the two errors,
          compensation, ranges by error, regard to activations, equalization, centring and alignment the other way, kept where
          that is better
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from calibration.errors import RunError
 from calibration.hooks.onnxruntime import Runner, first_line
 from quantcli.arithmetic.affine import IntegerType
 from quantcli.cost import values_of, work_of
@@ -39,7 +40,7 @@ from quantcli.probe import model_bytes, runnable, weight_bytes
 from quantcli.quantize import quantize
 from quantcli.recipe import resolve_target
 from quantcli.rules import Arithmetic, Operand
-from quantcli.tune.candidates import Candidate, Gained, Samples, aligned, centred, equalized, swept
+from quantcli.tune.candidates import Candidate, Gained, Observe, Samples, aligned, centred, equalized, foreseen, swept
 from quantcli.tune.outputs import TRIES, logarithms
 from quantcli.tune.smooth import Smoothed, smooth
 from quantcli.tune.sweep import Steps
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
     from quantcli.progress import Progress
     from quantcli.recipe import Recipe
     from quantcli.targets import Target
-    from quantcli.tune.equalize import Equalized
+    from quantcli.tune.equalize import Equalized, Met
 
     Feeds = dict[str, NDArray[Any]]
 
@@ -71,6 +72,8 @@ JUDGES = 64
 ROOM = 1 << 30
 # Of a model with more weights, a copy to work on would be too much.
 LARGEST = 1 << 30
+# Where each channel of a weight has a scale, equalization is tried by default if it is to lower the noise by so many dB.
+WORTH_EQUALIZING = 0.75
 # A candidate is kept only where it is better by so many dB.
 MARGIN = 0.05
 # How many multiply-accumulates may go into ranges by what they do to the outputs, more where activations have less than 8 bits,
@@ -170,7 +173,7 @@ def tune(
     statistics: Statistics,
     recipe: Recipe,
     samples: Samples,
-    observe: Callable[[ir.Model], Statistics] | None,
+    observe: Observe | None,
     progress: Progress,
     bits: dict[str, int] | None = None,
 ) -> Tuned:
@@ -193,9 +196,11 @@ def tune(
     if not tunable(final, seen, recipe):
         plan = make_plan(final, seen, recipe, start.tuning)
         return Tuned(final, plan, evened, why_not="no layer has a weight to tune")
-    trying = Trying(start, recipe, samples, observe, progress, judge)
-    for choice in first_choices(recipe, observe is not None, trying.batches):
+    trying = Trying(start, statistics, recipe, samples, observe, progress, judge)
+    for choice in first_choices(recipe, trying.equalizing, trying.batches):
         trying.attempt(choice)
+        if choice.equalize and not trying.found:  # there was nothing to scale
+            trying.attempt(choice.toggled("equalize"))
     if trying.found and recipe.tune.compensation is None and is_coarse(resolve_target(recipe)):
         trying.attempt(trying.best.toggled("compensation"))
     again = open_steps(recipe, observe is not None) if recipe.tune.effort == "best" else []
@@ -254,14 +259,16 @@ class Trying:
     """The candidates of one model, as they are made."""
 
     start: Candidate
+    statistics: Statistics
     recipe: Recipe
     samples: Samples
-    observe: Callable[[ir.Model], Statistics] | None
+    observe: Observe | None
     progress: Progress
     judge: Judge
     found: list[tuple[Try, Candidate]] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
     equal: Candidate | None = None
+    met: dict[str, Met] = field(default_factory=dict)
     learned: dict[bool, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
     prepared: dict[Choice, tuple[Candidate, Gained]] = field(default_factory=dict)
 
@@ -279,6 +286,24 @@ class Trying:
         fitting = int(np.searchsorted(rows, room, side="right"))
         return fitting if fitting and (rows[fitting - 1] >= FEWEST_AHEAD or fitting == len(rows)) else 0
 
+    @functools.cached_property
+    def equalizing(self) -> tuple[bool, ...]:
+        """Whether the model as it is and the equalized one are tried in any case: False for the one, True for the other."""
+        wished = self.recipe.tune.equalize
+        if wished is False or self.observe is None:
+            return (False,)
+        if wished:
+            return (True,)
+        if not resolve_target(self.recipe).weight.per_channel:
+            return (False, True)
+        try:
+            bits = self.start.tuning.bits
+            gain = foreseen(self.judge.model, self.statistics, self.recipe, self.samples, bits, self.met)
+        except RunError as error:
+            logger.debug("what equalization would bring cannot be told: %s", error)
+            gain = 0.0
+        return (gain >= WORTH_EQUALIZING,)
+
     @property
     def best(self) -> Choice:
         """The best choice so far."""
@@ -292,7 +317,8 @@ class Trying:
         base, steps = self.start, choice.steps
         if choice.equalize and self.observe is not None:
             bits = dict(self.start.tuning.bits)
-            self.equal = self.equal or equalized(self.judge.model, self.recipe, self.samples, self.observe, bits)
+            model, seen = self.judge.model, self.statistics
+            self.equal = self.equal or equalized(model, seen, self.recipe, self.samples, self.observe, bits, self.met)
             if self.equal is None:
                 return
             base = self.equal
@@ -351,7 +377,7 @@ def freed(target: Target, **changes: bool) -> Target:
     return msgspec.structs.replace(target, activation=msgspec.structs.replace(target.activation, **changes))
 
 
-def first_choices(recipe: Recipe, may_equalize: bool, outputs: int) -> list[Choice]:
+def first_choices(recipe: Recipe, equalizing: Sequence[bool], outputs: int) -> list[Choice]:
     """Return what is tried in any case; ranges by what they do to the outputs over so many batches, to their readers if 0."""
     wishes, target = recipe.tune, resolve_target(recipe)
     narrow = target.weight.bits < 8
@@ -365,12 +391,10 @@ def first_choices(recipe: Recipe, may_equalize: bool, outputs: int) -> list[Choi
         activations=wishes.activations is True,
         seed=recipe.calibration.seed,
     )
-    evens = [False, True] if not target.weight.per_channel else [False]
-    evens = evens if wishes.equalize is None else [wishes.equalize]
     shifting = target.activation.power_of_two
     centre = centrable(target) and (shifting if wishes.centre is None else wishes.centre)
     align = shifting and wishes.align is not False
-    return [Choice(even, centre, align, steps) for even in evens if may_equalize or not even]
+    return [Choice(even, centre, align, steps) for even in equalizing]
 
 
 def is_coarse(target: Target) -> bool:

@@ -1,10 +1,10 @@
-"""Cross-layer equalization: channels are scaled so that the weights before and behind them have alike ranges.
+"""Cross-layer equalization: channels are scaled so that rounding them, and the weights before and behind them, costs least.
 
 Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction" (arXiv 1906.04721), section 4.1: for a
-positively homogeneous f, W₂·f(W₁x + b₁) = (W₂S)·f(S⁻¹W₁x + S⁻¹b₁), and sᵢ = √(r₁ᵢ / r₂ᵢ) (equation 11) makes the ranges r₁ᵢ and r₂ᵢ
-of row i of W₁ and column i of W₂ alike. Here every channel of every tensor belongs to a set of channels that must keep one factor:
-Relu, pools and Pad tie a channel to itself, Add ties its operands and its result, Concat ties the places that it copies to. A set
-has producers (rows of weights) and consumers (columns), and gets one factor of all their ranges.
+positively homogeneous f, W₂·f(W₁x + b₁) = (W₂S)·f(S⁻¹W₁x + S⁻¹b₁) for any diagonal S above zero. Here every channel of every tensor
+belongs to a set of channels that must keep one factor: Relu, pools and Pad tie a channel to itself, Add ties its operands and its
+result, Concat ties the places that it copies to. A set has producers (rows of weights) and consumers (columns), and gets the factor
+for which the predicted noise of all of them and of the tensors between is least (`quantcli.tune.noise`).
 
 Section 4.1.3: what a channel always exceeds can be absorbed into the next bias: y = W₂·f(x) + b₂ = W₂·f(x − c) + (b₂ + W₂c) where
 x ≥ c always.
@@ -12,7 +12,7 @@ x ≥ c always.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,30 +22,21 @@ from calibration.hooks.onnxruntime import Runner
 from quantcli.fold import constant
 from quantcli.probe import with_outputs
 from quantcli.tune.bias import biased
+from quantcli.tune.channels import Channels, is_layer
+from quantcli.tune.noise import TINY, Noise, Tensor, Weight, reaching
 from quantcli.tuning import Moved
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
-# Operators through which a positive factor of a channel passes.
-HOMOGENEOUS = frozenset(
-    {
-        "Relu",
-        "LeakyRelu",
-        "PRelu",
-        "MaxPool",
-        "AveragePool",
-        "GlobalAveragePool",
-        "GlobalMaxPool",
-        "Identity",
-        "Dropout",
-    }
-)
-ROUNDS, ENOUGH = 40, 1e-3
-# No factor is further from 1: beyond, what is scaled has no weight left to speak of.
-LARGEST_FACTOR = 1e4
+    from calibration.observers import ChannelRanges
+
+# A factor that is no further from 1 is left out.
+ENOUGH = 1e-3
+# So many samples tell what is met on average.
+MET = 64
 # A clipped channel counts as one that is never clipped where it stays this part below its bound.
 SAFE = 0.9
 
@@ -60,6 +51,7 @@ class Equalized:
         absorbed: How many channels gave a part of their bias to the layers behind.
         refused: The tensors whose channels keep their factor, with the reason.
         moved: What became of tensors, by name.
+        gained: By how many dB that lowers the noise, as predicted.
     """
 
     channels: int = 0
@@ -67,50 +59,73 @@ class Equalized:
     absorbed: int = 0
     refused: tuple[tuple[str, str], ...] = ()
     moved: dict[str, Moved] = field(default_factory=dict)
-
-
-@dataclass
-class Sets:
-    """Sets of channels that share a factor (a forest, as in union-find)."""
-
-    parent: list[int] = field(default_factory=list)
-
-    def new(self, count: int) -> NDArray[np.intp]:
-        """Return the numbers of some new channels, each a set of its own."""
-        first = len(self.parent)
-        self.parent.extend(range(first, first + count))
-        return np.arange(first, first + count)
-
-    def find(self, channel: int) -> int:
-        """Return the channel that stands for a channel's set."""
-        while self.parent[channel] != channel:
-            self.parent[channel] = self.parent[self.parent[channel]]
-            channel = self.parent[channel]
-        return channel
-
-    def tie(self, one: NDArray[np.intp], other: NDArray[np.intp]) -> None:
-        """Put channels together, pair by pair."""
-        for a, b in zip(one.tolist(), other.tolist(), strict=True):
-            self.parent[self.find(a)] = self.find(b)
-
-    def roots(self, channels: NDArray[np.intp]) -> NDArray[np.intp]:
-        """Return the sets of some channels."""
-        return np.array([self.find(channel) for channel in channels.tolist()], dtype=np.intp)
+    gained: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
-class Use:
-    """A weight whose rows (outputs) or columns (inputs) belong to channels.
+class Grids:
+    """What is rounded, and to what.
 
     Attributes:
-        node: The layer.
-        channels: One per row, or one per column.
-        rows: Which.
+        tensors: The names of the tensors.
+        weights: The largest integer of each weight, by name.
+        steps: Of a tensor's grid: from end to end, or from zero to its end where it is symmetric.
+        symmetric: Whether tensors' grids are symmetric about zero.
+        shared: Whether all rows of a weight have one scale.
     """
 
-    node: ir.Node
-    channels: NDArray[np.intp]
-    rows: bool
+    tensors: tuple[str, ...]
+    weights: Mapping[str, int]
+    steps: int
+    symmetric: bool
+    shared: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Met:
+    """What was met in each channel of a tensor.
+
+    Attributes:
+        low: How far it reaches below zero.
+        high: How far above.
+        values: How many values there were.
+        active: How many of them were not zero.
+        total: Their sum.
+        squares: The sum of their squares.
+    """
+
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    values: int
+    active: NDArray[np.float64]
+    total: NDArray[np.float64]
+    squares: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, batch: NDArray[Any]) -> Met:
+        """Look at a batch, whose second axis are channels."""
+        axes = tuple(axis for axis in range(batch.ndim) if axis != 1)
+        low, high = np.maximum(-batch.min(axis=axes), 0), np.maximum(batch.max(axis=axes), 0)
+        active = np.count_nonzero(batch, axis=axes)
+        sums = batch.sum(axis=axes, dtype=np.float64), np.square(batch).sum(axis=axes, dtype=np.float64)
+        parts = (np.asarray(part, dtype=np.float64) for part in (active, *sums))
+        return cls(low.astype(np.float64), high.astype(np.float64), batch.size // batch.shape[1], *parts)
+
+    def with_more(self, other: Met) -> Met:
+        """Return what was met in two batches."""
+        low, high = np.maximum(self.low, other.low), np.maximum(self.high, other.high)
+        sums = self.active + other.active, self.total + other.total, self.squares + other.squares
+        return Met(low, high, self.values + other.values, *sums)
+
+    @property
+    def variance(self) -> NDArray[np.float64]:
+        """The variance of each channel."""
+        return np.maximum(self.squares / self.values - np.square(self.total / self.values), 0.0)
+
+    @property
+    def power(self) -> NDArray[np.float64]:
+        """The mean square of each channel's values that are not zero."""
+        return self.squares / np.maximum(self.active, 1.0)
 
 
 class Equalization:
@@ -118,200 +133,172 @@ class Equalization:
 
     Args:
         model: The folded model; the weights and biases of its layers change.
-        feeds: Samples that tell what Clip operators really clip; none of them needs be there where there is no Clip.
+        feeds: Samples that tell what tensors hold, and what Clip operators really clip.
+        grids: What is rounded.
+        extremes: The lowest and highest values of tensors' channels, by name, where more samples than those were seen.
+        known: What is met in tensors, by name: used, and added to.
     """
 
-    def __init__(self, model: ir.Model, feeds: Sequence[dict[str, NDArray[Any]]] = ()) -> None:
-        self.model, self.feeds = model, feeds
-        self.sets = Sets()
-        self.channels: dict[ir.Value, NDArray[np.intp]] = {}
-        self.frozen: dict[int, tuple[str, str]] = {}
-        self.uses: list[Use] = []
-        self.clips: list[ir.Node] = []
+    def __init__(
+        self,
+        model: ir.Model,
+        feeds: Sequence[dict[str, NDArray[Any]]],
+        grids: Grids,
+        extremes: Mapping[str, ChannelRanges] | None = None,
+        known: dict[str, Met] | None = None,
+    ) -> None:
+        self.model, self.feeds, self.grids, self.extremes = model, feeds, grids, extremes or {}
+        self.known = {} if known is None else known
+        self.channels = Channels(model)
         self.held: dict[ir.Value, NDArray[np.float64]] = {}
 
     def run(self, absorb: bool = True) -> Equalized:
         """Equalize, and absorb high biases."""
-        for node in self.model.graph:
-            self.look_at(node)
-        for value in self.model.graph.inputs:
-            self.freeze(value, "it is an input of the model")
-        for value in self.model.graph.outputs:
-            self.freeze(value, "it is an output of the model")
         bounds = self.clip_bounds()
-        factors = self.solve(bounds)
+        factors, gained = self.solve(bounds)
         changed = self.apply(factors)
-        absorbed = self.absorb() if absorb and self.feeds else 0
-        reasons = {(name, reason) for name, reason in self.frozen.values()}
+        absorbed = self.absorb() if absorb else 0
+        reasons = {(name, reason) for name, reason in self.channels.frozen.values()}
         count = int((np.abs(factors - 1) > ENOUGH).sum())
-        return Equalized(count, tuple(changed), absorbed, tuple(sorted(reasons)), self.moved(factors))
+        return Equalized(count, tuple(changed), absorbed, tuple(sorted(reasons)), self.moved(factors), gained)
 
     def moved(self, factors: NDArray[np.float64]) -> dict[str, Moved]:
         """Return what became of every tensor that is not what it was."""
         found = {}
-        for value, channels in self.channels.items():
-            own, held = 1 / factors[self.sets.roots(channels)], self.held.get(value, np.zeros(len(channels)))
+        for value, channels in self.channels.of.items():
+            own, held = 1 / factors[self.channels.roots(value)], self.held.get(value, np.zeros(len(channels)))
             if np.abs(own - 1).max(initial=0.0) > ENOUGH or held.any():
                 found[str(value.name)] = Moved(tuple(own.tolist()), tuple((-held).tolist()))
         return found
 
-    def ids(self, value: ir.Value) -> NDArray[np.intp] | None:
-        """Return the channels of a tensor (its second axis); None where that is not known."""
-        if value not in self.channels:
-            size = value.shape[1] if value.shape is not None and len(value.shape) > 1 else None
-            if not isinstance(size, int):
-                return None
-            self.channels[value] = self.sets.new(size)
-        return self.channels[value]
-
-    def freeze(self, value: ir.Value | None, reason: str) -> None:
-        """Let the channels of a tensor keep their factor."""
-        channels = self.ids(value) if value is not None and constant(value) is None else None
-        if channels is not None and value is not None:
-            self.frozen.update(dict.fromkeys(channels.tolist(), (str(value.name), reason)))
-
-    def look_at(self, node: ir.Node) -> None:
-        """Note what a node ties together, produces and consumes."""
-        x, y = node.inputs[0] if node.inputs else None, node.outputs[0]
-        a, b = (self.ids(x) if x is not None else None), self.ids(y)
-        if self.is_layer(node) and a is not None and b is not None and x is not None:
-            weight = np.asarray(constant(node.inputs[1]))
-            group = node.attributes.get_int("group", 1)
-            rows = (
-                weight.shape[0]
-                if node.op_type == "Conv" or node.attributes.get_int("transB", 0) == 1
-                else weight.shape[1]
-            )
-            columns = weight.shape[1] * group if node.op_type == "Conv" else weight.size // rows
-            if rows == len(b) and columns == len(a):
-                self.uses += [Use(node, b, True), Use(node, a, False)]
-                return
-        if self.ties(node, a, b):
-            return
-        for value in (*node.inputs, *node.outputs):
-            self.freeze(value, f"{node.op_type} '{node.name}' does not pass factors on")
-
-    def is_layer(self, node: ir.Node) -> bool:
-        """Tell whether a node multiplies by a weight that is its own."""
-        if node.domain or node.op_type not in {"Conv", "Gemm"} or len(node.inputs) < 2:
-            return False
-        value = node.inputs[1]
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-        own = value is not None and constant(value) is not None and len(value.uses()) == 1
-        plain = node.op_type == "Conv" or not node.attributes.get_int("transA", 0)
-        return own and plain and (bias is None or (constant(bias) is not None and len(bias.uses()) == 1))
-
-    def ties(self, node: ir.Node, a: NDArray[np.intp] | None, b: NDArray[np.intp] | None) -> bool:
-        """Tie what a node passes factors through; tell whether it does."""
-        if a is None or b is None or node.domain:
-            return False
-        if node.op_type in HOMOGENEOUS and len(a) == len(b):
-            if node.op_type == "PRelu" and len(node.inputs) > 1 and constant(node.inputs[1]) is None:
-                return False
-            self.sets.tie(a, b)
-            return True
-        if node.op_type == "Clip" and len(a) == len(b) and lower_bound(node) == 0:
-            self.sets.tie(a, b)
-            self.clips.append(node)
-            return True
-        if node.op_type == "Pad" and len(a) == len(b) and node.attributes.get_string("mode", "constant") == "constant":
-            value = constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(1)
-            if value is not None and not np.any(value):
-                self.sets.tie(a, b)
-                return True
-        if node.op_type == "Add":
-            other = (
-                self.ids(node.inputs[1]) if node.inputs[1] is not None and constant(node.inputs[1]) is None else None
-            )
-            ranks = [None if v is None or v.shape is None else len(v.shape) for v in node.inputs]
-            if (
-                other is not None
-                and constant(node.inputs[0]) is None
-                and len(a) == len(other) == len(b)
-                and len({*ranks}) == 1
-            ):
-                self.sets.tie(a, b)
-                self.sets.tie(other, b)
-                return True
-        if node.op_type == "Concat" and node.attributes.get_int("axis", 0) == 1:
-            parts = [
-                self.ids(value) if value is not None and constant(value) is None else None for value in node.inputs
-            ]
-            known = [part for part in parts if part is not None]
-            if len(known) == len(parts) and sum(len(part) for part in known) == len(b):
-                self.sets.tie(np.concatenate(known), b)
-                return True
-        return False
-
     def clip_bounds(self) -> dict[int, float]:
         """Return by channel the smallest factor that leaves a Clip without effect; channels that it clips are frozen."""
-        if not self.clips:
+        if not self.channels.clips:
             return {}
         highest: dict[ir.Value, NDArray[np.float64]] = {}
-        names = [str(node.inputs[0].name) for node in self.clips if node.inputs[0] is not None]
+        names = [str(node.inputs[0].name) for node in self.channels.clips if node.inputs[0] is not None]
         runner = Runner(lambda: with_outputs(self.model, names))
         for feeds in self.feeds:
             results = runner.run(feeds, names)
-            for node, name in zip(self.clips, names, strict=True):
+            for node, name in zip(self.channels.clips, names, strict=True):
                 values = results[name]
                 found = values.max(axis=tuple(axis for axis in range(values.ndim) if axis != 1)).astype(np.float64)
                 value = node.inputs[0]
                 assert value is not None  # noqa: S101 - a Clip has an operand
                 highest[value] = np.maximum(highest[value], found) if value in highest else found
         least: dict[int, float] = {}
-        for node in self.clips:
+        for node in self.channels.clips:
             value = node.inputs[0]
             bound = upper_bound(node)
             if value is None or bound is None:
                 continue
-            channels = self.ids(value)
             seen = highest.get(value)
-            for place, channel in enumerate([] if channels is None else channels.tolist()):
-                root = self.sets.find(channel)
+            after = self.extremes.get(str(node.outputs[0].name))
+            if seen is not None and after is not None and len(after.maximum) == len(seen):
+                seen = np.maximum(seen, after.maximum)
+            for place, channel in enumerate(self.channels.of[value].tolist()):
+                root = self.channels.sets.find(channel)
                 if seen is None or seen[place] > SAFE * bound:
-                    self.frozen.setdefault(root, (str(value.name), f"Clip '{node.name}' clips some of its channels"))
+                    self.channels.frozen.setdefault(
+                        root, (str(value.name), f"Clip '{node.name}' clips some of its channels")
+                    )
                 else:
                     least[root] = max(least.get(root, 0.0), seen[place] / (SAFE * bound))
         return least
 
-    def solve(self, least: dict[int, float]) -> NDArray[np.float64]:
-        """Return the factor of every channel's set, by the channel that stands for it."""
-        count = len(self.sets.parent)
-        factors = np.ones(count)
-        frozen = np.zeros(count, dtype=bool)
-        for channel in self.frozen:
-            frozen[self.sets.find(channel)] = True
-        floor = np.zeros(count)
+    def solve(self, least: dict[int, float]) -> tuple[NDArray[np.float64], float]:
+        """Return the factor of every channel's set, by the channel that stands for it, and by how many dB they lower the noise."""
+        count = len(self.channels.sets.parent)
+        free = np.ones(count, dtype=bool)
+        for channel in self.channels.frozen:
+            free[self.channels.sets.find(channel)] = False
+        lowest = np.full(count, -np.inf)
         for root, bound in least.items():
-            floor[self.sets.find(root)] = max(floor[self.sets.find(root)], bound)
-        roots = {id(use): self.sets.roots(use.channels) for use in self.uses}
-        weights = {use.node: magnitudes(use.node) for use in self.uses}
-        for _ in range(ROUNDS):
-            ranges = np.zeros((2, count))
-            scaled = {}
-            for node, (table, spread) in weights.items():
-                row, column = (
-                    next(roots[id(u)] for u in self.uses if u.node is node and u.rows is rows) for rows in (True, False)
-                )
-                scaled[node] = table / factors[row][:, None] * factors[column][spread]
-                np.maximum.at(ranges[0], row, scaled[node].max(axis=1))
-                np.maximum.at(ranges[1], column[spread].reshape(-1), scaled[node].reshape(-1))
-            both = (ranges[0] > 0) & (ranges[1] > 0) & ~frozen
-            step = np.ones(count)
-            step[both] = np.sqrt(ranges[0][both] / ranges[1][both])
-            after = np.clip(factors * step, 1 / LARGEST_FACTOR, LARGEST_FACTOR)
-            after = np.where(frozen, 1.0, np.maximum(after, floor))
-            change = np.abs(np.log(after / factors)).max(initial=0.0)
-            factors = after
-            if change < ENOUGH:
+            place = self.channels.sets.find(root)
+            lowest[place] = max(lowest[place], np.log(bound) if bound > 0 else -np.inf)
+        noise, used = self.noise()
+        logs, gained = noise.least(free[used], lowest[used])
+        factors = np.ones(count)
+        factors[used] = np.exp(logs)
+        return factors, gained
+
+    def noise(self) -> tuple[Noise, NDArray[np.intp]]:
+        """Return what is rounded, in terms of sets of channels by their place among some, and those sets."""
+        values = {str(value.name): value for value in self.channels.of}
+        layers = [use.node for use in self.channels.uses if use.rows]
+        sums = [node for node in self.model.graph if node.op_type == "Add" and node.outputs[0] in self.channels.of]
+        wanted = {*self.grids.tensors} & {*values} | {str(node.outputs[0].name) for node in (*layers, *sums)}
+        wanted |= {str(node.inputs[0].name) for node in layers if node.inputs[0] is not None}
+        met = self.met(sorted(wanted))
+        roots = {(use.node, use.rows): self.channels.sets.roots(use.channels) for use in self.channels.uses}
+        own = {name: self.channels.roots(values[name]) for name in self.grids.tensors if name in met}
+        used = np.unique(np.concatenate([*roots.values(), *own.values(), np.zeros(0, dtype=np.intp)]))
+        tensors, weights = [], []
+        for name, sets in own.items():
+            low, high = reaching(met[name].low, met[name].high)
+            gain = self.gain(values[name], met) * met[name].active / met[name].values
+            tensors.append(Tensor(np.searchsorted(used, sets), low, high, gain, met[name].power))
+        for node in layers:
+            weight, x, y = node.inputs[1], node.inputs[0], met.get(str(node.outputs[0].name))
+            before = met.get(str(x.name)) if x is not None else None
+            if weight is None or weight.name not in self.grids.weights or before is None or y is None:
+                continue
+            largest, spread = magnitudes(node)
+            taps = np.asarray(constant(weight)).size / max(largest.size, 1)
+            power = before.variance[spread] * taps / max(y.variance.sum(), TINY)
+            rows, columns = (np.searchsorted(used, roots[node, by_row]) for by_row in (True, False))
+            weights.append(Weight(rows, columns[spread], largest, power, self.grids.weights[str(weight.name)]))
+        grids = self.grids
+        return Noise(tuple(tensors), tuple(weights), grids.steps, grids.symmetric, grids.shared, len(used)), used
+
+    def met(self, names: Sequence[str]) -> dict[str, Met]:
+        """Return what is met in the channels of tensors, over some of the samples, and at the ends of all that were seen."""
+        self.look([name for name in names if name not in self.known])
+        found = {name: self.known[name] for name in names if name in self.known}
+        for name, seen in self.extremes.items():
+            if name in found and len(found[name].low) == len(seen.minimum):
+                low, high = np.maximum(-seen.minimum, 0.0), np.maximum(seen.maximum, 0.0)
+                found[name] = replace(found[name], low=low.astype(np.float64), high=high.astype(np.float64))
+        return found
+
+    def look(self, names: Sequence[str]) -> None:
+        """Look at tensors that were not looked at."""
+        given = {str(value.name) for value in self.model.graph.inputs}
+        made = [name for name in names if name not in given]
+        if not names:
+            return
+        runner = Runner(lambda: with_outputs(self.model, made))
+        rows = 0
+        for feeds in self.feeds:
+            if rows >= MET:
                 break
-        return factors
+            rows += len(next(iter(feeds.values())))
+            found = runner.run(feeds, made)
+            for name in names:
+                array = feeds[name] if name in given else found.pop(name)
+                if array.ndim > 1 and array.size:
+                    batch = Met.of(array)
+                    self.known[name] = self.known[name].with_more(batch) if name in self.known else batch
+
+    def gain(self, value: ir.Value, met: Mapping[str, Met]) -> NDArray[np.float64]:
+        """Return what noise in each channel of a tensor adds to the layers and sums behind it, as a part of their variance."""
+        total = np.zeros(len(self.channels.of[value]))
+        for user in value.consumers():
+            result = user.outputs[0]
+            energy = max(met[str(result.name)].variance.sum(), TINY) if str(result.name) in met else None
+            if energy is not None and is_layer(user) and user.inputs[0] is value:
+                total += column_energies(user) / energy
+            elif energy is not None and user.op_type == "Add":
+                total += 1 / energy
+            elif result in self.channels.of and len(self.channels.of[result]) == len(total):
+                total += self.gain(result, met) / pooled(user, value)
+        return total
 
     def apply(self, factors: NDArray[np.float64]) -> list[str]:
         """Divide rows and biases by their factors, and multiply columns by theirs."""
         changed: dict[str, None] = {}
-        for use in self.uses:
-            own = factors[self.sets.roots(use.channels)]
+        for use in self.channels.uses:
+            own = factors[self.channels.sets.roots(use.channels)]
             if np.abs(own - 1).max(initial=0.0) <= ENOUGH:
                 continue
             scale_weight(use.node, 1 / own if use.rows else own, use.rows)
@@ -345,34 +332,36 @@ class Equalization:
         if node.op_type != "Relu" or node.inputs[0] is None or node.outputs[0].is_graph_output():
             return None
         layer, readers = node.inputs[0].producer(), list(node.outputs[0].consumers())
-        plain = layer is not None and self.is_layer(layer) and len(node.inputs[0].uses()) == 1
+        plain = layer is not None and is_layer(layer) and len(node.inputs[0].uses()) == 1
         if layer is None or not plain or node.inputs[0].is_graph_output() or not readers:
             return None
         fits = all(
-            self.is_layer(reader) and not is_padded(reader) and reader.attributes.get_int("group", 1) == 1
+            is_layer(reader) and not is_padded(reader) and reader.attributes.get_int("group", 1) == 1
             for reader in readers
         )
         return (layer, node, readers) if fits else None
 
 
 def equalize(
-    model: ir.Model, feeds: Sequence[dict[str, NDArray[Any]]] = (), absorb: bool = True
+    model: ir.Model,
+    feeds: Sequence[dict[str, NDArray[Any]]],
+    grids: Grids,
+    extremes: Mapping[str, ChannelRanges] | None = None,
+    absorb: bool = True,
+    known: dict[str, Met] | None = None,
 ) -> tuple[ir.Model, Equalized]:
     """Return an equalized copy of a folded model, which computes the same, and what was done.
 
     Args:
         model: The folded model; it is not changed.
-        feeds: Samples, for what Clip operators clip and what biases can be absorbed.
+        feeds: Samples, for what tensors hold, what Clip operators clip and what biases can be absorbed.
+        grids: What is rounded.
+        extremes: The lowest and highest values of tensors' channels, by name, where more samples than those were seen.
         absorb: Whether to absorb high biases.
+        known: What is met in the model's tensors with these samples, by name: used, and added to.
     """
     changed = model.clone()
-    return changed, Equalization(changed, feeds).run(absorb)
-
-
-def lower_bound(node: ir.Node) -> float | None:
-    """Return the lower bound of a Clip; None where it has none, or a computed one."""
-    held = constant(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] is not None else None
-    return float(held.item()) if held is not None else None
+    return changed, Equalization(changed, feeds, grids, extremes, known).run(absorb)
 
 
 def upper_bound(node: ir.Node) -> float | None:
@@ -402,6 +391,27 @@ def magnitudes(node: ir.Node) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
     group = node.attributes.get_int("group", 1)
     of = np.arange(len(table)) // (len(table) // group)
     return table, of[:, None] * table.shape[1] + np.arange(table.shape[1])[None]
+
+
+def column_energies(node: ir.Node) -> NDArray[np.float64]:
+    """Return the sum of the squares of a weight's elements that each of its inputs is multiplied with."""
+    weight = np.square(np.asarray(constant(node.inputs[1]), dtype=np.float64))
+    if node.op_type == "Gemm":
+        found: NDArray[np.float64] = weight.sum(axis=0 if node.attributes.get_int("transB", 0) else 1)
+        return found
+    group = node.attributes.get_int("group", 1)
+    by_group = weight.reshape(group, weight.shape[0] // group, weight.shape[1], -1)
+    energies: NDArray[np.float64] = by_group.sum(axis=(1, 3)).reshape(-1)
+    return energies
+
+
+def pooled(node: ir.Node, value: ir.Value) -> float:
+    """Return of how many values an operator takes the average, as far as that is known."""
+    if node.op_type == "AveragePool":
+        return float(np.prod(node.attributes.get_ints("kernel_shape", [1])))
+    if node.op_type == "GlobalAveragePool" and value.shape is not None:
+        return float(np.prod([size if isinstance(size, int) else 1 for size in value.shape[2:]]))
+    return 1.0
 
 
 def scale_weight(node: ir.Node, factors: NDArray[np.float64], rows: bool) -> None:

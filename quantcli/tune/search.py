@@ -30,7 +30,7 @@ from quantcli.probe import model_bytes
 from quantcli.quantize import quantize
 from quantcli.recipe import keeping, resolve_target
 from quantcli.rules import Arithmetic, Operand
-from quantcli.tune.candidates import Candidate
+from quantcli.tune.candidates import Candidate, Observe
 from quantcli.tune.effort import Judge, Tuned, tune, untuned
 from quantcli.tune.smooth import smooth
 from quantcli.tuning import Tuning
@@ -169,7 +169,7 @@ class Search:
     statistics: Statistics
     recipe: Recipe
     samples: Samples | None
-    observe: Callable[[ir.Model], Statistics] | None
+    observe: Observe | None
     score: Callable[[bytes], tuple[Score, Score]]
     progress: Progress
     log: Path | None = None

@@ -1,0 +1,186 @@
+"""Predicted noise: what rounding tensors and weights adds to the outputs of a model's layers, and the factors that make it least.
+
+A channel may be divided by a factor f before it is rounded and multiplied by it behind (Nagel et al. 2019, arXiv 1906.04721,
+section 4.1): the float model stays what it is, the quantized one does not. Every layer's noise is a part of its outputs' variance:
+
+- a **tensor** has the step Δ that its furthest channel needs, max(y/f) − min(y/f) over the number of steps. A value that is not
+  zero is rounded with an error of Δ²/12 in the mean of squares, but of no more than its own square: together u·p / (u + p), with
+  u = f²·Δ²/12 and p the channel's power. Each reader multiplies that by the squares of its weights;
+- a **weight** has the step of its largest element, by row or for all of them, once its columns are multiplied by their channels'
+  factors and its rows divided by theirs. Its error is multiplied by the variance of what it meets, divided by f².
+
+Nagel et al. (equation 11) make ranges of weights alike, and SmoothQuant (Xiao et al. 2022, arXiv 2211.10438, equation 4) moves a
+chosen part of the difficulty from tensors to weights. Here the sum of both noises is made least, by gradient descent on log f
+(Adam, Kingma and Ba 2014, arXiv 1412.6980, algorithm 1); largest values are taken as norms of high order, which have slopes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Sets = NDArray[np.intp]
+
+# What rounding by second moments leaves of the noise of rounding to nearest, about.
+ROUNDED = 0.5
+# A channel counts as one that reaches at least this part of its tensor's end: other samples may reach further than those seen.
+LEAST_REACH = 0.3
+STEPS, RATE, DECAYS = 100, 0.1, (0.9, 0.99)
+# No factor is further from 1 than e^8.
+FURTHEST = 8.0
+TINY = 1e-30
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A tensor that is rounded.
+
+    Attributes:
+        sets: The set of channels that each channel belongs to.
+        low: How far each channel reaches below zero, at least 0.
+        high: How far above.
+        gain: What a unit of noise in each channel adds to the readers' outputs, as a part of their variance.
+        power: The mean square of each channel's values that are not zero.
+    """
+
+    sets: Sets
+    low: Array
+    high: Array
+    gain: Array
+    power: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A weight that is rounded.
+
+    Attributes:
+        rows: The set that each row (output) belongs to.
+        columns: The set of each element's column (input), (rows, columns of a group).
+        largest: The largest magnitude of each element's taps, of the same shape.
+        power: The variance of what meets it times the number of taps, as a part of the outputs' variance, of the same shape.
+        limit: The largest integer.
+    """
+
+    rows: Sets
+    columns: Sets
+    largest: Array
+    power: Array
+    limit: int
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """Everything that is rounded.
+
+    Attributes:
+        tensors: The tensors.
+        weights: The weights.
+        steps: How many steps a tensor's grid has: from end to end, or from zero to its end where it is symmetric.
+        symmetric: Whether tensors' grids are symmetric about zero.
+        shared: Whether all rows of a weight have one scale.
+        count: How many sets of channels there are.
+    """
+
+    tensors: tuple[Tensor, ...]
+    weights: tuple[Weight, ...]
+    steps: int
+    symmetric: bool
+    shared: bool
+    count: int
+
+    def at(self, logs: Array) -> tuple[float, Array]:
+        """Return the noise at the logarithms of the sets' factors, and its slope."""
+        factors = np.exp(logs)
+        total, slope = 0.0, np.zeros(self.count)
+        parts = [self.of_tensor(tensor, factors[tensor.sets]) for tensor in self.tensors]
+        for tensor, (noise, change) in zip(self.tensors, parts, strict=True):
+            total += noise
+            slope += np.bincount(tensor.sets, change, self.count)
+        of_weight = self.of_shared if self.shared else self.of_rows
+        for weight in self.weights:
+            noise, by_column, by_row = of_weight(weight, factors)
+            total += noise
+            slope += np.bincount(weight.columns.reshape(-1), by_column.reshape(-1), self.count)
+            slope += np.bincount(weight.rows, by_row, self.count)
+        return total, slope
+
+    def of_tensor(self, tensor: Tensor, factors: Array) -> tuple[float, Array]:
+        """Return a tensor's noise, and its slope by the logarithm of each channel's factor."""
+        if self.symmetric:
+            end, share = peak(np.maximum(tensor.low, tensor.high) / factors, 0)
+            span, change = float(end), -end * share
+        else:
+            (high, above), (low, below) = peak(tensor.high / factors, 0), peak(tensor.low / factors, 0)
+            span, change = float(high + low), -high * above - low * below
+        if span <= 0:
+            return 0.0, np.zeros_like(factors)
+        rounding = np.square(factors * (span / self.steps)) / 12
+        both = rounding + tensor.power + TINY
+        noise = tensor.gain * rounding * tensor.power / both
+        slope = 2 * noise * tensor.power / both
+        return float(noise.sum()), slope + slope.sum() * change / span
+
+    def of_rows(self, weight: Weight, factors: Array) -> tuple[float, Array, Array]:
+        """Return the noise of a weight with a scale per row, and its slopes by columns and by rows (which are zero)."""
+        own = factors[weight.columns]
+        end, share = peak(weight.largest * own, 1)
+        step = ROUNDED / 12 * np.square(end / weight.limit)
+        met = weight.power / np.square(own)
+        noise = step * met.sum(axis=1, keepdims=True)
+        return float(noise.sum()), 2 * (noise * share - step * met), np.zeros(len(weight.rows))
+
+    def of_shared(self, weight: Weight, factors: Array) -> tuple[float, Array, Array]:
+        """Return the noise of a weight with one scale, and its slopes by columns and by rows."""
+        own, rows = factors[weight.columns], factors[weight.rows][:, None]
+        end, share = peak((weight.largest * own / rows).reshape(-1), 0)
+        share = share.reshape(own.shape)
+        step = ROUNDED / 12 * np.square(end / weight.limit) * np.square(rows)
+        met = weight.power / np.square(own)
+        noise = step * met.sum(axis=1, keepdims=True)
+        total = float(noise.sum())
+        return total, 2 * (total * share - step * met), 2 * (noise[:, 0] - total * share.sum(axis=1))
+
+    def least(self, free: NDArray[np.bool_], lowest: Array) -> tuple[Array, float]:
+        """Return the logarithms of the factors for which noise is least, and by how many dB that lowers it.
+
+        Args:
+            free: Which sets may have a factor other than 1.
+            lowest: The lowest logarithm of each set's factor, at most 0.
+        """
+        logs = np.zeros(self.count)
+        mean, square = np.zeros(self.count), np.zeros(self.count)
+        before, _ = self.at(logs)
+        best, least = logs, before
+        for turn in range(1, STEPS + 1):
+            noise, slope = self.at(logs)
+            if noise < least:
+                best, least = logs, noise
+            slope = np.where(free, slope, 0.0) / max(noise, TINY)
+            mean = DECAYS[0] * mean + (1 - DECAYS[0]) * slope
+            square = DECAYS[1] * square + (1 - DECAYS[1]) * np.square(slope)
+            pace = RATE * (1 - turn / (STEPS + 1)) / (1 - DECAYS[0] ** turn)
+            moved = logs - pace * mean / (np.sqrt(square / (1 - DECAYS[1] ** turn)) + 1e-12)
+            logs = np.where(free, np.clip(moved, np.maximum(lowest, -FURTHEST), FURTHEST), 0.0)
+        return best, 10 * math.log10(before / least) if least > 0 else 0.0
+
+
+def peak(values: Array, axis: int) -> tuple[Array, Array]:
+    """Return about the largest of values above zero along an axis (their norm of order 16), and each one's share in its slope."""
+    largest = np.maximum(values.max(axis=axis, keepdims=True), TINY)
+    powers = np.square(np.square(np.square(np.square(values / largest))))
+    total = np.maximum(powers.sum(axis=axis, keepdims=True), TINY)
+    end: Array = np.where(values.max(axis=axis, keepdims=True) > 0, largest * total ** (1 / 16), 0.0)
+    return end if values.ndim > 1 else end[0], powers / total
+
+
+def reaching(low: Array, high: Array) -> tuple[Array, Array]:
+    """Return how far channels reach, those that reach hardly anywhere further than was seen of them."""
+    own = np.maximum(low, high)
+    wanted = np.maximum(own, LEAST_REACH * own.max(initial=0.0))
+    more = np.divide(wanted, own, out=np.ones_like(own), where=own > 0)
+    return low * more, high * more

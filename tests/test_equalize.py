@@ -1,0 +1,291 @@
+"""Equalization: factors of channels that leave the float model as it is and make the noise of rounding least."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from calibration.hooks.onnxruntime import Runner
+from calibration.statistics import Statistics
+from quantcli import Recipe, calibrate, convert, verify
+from quantcli.evaluation.compare import moved
+from quantcli.fold import constant, fold
+from quantcli.load import load
+from quantcli.probe import model_bytes, with_outputs
+from quantcli.recipe import Calibration, Tune, Weight
+from quantcli.sidecar import MovedEntry
+from quantcli.tune.candidates import Samples, equalized, grids_of
+from quantcli.tune.equalize import Grids, Met, equalize
+from quantcli.tune.noise import Noise, Tensor, reaching
+from quantcli.tune.noise import Weight as RoundedWeight
+from tests.graphs import data_for, node, normal, residual_net, save
+
+Array = NDArray[np.float64]
+
+
+def loaded(path: Path) -> ir.Model:
+    return fold(load(path).graph)
+
+
+def grids(model: ir.Model, recipe: Recipe | None = None) -> Grids:
+    """Return what would be rounded of a model."""
+    nothing = Statistics("", "", {}, 0, "minmax", {}, {}, {}, ())
+    return grids_of(model, nothing, recipe or Recipe(), {})
+
+
+# ---- predicted noise -----------------------------------------------------------------------------------------------------------
+
+
+def drawn_noise(seed: int, symmetric: bool, shared: bool) -> Noise:
+    """Return the noise of two tensors and two weights over six sets of channels."""
+    draw = np.random.default_rng(seed)
+
+    def some(*shape: int) -> Array:
+        return np.exp(draw.normal(size=shape))
+
+    sets = [draw.permutation(6)[:4] for _ in range(2)]
+    tensors = tuple(Tensor(own, some(4) * (draw.random(4) < 0.5), some(4), some(4) * 1e-3, some(4)) for own in sets)
+    weights = tuple(
+        RoundedWeight(draw.permutation(6)[:3], np.tile(own, (3, 1)), some(3, 4), some(3, 4), 7) for own in sets
+    )
+    return Noise(tensors, weights, 15, symmetric, shared, 6)
+
+
+@given(seed=st.integers(0, 10_000), symmetric=st.booleans(), shared=st.booleans())
+def test_slopes_are_those_of_the_noise(seed: int, symmetric: bool, shared: bool) -> None:
+    noise = drawn_noise(seed, symmetric, shared)
+    logs = np.random.default_rng(seed + 1).normal(size=6) * 0.3
+    _, slope = noise.at(logs)
+    step = 1e-5
+    for place in range(6):
+        way = np.eye(6)[place] * step
+        found = (noise.at(logs + way)[0] - noise.at(logs - way)[0]) / (2 * step)
+        # A central difference misses step²/6 of the third derivative, at most 48³ of the noise (norms of order 16), and rounding.
+        bound = noise.at(logs)[0] * (step**2 / 6 * 48**3 + 4 * np.finfo(float).eps / step)
+        assert found == pytest.approx(slope[place], abs=bound)
+
+
+@given(seed=st.integers(0, 10_000), symmetric=st.booleans(), shared=st.booleans())
+def test_factors_never_raise_the_noise_and_keep_their_bounds(seed: int, symmetric: bool, shared: bool) -> None:
+    noise = drawn_noise(seed, symmetric, shared)
+    free = np.array([True, True, True, True, False, True])
+    lowest = np.array([-np.inf, -0.2, 0.0, -np.inf, -np.inf, -np.inf])
+    logs, gained = noise.least(free, lowest)
+    assert noise.at(logs)[0] <= noise.at(np.zeros(6))[0]
+    assert gained == pytest.approx(10 * np.log10(noise.at(np.zeros(6))[0] / noise.at(logs)[0]), abs=1e-9)
+    assert gained >= 0
+    assert logs[4] == 0
+    assert (logs >= lowest).all()
+
+
+def test_a_tensor_alone_is_evened_out() -> None:
+    reach = np.array([8.0, 1.0, 0.25, 4.0])
+    tensor = Tensor(np.arange(4), np.zeros(4), reach, np.ones(4), np.square(reach) / 3)
+    noise = Noise((tensor,), (), 255, False, False, 4)
+    logs, gained = noise.least(np.ones(4, dtype=bool), np.full(4, -np.inf))
+    even = reach / np.exp(logs)
+    assert (
+        even.max() / even.min() < 4
+    )  # of 32; the furthest are nearly alike, and what reaches less adds little in any case
+    assert np.sort(even)[1:].max() / np.sort(even)[1:].min() < 1.5
+    # Of channels that all end where the grid does, each one's noise is (reach/255)²/12; before, each had the furthest one's.
+    assert gained == pytest.approx(10 * np.log10(4 * 64 / np.square(reach).sum()), abs=0.5)
+
+
+def test_what_is_predicted_is_what_rounding_does() -> None:
+    draw = np.random.default_rng(3)
+    spread = np.array([6.0, 1.0, 0.3, 0.004, 2.0])
+    values = np.maximum(draw.normal(size=(4000, 5)), 0) * spread
+    weight = draw.normal(size=(3, 5))
+    scale = values.max() / 255
+    error = (np.rint(values / scale) * scale - values) @ weight.T
+    result = values @ weight.T
+    met = Met.of(values)
+    gain = np.square(weight).sum(axis=0) / result.var(axis=0).sum() * met.active / met.values
+    found = Noise((Tensor(np.arange(5), met.low, met.high, gain, met.power),), (), 255, False, False, 5)
+    measured = np.square(error).sum(axis=1).mean() / result.var(axis=0).sum()
+    # Means over 4,000 samples are uncertain by a few percent, and rounding what is hardly a step by more.
+    assert found.at(np.zeros(5))[0] == pytest.approx(measured, rel=0.1)
+
+
+def test_what_hardly_reaches_anywhere_counts_for_more() -> None:
+    low, high = reaching(np.array([0.0, 0.5, 0.0]), np.array([10.0, 0.1, 0.0]))
+    assert low.tolist() == [0.0, 3.0, 0.0]
+    assert high == pytest.approx([10.0, 0.6, 0.0])
+
+
+def test_batches_are_met_together() -> None:
+    values = normal(6, 3, 4, seed=2).astype(np.float64)
+    whole, parts = Met.of(values), Met.of(values[:2]).with_more(Met.of(values[2:]))
+    for field in ("low", "high", "values", "active", "variance", "power"):
+        assert getattr(parts, field) == pytest.approx(getattr(whole, field))
+    flat = np.moveaxis(values, 1, 0).reshape(3, -1)
+    assert whole.variance == pytest.approx(flat.var(axis=1))
+    assert whole.power == pytest.approx(np.square(flat).mean(axis=1))
+
+
+# ---- models --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> Path:
+    """A residual net whose channels differ by factors of up to a thousand, with everything that factors pass."""
+    spread = np.exp(np.linspace(-3.4, 3.4, 8)).astype(np.float32)
+    tensors = {
+        "w1": normal(8, 3, 3, 3, seed=1, scale=0.3) * spread[:, None, None, None],
+        "b1": normal(8, seed=2, scale=0.1) * spread,
+        "w2": normal(8, 1, 3, 3, seed=3, scale=0.3),
+        "w3": normal(8, 8, 1, 1, seed=4, scale=0.3) / spread[None, :, None, None],
+        "b3": np.full(8, 3.0, np.float32),
+        "w4": normal(4, 16, 1, 1, seed=5, scale=0.3),
+        "w5": normal(5, 4, seed=6, scale=0.3),
+    }
+    nodes = [
+        node("Conv", ["x", "w1", "b1"], ["a"], pads=[1, 1, 1, 1]),
+        node("Relu", ["a"], ["ar"]),
+        node("Conv", ["ar", "w2"], ["d"], pads=[1, 1, 1, 1], group=8),
+        node("Add", ["ar", "d"], ["s"]),
+        node("MaxPool", ["s"], ["p"], kernel_shape=[2, 2], strides=[2, 2]),
+        node("Conv", ["p", "w3", "b3"], ["e"]),
+        node("Relu", ["e"], ["er"]),
+        node("Concat", ["p", "er"], ["c"], axis=1),
+        node("Conv", ["c", "w4"], ["f"]),
+        node("GlobalAveragePool", ["f"], ["g"]),
+        node("Flatten", ["g"], ["h"]),
+        node("Gemm", ["h", "w5"], ["y"], transB=1),
+    ]
+    return save(tmp_path / "uneven.onnx", nodes, {"x": ["N", 3, 8, 8]}, {"y": None}, tensors)
+
+
+def outputs(model: ir.Model, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = Runner(model_bytes(model)).run({"x": x})["y"]
+    return found
+
+
+def test_equalization_keeps_the_function_and_evens_the_tensors(uneven: Path) -> None:
+    model, x = loaded(uneven), normal(6, 3, 8, 8, seed=9)
+    changed, done = equalize(model, [{"x": x}], grids(model))
+    # Factors are exact in the algebra; each is rounded to float32 once in either weight, and sums are of at most 27 terms.
+    assert np.allclose(outputs(changed, x), outputs(model, x), rtol=1e-4, atol=1e-4)
+
+    def spread(of: ir.Model) -> float:
+        largest = Runner(with_outputs(of, ["ar"])).run({"x": x}, ["ar"])["ar"].max(axis=(0, 2, 3))
+        return float(largest.max() / largest.min())
+
+    assert spread(model) > 300
+    assert spread(changed) < 100  # the rest would cost the weights more
+    assert done.channels > 0
+    assert done.gained > 3
+    names = [str(value.name) for item in model.graph for value in item.outputs if value.name != "y"]
+    before, after = (Runner(with_outputs(of, names)).run({"x": x}, names) for of in (model, changed))
+    for name in names:
+        entry = done.moved.get(name)
+        expected = (
+            before[name] if entry is None else moved(before[name], MovedEntry(list(entry.factor), list(entry.shift)))
+        )
+        assert np.allclose(after[name], expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+    assert len(done.moved) > 2
+    assert {name for name, _ in done.refused} >= {"x", "y"}
+    assert all(reason for _, reason in done.refused)
+
+
+def test_equalization_absorbs_what_relu_never_cuts(tmp_path: Path) -> None:
+    tensors = {
+        "w1": normal(4, 3, 1, 1, seed=1, scale=0.1),
+        "b1": np.array([5, 0, 4, 0], np.float32),
+        "w2": normal(2, 4, 1, 1, seed=2),
+    }
+    nodes = [node("Conv", ["x", "w1", "b1"], ["a"]), node("Relu", ["a"], ["r"]), node("Conv", ["r", "w2"], ["y"])]
+    model = loaded(save(tmp_path / "m.onnx", nodes, {"x": ["N", 3, 4, 4]}, {"y": None}, tensors))
+    x = normal(8, 3, 4, 4, seed=3)
+    changed, done = equalize(model, [{"x": x}], grids(model))
+    assert done.absorbed == 2
+    for name, entry in done.moved.items():
+        before, after = (Runner(with_outputs(of, [name])).run({"x": x}, [name])[name] for of in (model, changed))
+        assert np.allclose(after, moved(before, MovedEntry(list(entry.factor), list(entry.shift))), atol=1e-5)
+    assert set(done.moved) == {"a", "r"}
+    assert np.allclose(outputs(changed, x), outputs(model, x), atol=1e-5)
+    # What was absorbed is out of the bias: 5 and 4 are what a Relu never cut, but for the spread of the products.
+    assert (np.asarray(constant(changed.graph.initializers["b1"]))[[0, 2]] < [2, 2]).all()
+
+
+@pytest.mark.parametrize(("bound", "may"), [(100.0, True), (0.01, False)])
+def test_a_clip_that_clips_keeps_its_channels(tmp_path: Path, bound: float, may: bool) -> None:
+    spread = np.array([1, 10, 0.1, 5], np.float32)[:, None, None, None]
+    tensors = {
+        "w1": normal(4, 3, 1, 1, seed=1) * spread,
+        "w2": normal(2, 4, 1, 1, seed=2),
+        "lo": np.array(0, np.float32),
+        "hi": np.array(bound, np.float32),
+    }
+    nodes = [node("Conv", ["x", "w1"], ["a"]), node("Clip", ["a", "lo", "hi"], ["r"]), node("Conv", ["r", "w2"], ["y"])]
+    model = loaded(save(tmp_path / "m.onnx", nodes, {"x": ["N", 3, 4, 4]}, {"y": None}, tensors))
+    x = normal(8, 3, 4, 4, seed=3)
+    changed, done = equalize(model, [{"x": x}], grids(model))
+    assert bool(done.layers) == may
+    assert np.allclose(outputs(changed, x), outputs(model, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("observer", [None, "percentile"])
+def test_the_equalized_models_statistics_are_what_is_seen_of_it(uneven: Path, tmp_path: Path, observer: Any) -> None:
+    data = data_for(tmp_path / "d.npz", samples=24)
+    recipe = Recipe(calibration=Calibration(observer=observer))
+    counting = Recipe(calibration=Calibration(channels=True))
+    seen, model = calibrate(uneven, data, recipe=recipe), loaded(uneven)
+    asked: list[bool] = []
+
+    def observe(model: ir.Model, channels: bool = False) -> Statistics:
+        asked.append(channels)
+        path = tmp_path / f"{len(asked)}.onnx"
+        path.write_bytes(model_bytes(model))
+        return calibrate(path, data, recipe=counting if channels else recipe)
+
+    samples = Samples(({"x": np.load(data)["x"][:16]},), ({"x": np.load(data)["x"][16:]},))
+    candidate = equalized(model, seen, recipe, samples, observe, {}, {})
+    assert candidate is not None
+    assert asked == ([True, False] if observer else [True])  # the extremes of channels tell those of the changed model
+    after = observe(candidate.model)
+    changed = candidate.tuning.moved.keys() & after.tensors.keys()
+    assert len(changed) > 2
+    for name in changed:
+        found, expected = candidate.statistics.tensors[name], after.tensors[name]
+        size = max(abs(expected.minimum), abs(expected.maximum))
+        # Weights are rounded to float32 once more, and sums are of at most 27 terms.
+        assert (found.minimum, found.maximum) == pytest.approx((expected.minimum, expected.maximum), abs=1e-5 * size)
+        assert found.elements == expected.elements
+
+
+@pytest.mark.parametrize(
+    ("weight", "wishes", "tried"),
+    [
+        (Weight(), {}, [True]),
+        (Weight(), {"equalize": False}, [False]),
+        (Weight(per_channel=False), {"compensation": False}, [False, True]),
+    ],
+)
+def test_equalization_is_tried_where_it_pays(
+    uneven: Path, tmp_path: Path, weight: Weight, wishes: dict[str, Any], tried: list[bool]
+) -> None:
+    data = data_for(tmp_path / "d.npz", samples=24)
+    done = convert(uneven, tmp_path / "q.onnx", data=data, recipe=Recipe(weight=weight, tune=Tune(**wishes)))
+    assert ["equalization" in one.name for one in done.tuned.tries[1:]][: len(tried)] == tried
+    assert verify(done.sidecar_path, data).findings == []
+
+
+def test_equalization_loses_less_and_is_left_out_where_it_does_not_pay(uneven: Path, tmp_path: Path) -> None:
+    data = data_for(tmp_path / "d.npz", samples=24)
+    plain = Recipe(tune=Tune(equalize=False))
+    ours, theirs = (convert(uneven, tmp_path / "q.onnx", data=data, recipe=recipe) for recipe in (Recipe(), plain))
+    (better,), (worse,) = ([one.sqnr for one in done.tuned.tries if one.kept] for done in (ours, theirs))
+    assert better > worse + 1
+    assert ours.tuned.equalized is not None
+    assert ours.tuned.equalized.gained > 1
+    even = convert(residual_net(tmp_path / "net.onnx"), tmp_path / "r.onnx", data=data)
+    assert not any("equalization" in one.name for one in even.tuned.tries)
