@@ -29,7 +29,7 @@ Sets = NDArray[np.intp]
 ROUNDED = 0.5
 # A channel counts as one that reaches at least this part of its tensor's end: other samples may reach further than those seen.
 LEAST_REACH = 0.3
-STEPS, RATE, DECAYS = 100, 0.1, (0.9, 0.99)
+STEPS, RATE, DECAYS = 150, 0.1, (0.9, 0.99)
 # No factor is further from 1 than e^8.
 FURTHEST = 8.0
 TINY = 1e-30
