@@ -52,9 +52,7 @@ def drawn_noise(seed: int, symmetric: bool, shared: bool) -> Noise:
 
     sets = [draw.permutation(6)[:4] for _ in range(2)]
     tensors = tuple(Tensor(own, some(4) * (draw.random(4) < 0.5), some(4), some(4) * 1e-3, some(4)) for own in sets)
-    weights = tuple(
-        RoundedWeight(draw.permutation(6)[:3], np.tile(own, (3, 1)), some(3, 4), some(3, 4), 7) for own in sets
-    )
+    weights = tuple(RoundedWeight.of(draw.permutation(6)[:3], own[None], some(3, 4), some(1, 4), 7) for own in sets)
     return Noise(tensors, weights, 15, symmetric, shared, 6)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calibration.hooks.onnxruntime import Runner
+from quantcli.cost import values_of
 from quantcli.fold import constant
 from quantcli.probe import with_outputs
 from quantcli.tune.bias import biased
@@ -27,7 +28,7 @@ from quantcli.tune.noise import TINY, Noise, Tensor, Weight, reaching
 from quantcli.tuning import Moved
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 ENOUGH = 1e-3
 # So many samples tell what is met on average.
 MET = 64
+# What the tensors that are looked at may take at once, in bytes.
+ROOM = 1 << 28
 # A clipped channel counts as one that is never clipped where it stays this part below its bound.
 SAFE = 0.9
 
@@ -177,9 +180,7 @@ class Equalization:
             return {}
         highest: dict[ir.Value, NDArray[np.float64]] = {}
         names = [str(node.inputs[0].name) for node in self.channels.clips if node.inputs[0] is not None]
-        runner = Runner(lambda: with_outputs(self.model, names))
-        for feeds in self.feeds:
-            results = runner.run(feeds, names)
+        for results in self.results(names):
             for node, name in zip(self.channels.clips, names, strict=True):
                 values = results[name]
                 found = values.max(axis=tuple(axis for axis in range(values.ndim) if axis != 1)).astype(np.float64)
@@ -243,11 +244,12 @@ class Equalization:
             before = met.get(str(x.name)) if x is not None else None
             if weight is None or weight.name not in self.grids.weights or before is None or y is None:
                 continue
-            largest, spread = magnitudes(node)
+            largest, _ = magnitudes(node)
             taps = np.asarray(constant(weight)).size / max(largest.size, 1)
-            power = before.variance[spread] * taps / max(y.variance.sum(), TINY)
+            power = (before.variance * taps / max(y.variance.sum(), TINY)).reshape(-1, largest.shape[1])
             rows, columns = (np.searchsorted(used, roots[node, by_row]) for by_row in (True, False))
-            weights.append(Weight(rows, columns[spread], largest, power, self.grids.weights[str(weight.name)]))
+            inputs = columns.reshape(power.shape)
+            weights.append(Weight.of(rows, inputs, largest, power, self.grids.weights[str(weight.name)]))
         grids = self.grids
         return Noise(tuple(tensors), tuple(weights), grids.steps, grids.symmetric, grids.shared, len(used)), used
 
@@ -264,21 +266,33 @@ class Equalization:
     def look(self, names: Sequence[str]) -> None:
         """Look at tensors that were not looked at."""
         given = {str(value.name) for value in self.model.graph.inputs}
-        made = [name for name in names if name not in given]
-        if not names:
-            return
-        runner = Runner(lambda: with_outputs(self.model, made))
-        rows = 0
-        for feeds in self.feeds:
-            if rows >= MET:
-                break
-            rows += len(next(iter(feeds.values())))
-            found = runner.run(feeds, made)
+        rows = np.cumsum([0, *(len(next(iter(feeds.values()))) for feeds in self.feeds)])
+        for found in self.results([name for name in names if name not in given], int(np.searchsorted(rows, MET))):
             for name in names:
-                array = feeds[name] if name in given else found.pop(name)
-                if array.ndim > 1 and array.size:
+                array = found.pop(name, None)
+                if array is not None and array.ndim > 1 and array.size:
                     batch = Met.of(array)
                     self.known[name] = self.known[name].with_more(batch) if name in self.known else batch
+
+    def results(self, names: Sequence[str], batches: int | None = None) -> Iterator[dict[str, NDArray[Any]]]:
+        """Yield what was fed and what the model makes of it, in parts that take little memory.
+
+        Args:
+            names: The tensors.
+            batches: Of how many batches; None for all.
+        """
+        values = {str(value.name): value for node in self.model.graph for value in node.outputs}
+        size = 4 * sum(values_of(values[name]) or 0 for name in names if name in values)
+        inputs = [value for value in self.model.graph.inputs if value.name in self.feeds[0]]
+        free = all(value.shape is not None and not isinstance(value.shape[0], int) for value in inputs)
+        runner = Runner(lambda: with_outputs(self.model, names))
+        for feeds in self.feeds[:batches]:
+            lengths = {len(array) for array in feeds.values()}
+            rows = max(lengths)
+            part = max(1, ROOM // max(size, 1)) if free and len(lengths) == 1 else rows
+            for start in range(0, rows, part):
+                given = {name: array[start : start + part] if part < rows else array for name, array in feeds.items()}
+                yield {**given, **runner.run(given, names)}
 
     def gain(self, value: ir.Value, met: Mapping[str, Met]) -> NDArray[np.float64]:
         """Return what noise in each channel of a tensor adds to the layers and sums behind it, as a part of their variance."""
@@ -311,10 +325,10 @@ class Equalization:
         names = [str(relu.inputs[0].name) for _, relu, _ in pairs if relu.inputs[0] is not None]
         if not pairs:
             return 0
-        runner = Runner(lambda: with_outputs(self.model, names))
         lowest: dict[str, NDArray[np.float32]] = {}
-        for feeds in self.feeds:
-            for name, values in runner.run(feeds, names).items():
+        for results in self.results(names):
+            for name in names:
+                values = results[name]
                 found = values.min(axis=tuple(axis for axis in range(values.ndim) if axis != 1))
                 lowest[name] = np.minimum(lowest[name], found) if name in lowest else found
         total = 0

@@ -29,6 +29,8 @@ Sets = NDArray[np.intp]
 ROUNDED = 0.5
 # A channel counts as one that reaches at least this part of its tensor's end: other samples may reach further than those seen.
 LEAST_REACH = 0.3
+# So many elements of a row may become its largest.
+CONSIDERED = 64
 STEPS, RATE, DECAYS = 150, 0.1, (0.9, 0.99)
 # No factor is further from 1 than e^8.
 FURTHEST = 8.0
@@ -60,17 +62,46 @@ class Weight:
 
     Attributes:
         rows: The set that each row (output) belongs to.
-        columns: The set of each element's column (input), (rows, columns of a group).
-        largest: The largest magnitude of each element's taps, of the same shape.
-        power: The variance of what meets it times the number of taps, as a part of the outputs' variance, of the same shape.
+        columns: The sets of the columns (inputs) of the elements of each row that may be its largest, (rows, elements).
+        largest: The largest magnitude of each of those elements' taps, of the same shape.
+        inputs: The sets of all columns, (groups, columns of a group); a group's rows stand together.
+        power: The variance of what meets each column times the number of taps, as a part of the outputs' variance.
         limit: The largest integer.
     """
 
     rows: Sets
     columns: Sets
     largest: Array
+    inputs: Sets
     power: Array
     limit: int
+
+    @classmethod
+    def of(cls, rows: Sets, inputs: Sets, largest: Array, power: Array, limit: int) -> Weight:
+        """Return a weight of which only the largest elements of each row are kept: no other is likely to become the largest.
+
+        Args:
+            rows: The set of each row.
+            inputs: The sets of the columns of each group.
+            largest: The largest magnitude of each element's taps, (rows, columns of a group).
+            power: As above.
+            limit: As above.
+        """
+        columns = np.repeat(inputs, len(rows) // len(inputs), axis=0)
+        if largest.shape[1] > CONSIDERED:
+            places = np.sort(np.argpartition(-largest, CONSIDERED - 1, axis=1)[:, :CONSIDERED], axis=1)
+            largest = np.take_along_axis(largest, places, axis=1)
+            columns = np.take_along_axis(columns, places, axis=1)
+        return cls(rows, columns, largest, inputs, power, limit)
+
+    def by_group(self, values: Array) -> Array:
+        """Return the sum of the rows' values in each group."""
+        sums: Array = values.reshape(len(self.inputs), -1).sum(axis=1)
+        return sums
+
+    def by_row(self, values: Array) -> Array:
+        """Return each group's value for each of its rows."""
+        return np.repeat(values, len(self.rows) // len(self.inputs))
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,12 +132,8 @@ class Noise:
         for tensor, (noise, change) in zip(self.tensors, parts, strict=True):
             total += noise
             slope += np.bincount(tensor.sets, change, self.count)
-        of_weight = self.of_shared if self.shared else self.of_rows
         for weight in self.weights:
-            noise, by_column, by_row = of_weight(weight, factors)
-            total += noise
-            slope += np.bincount(weight.columns.reshape(-1), by_column.reshape(-1), self.count)
-            slope += np.bincount(weight.rows, by_row, self.count)
+            total += self.of_weight(weight, factors, slope)
         return total, slope
 
     def of_tensor(self, tensor: Tensor, factors: Array) -> tuple[float, Array]:
@@ -125,25 +152,23 @@ class Noise:
         slope = 2 * noise * tensor.power / both
         return float(noise.sum()), slope + slope.sum() * change / span
 
-    def of_rows(self, weight: Weight, factors: Array) -> tuple[float, Array, Array]:
-        """Return the noise of a weight with a scale per row, and its slopes by columns and by rows (which are zero)."""
-        own = factors[weight.columns]
-        end, share = peak(weight.largest * own, 1)
-        step = ROUNDED / 12 * np.square(end / weight.limit)
-        met = weight.power / np.square(own)
-        noise = step * met.sum(axis=1, keepdims=True)
-        return float(noise.sum()), 2 * (noise * share - step * met), np.zeros(len(weight.rows))
-
-    def of_shared(self, weight: Weight, factors: Array) -> tuple[float, Array, Array]:
-        """Return the noise of a weight with one scale, and its slopes by columns and by rows."""
-        own, rows = factors[weight.columns], factors[weight.rows][:, None]
-        end, share = peak((weight.largest * own / rows).reshape(-1), 0)
-        share = share.reshape(own.shape)
-        step = ROUNDED / 12 * np.square(end / weight.limit) * np.square(rows)
-        met = weight.power / np.square(own)
-        noise = step * met.sum(axis=1, keepdims=True)
-        total = float(noise.sum())
-        return total, 2 * (total * share - step * met), 2 * (noise[:, 0] - total * share.sum(axis=1))
+    def of_weight(self, weight: Weight, factors: Array, slope: Array) -> float:
+        """Return a weight's noise, and add its slope by the logarithm of each set's factor to the others'."""
+        rows = factors[weight.rows] if self.shared else np.ones(len(weight.rows))
+        scaled = weight.largest * factors[weight.columns] / rows[:, None]
+        end, share = peak(scaled.reshape(-1), 0) if self.shared else peak(scaled, 1)
+        step = ROUNDED / 12 * np.square(end.reshape(-1) / weight.limit) * np.square(rows)
+        met = weight.power / np.square(factors[weight.inputs])
+        noise = step * weight.by_row(met.sum(axis=1))
+        # A larger element means a larger step: of its row, or of all rows.
+        pulls = 2 * (noise.sum() * share.reshape(scaled.shape) if self.shared else noise[:, None] * share)
+        slope += np.bincount(weight.columns.reshape(-1), pulls.reshape(-1), self.count)
+        slope -= np.bincount(
+            weight.inputs.reshape(-1), 2 * (weight.by_group(step)[:, None] * met).reshape(-1), self.count
+        )
+        if self.shared:
+            slope += np.bincount(weight.rows, 2 * noise - pulls.sum(axis=1), self.count)
+        return float(noise.sum())
 
     def least(self, free: NDArray[np.bool_], lowest: Array) -> tuple[Array, float]:
         """Return the logarithms of the factors for which noise is least, and by how many dB that lowers it.
@@ -156,6 +181,8 @@ class Noise:
         mean, square = np.zeros(self.count), np.zeros(self.count)
         before, _ = self.at(logs)
         best, least = logs, before
+        if not math.isfinite(before):
+            return best, 0.0
         for turn in range(1, STEPS + 1):
             noise, slope = self.at(logs)
             if noise < least:
