@@ -23,7 +23,7 @@ from quantcli.recipe import Calibration, Tune, Weight
 from quantcli.sidecar import MovedEntry
 from quantcli.tune.candidates import Samples, equalized, grids_of
 from quantcli.tune.equalize import Grids, Met, equalize
-from quantcli.tune.noise import Noise, Tensor, reaching
+from quantcli.tune.noise import CONSIDERED, Noise, Tensor, reaching
 from quantcli.tune.noise import Weight as RoundedWeight
 from tests.graphs import data_for, node, normal, residual_net, save
 
@@ -52,8 +52,9 @@ def drawn_noise(seed: int, symmetric: bool, shared: bool) -> Noise:
 
     sets = [draw.permutation(6)[:4] for _ in range(2)]
     tensors = tuple(Tensor(own, some(4) * (draw.random(4) < 0.5), some(4), some(4) * 1e-3, some(4)) for own in sets)
-    weights = tuple(RoundedWeight.of(draw.permutation(6)[:3], own[None], some(3, 4), some(1, 4), 7) for own in sets)
-    return Noise(tensors, weights, 15, symmetric, shared, 6)
+    whole = RoundedWeight.of(draw.permutation(6)[:3], sets[0][None], some(3, 4), some(1, 4), 7)
+    grouped = RoundedWeight.of(sets[0], sets[1].reshape(2, 2), some(4, 2), some(2, 2), 7)
+    return Noise(tensors, (whole, grouped), 15, symmetric, shared, 6)
 
 
 @given(seed=st.integers(0, 10_000), symmetric=st.booleans(), shared=st.booleans())
@@ -111,6 +112,14 @@ def test_what_is_predicted_is_what_rounding_does() -> None:
     measured = np.square(error).sum(axis=1).mean() / result.var(axis=0).sum()
     # Means over 4,000 samples are uncertain by a few percent, and rounding what is hardly a step by more.
     assert found.at(np.zeros(5))[0] == pytest.approx(measured, rel=0.1)
+
+
+def test_of_long_rows_the_largest_elements_are_kept() -> None:
+    largest = np.random.default_rng(4).random((3, 100))
+    weight = RoundedWeight.of(np.arange(3), np.arange(100)[None], largest, np.ones((1, 100)), 7)
+    assert weight.largest.shape == weight.columns.shape == (3, CONSIDERED)
+    assert (np.sort(weight.largest) == np.sort(largest)[:, -CONSIDERED:]).all()
+    assert (largest[np.arange(3)[:, None], weight.columns] == weight.largest).all()
 
 
 def test_what_hardly_reaches_anywhere_counts_for_more() -> None:
