@@ -203,6 +203,26 @@ def test_equalization_keeps_the_function_and_evens_the_tensors(uneven: Path) -> 
     assert all(reason for _, reason in done.refused)
 
 
+def test_samples_are_looked_at_in_parts_where_memory_is_short(uneven: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, feeds = loaded(uneven), [{"x": normal(6, 3, 8, 8, seed=9)}, {"x": normal(2, 3, 8, 8, seed=10)}]
+    whole = equalize(model, feeds, grids(model))[1]
+    runs: list[int] = []
+    run = Runner.run
+
+    def counted(self: Runner, given: dict[str, Any], names: Any = None) -> dict[str, Any]:
+        runs.append(len(given["x"]))
+        return run(self, given, names)
+
+    monkeypatch.setattr(Runner, "run", counted)
+    monkeypatch.setattr("quantcli.tune.equalize.ROOM", 1)
+    parts = equalize(model, feeds, grids(model))[1]
+    assert set(runs) == {1}
+    assert parts.moved.keys() == whole.moved.keys()
+    for name, entry in parts.moved.items():
+        assert entry.factor == pytest.approx(whole.moved[name].factor, rel=1e-6)  # sums of squares in another order
+        assert entry.shift == pytest.approx(whole.moved[name].shift, rel=1e-6)
+
+
 def test_equalization_absorbs_what_relu_never_cuts(tmp_path: Path) -> None:
     tensors = {
         "w1": normal(4, 3, 1, 1, seed=1, scale=0.1),
