@@ -290,18 +290,21 @@ def test_the_equalized_models_statistics_are_what_is_seen_of_it(uneven: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("weight", "wishes", "tried"),
+    ("weight", "bits", "wishes", "tried"),
     [
-        (Weight(), {}, [True]),
-        (Weight(), {"equalize": False}, [False]),
-        (Weight(per_channel=False), {"compensation": False}, [False, True]),
+        (Weight(), 8, {}, [True]),
+        (Weight(), 4, {}, [False]),
+        (Weight(), 4, {"equalize": True}, [True]),
+        (Weight(), 8, {"equalize": False}, [False]),
+        (Weight(per_channel=False), 8, {"compensation": False}, [False, True]),
     ],
 )
 def test_equalization_is_tried_where_it_pays(
-    uneven: Path, tmp_path: Path, weight: Weight, wishes: dict[str, Any], tried: list[bool]
+    uneven: Path, tmp_path: Path, weight: Weight, bits: int, wishes: dict[str, Any], tried: list[bool]
 ) -> None:
     data = data_for(tmp_path / "d.npz", samples=24)
-    done = convert(uneven, tmp_path / "q.onnx", data=data, recipe=Recipe(weight=weight, tune=Tune(**wishes)))
+    recipe = Recipe(weight=weight, activation=Activation(bits=bits), tune=Tune(**wishes))
+    done = convert(uneven, tmp_path / "q.onnx", data=data, recipe=recipe)
     assert ["equalization" in one.name for one in done.tuned.tries[1:]][: len(tried)] == tried
     assert verify(done.sidecar_path, data).findings == []
 

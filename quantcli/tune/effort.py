@@ -294,8 +294,13 @@ class Trying:
             return (False,)
         if wished:
             return (True,)
-        if not resolve_target(self.recipe).weight.per_channel:
+        target = resolve_target(self.recipe)
+        if not target.weight.per_channel:
             return (False, True)
+        if (
+            target.activation.width < 8
+        ):  # ranges that cut nothing, which is what is predicted, are not what is chosen then
+            return (False,)
         try:
             bits = self.start.tuning.bits
             gain = foreseen(self.judge.model, self.statistics, self.recipe, self.samples, bits, self.met)
