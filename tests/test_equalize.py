@@ -19,7 +19,7 @@ from quantcli.evaluation.compare import moved
 from quantcli.fold import constant, fold
 from quantcli.load import load
 from quantcli.probe import model_bytes, with_outputs
-from quantcli.recipe import Calibration, Tune, Weight
+from quantcli.recipe import Activation, Calibration, Tune, Weight
 from quantcli.sidecar import MovedEntry
 from quantcli.tune.candidates import Samples, equalized, grids_of
 from quantcli.tune.equalize import Grids, Met, equalize
