@@ -128,29 +128,29 @@ class Noise:
         """Return the noise at the logarithms of the sets' factors, and its slope."""
         factors = np.exp(logs)
         total, slope = 0.0, np.zeros(self.count)
-        parts = [self.of_tensor(tensor, factors[tensor.sets]) for tensor in self.tensors]
-        for tensor, (noise, change) in zip(self.tensors, parts, strict=True):
-            total += noise
-            slope += np.bincount(tensor.sets, change, self.count)
+        for tensor in self.tensors:
+            total += self.of_tensor(tensor, factors, slope)
         for weight in self.weights:
             total += self.of_weight(weight, factors, slope)
         return total, slope
 
-    def of_tensor(self, tensor: Tensor, factors: Array) -> tuple[float, Array]:
-        """Return a tensor's noise, and its slope by the logarithm of each channel's factor."""
+    def of_tensor(self, tensor: Tensor, factors: Array, slope: Array) -> float:
+        """Return a tensor's noise, and add its slope by the logarithm of each set's factor to the others'."""
+        own = factors[tensor.sets]
         if self.symmetric:
-            end, share = peak(np.maximum(tensor.low, tensor.high) / factors, 0)
+            end, share = peak(np.maximum(tensor.low, tensor.high) / own, 0)
             span, change = float(end), -end * share
         else:
-            (high, above), (low, below) = peak(tensor.high / factors, 0), peak(tensor.low / factors, 0)
+            (high, above), (low, below) = peak(tensor.high / own, 0), peak(tensor.low / own, 0)
             span, change = float(high + low), -high * above - low * below
         if span <= 0:
-            return 0.0, np.zeros_like(factors)
-        rounding = np.square(factors * (span / self.steps)) / 12
+            return 0.0
+        rounding = np.square(own * (span / self.steps)) / 12
         both = rounding + tensor.power + TINY
         noise = tensor.gain * rounding * tensor.power / both
-        slope = 2 * noise * tensor.power / both
-        return float(noise.sum()), slope + slope.sum() * change / span
+        direct = 2 * noise * tensor.power / both
+        slope += np.bincount(tensor.sets, direct + direct.sum() * change / span, self.count)
+        return float(noise.sum())
 
     def of_weight(self, weight: Weight, factors: Array, slope: Array) -> float:
         """Return a weight's noise, and add its slope by the logarithm of each set's factor to the others'."""
