@@ -17,7 +17,7 @@ from quantcli.recipe import resolve_target
 from quantcli.rules import Operand
 from quantcli.tune.align import align
 from quantcli.tune.centre import centre
-from quantcli.tune.equalize import Equalized, Grids, Met, equalize
+from quantcli.tune.equalize import FEW, Equalization, Equalized, Grids, equalize
 from quantcli.tune.smooth import Smoothed, smooth
 from quantcli.tune.sweep import Steps, Sweep
 from quantcli.tuning import UNTUNED, Moved, Tuning
@@ -91,11 +91,10 @@ def foreseen(
     recipe: Recipe,
     samples: Samples,
     bits: Mapping[str, int],
-    known: dict[str, Met],
 ) -> float:
     """Return by how many dB equalization would lower the noise, as the samples alone predict."""
     grids = grids_of(model, statistics, recipe, bits)
-    return equalize(model, samples.swept, grids, absorb=False, known=known)[1].gained
+    return Equalization(model, samples.swept, grids, samples=FEW).foreseen()
 
 
 def equalized(
@@ -105,7 +104,6 @@ def equalized(
     samples: Samples,
     observe: Observe,
     bits: dict[str, int],
-    known: dict[str, Met],
 ) -> Candidate | None:
     """Return the equalized model with statistics of its own; None where nothing changed.
 
@@ -115,7 +113,7 @@ def equalized(
     whole = observe(model, channels=True)
     extremes = {name: seen.channels for name, seen in whole.tensors.items() if seen.channels is not None}
     grids = grids_of(model, statistics, recipe, bits)
-    changed, done = equalize(model, samples.swept, grids, extremes, known=known)
+    changed, done = equalize(model, samples.swept, grids, extremes)
     if not done.layers and not done.absorbed:
         return None
     if OBSERVERS[observer_of(recipe)] or not done.moved.keys() & whole.tensors.keys() <= extremes.keys():

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from quantcli.progress import Progress
     from quantcli.recipe import Recipe
     from quantcli.targets import Target
-    from quantcli.tune.equalize import Equalized, Met
+    from quantcli.tune.equalize import Equalized
 
     Feeds = dict[str, NDArray[Any]]
 
@@ -268,7 +268,6 @@ class Trying:
     found: list[tuple[Try, Candidate]] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
     equal: Candidate | None = None
-    met: dict[str, Met] = field(default_factory=dict)
     learned: dict[bool, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
     prepared: dict[Choice, tuple[Candidate, Gained]] = field(default_factory=dict)
 
@@ -303,7 +302,7 @@ class Trying:
             return (False,)
         try:
             bits = self.start.tuning.bits
-            gain = foreseen(self.judge.model, self.statistics, self.recipe, self.samples, bits, self.met)
+            gain = foreseen(self.judge.model, self.statistics, self.recipe, self.samples, bits)
         except RunError as error:
             logger.debug("what equalization would bring cannot be told: %s", error)
             gain = 0.0
@@ -323,7 +322,7 @@ class Trying:
         if choice.equalize and self.observe is not None:
             bits = dict(self.start.tuning.bits)
             model, seen = self.judge.model, self.statistics
-            self.equal = self.equal or equalized(model, seen, self.recipe, self.samples, self.observe, bits, self.met)
+            self.equal = self.equal or equalized(model, seen, self.recipe, self.samples, self.observe, bits)
             if self.equal is None:
                 return
             base = self.equal

@@ -24,7 +24,7 @@ from quantcli.fold import constant
 from quantcli.probe import with_outputs
 from quantcli.tune.bias import biased
 from quantcli.tune.channels import Channels, is_layer
-from quantcli.tune.noise import TINY, Noise, Tensor, Weight, reaching
+from quantcli.tune.noise import STEPS, TINY, Noise, Tensor, Weight, reaching
 from quantcli.tuning import Moved
 
 if TYPE_CHECKING:
@@ -38,8 +38,10 @@ if TYPE_CHECKING:
 ENOUGH = 1e-3
 # So many samples tell what is met on average.
 MET = 64
+# So many of them, and so many steps, tell about what factors would be worth.
+FEW, FEW_STEPS = 16, 40
 # What the tensors that are looked at may take at once, in bytes.
-ROOM = 1 << 28
+ROOM = 1 << 26
 # A clipped channel counts as one that is never clipped where it stays this part below its bound.
 SAFE = 0.9
 
@@ -139,7 +141,7 @@ class Equalization:
         feeds: Samples that tell what tensors hold, and what Clip operators really clip.
         grids: What is rounded.
         extremes: The lowest and highest values of tensors' channels, by name, where more samples than those were seen.
-        known: What is met in tensors, by name: used, and added to.
+        samples: How many samples tell what is met on average.
     """
 
     def __init__(
@@ -148,10 +150,10 @@ class Equalization:
         feeds: Sequence[dict[str, NDArray[Any]]],
         grids: Grids,
         extremes: Mapping[str, ChannelRanges] | None = None,
-        known: dict[str, Met] | None = None,
+        samples: int = MET,
     ) -> None:
         self.model, self.feeds, self.grids, self.extremes = model, feeds, grids, extremes or {}
-        self.known = {} if known is None else known
+        self.samples, self.known = samples, dict[str, Met]()
         self.channels = Channels(model)
         self.held: dict[ir.Value, NDArray[np.float64]] = {}
 
@@ -174,13 +176,13 @@ class Equalization:
                 found[str(value.name)] = Moved(tuple(own.tolist()), tuple((-held).tolist()))
         return found
 
-    def clip_bounds(self) -> dict[int, float]:
+    def clip_bounds(self, samples: int | None = None) -> dict[int, float]:
         """Return by channel the smallest factor that leaves a Clip without effect; channels that it clips are frozen."""
         if not self.channels.clips:
             return {}
         highest: dict[ir.Value, NDArray[np.float64]] = {}
         names = [str(node.inputs[0].name) for node in self.channels.clips if node.inputs[0] is not None]
-        for results in self.results(names):
+        for results in self.results(names, samples):
             for node, name in zip(self.channels.clips, names, strict=True):
                 values = results[name]
                 found = values.max(axis=tuple(axis for axis in range(values.ndim) if axis != 1)).astype(np.float64)
@@ -207,7 +209,11 @@ class Equalization:
                     least[root] = max(least.get(root, 0.0), seen[place] / (SAFE * bound))
         return least
 
-    def solve(self, least: dict[int, float]) -> tuple[NDArray[np.float64], float]:
+    def foreseen(self) -> float:
+        """Return by how many dB factors would lower the noise, about; the model is not changed."""
+        return self.solve(self.clip_bounds(self.samples), FEW_STEPS)[1]
+
+    def solve(self, least: dict[int, float], steps: int = STEPS) -> tuple[NDArray[np.float64], float]:
         """Return the factor of every channel's set, by the channel that stands for it, and by how many dB they lower the noise."""
         count = len(self.channels.sets.parent)
         free = np.ones(count, dtype=bool)
@@ -218,7 +224,7 @@ class Equalization:
             place = self.channels.sets.find(root)
             lowest[place] = max(lowest[place], np.log(bound) if bound > 0 else -np.inf)
         noise, used = self.noise()
-        logs, gained = noise.least(free[used], lowest[used])
+        logs, gained = noise.least(free[used], lowest[used], steps)
         factors = np.ones(count)
         factors[used] = np.exp(logs)
         return factors, gained
@@ -266,33 +272,36 @@ class Equalization:
     def look(self, names: Sequence[str]) -> None:
         """Look at tensors that were not looked at."""
         given = {str(value.name) for value in self.model.graph.inputs}
-        rows = np.cumsum([0, *(len(next(iter(feeds.values()))) for feeds in self.feeds)])
-        for found in self.results([name for name in names if name not in given], int(np.searchsorted(rows, MET))):
+        for found in self.results([name for name in names if name not in given], self.samples):
             for name in names:
                 array = found.pop(name, None)
                 if array is not None and array.ndim > 1 and array.size:
                     batch = Met.of(array)
                     self.known[name] = self.known[name].with_more(batch) if name in self.known else batch
 
-    def results(self, names: Sequence[str], batches: int | None = None) -> Iterator[dict[str, NDArray[Any]]]:
+    def results(self, names: Sequence[str], samples: int | None = None) -> Iterator[dict[str, NDArray[Any]]]:
         """Yield what was fed and what the model makes of it, in parts that take little memory.
 
         Args:
             names: The tensors.
-            batches: Of how many batches; None for all.
+            samples: How many samples are enough; None for all.
         """
+        done = 0
         values = {str(value.name): value for node in self.model.graph for value in node.outputs}
         size = 4 * sum(values_of(values[name]) or 0 for name in names if name in values)
         inputs = [value for value in self.model.graph.inputs if value.name in self.feeds[0]]
         free = all(value.shape is not None and not isinstance(value.shape[0], int) for value in inputs)
         runner = Runner(lambda: with_outputs(self.model, names))
-        for feeds in self.feeds[:batches]:
+        for feeds in self.feeds:
             lengths = {len(array) for array in feeds.values()}
             rows = max(lengths)
             part = max(1, ROOM // max(size, 1)) if free and len(lengths) == 1 else rows
             for start in range(0, rows, part):
                 given = {name: array[start : start + part] if part < rows else array for name, array in feeds.items()}
                 yield {**given, **runner.run(given, names)}
+                done += min(part, rows - start)
+                if samples is not None and done >= samples:
+                    return
 
     def gain(self, value: ir.Value, met: Mapping[str, Met]) -> NDArray[np.float64]:
         """Return what noise in each channel of a tensor adds to the layers and sums behind it, as a part of their variance."""
@@ -362,7 +371,6 @@ def equalize(
     grids: Grids,
     extremes: Mapping[str, ChannelRanges] | None = None,
     absorb: bool = True,
-    known: dict[str, Met] | None = None,
 ) -> tuple[ir.Model, Equalized]:
     """Return an equalized copy of a folded model, which computes the same, and what was done.
 
@@ -372,10 +380,9 @@ def equalize(
         grids: What is rounded.
         extremes: The lowest and highest values of tensors' channels, by name, where more samples than those were seen.
         absorb: Whether to absorb high biases.
-        known: What is met in the model's tensors with these samples, by name: used, and added to.
     """
     changed = model.clone()
-    return changed, Equalization(changed, feeds, grids, extremes, known).run(absorb)
+    return changed, Equalization(changed, feeds, grids, extremes).run(absorb)
 
 
 def upper_bound(node: ir.Node) -> float | None:

@@ -170,12 +170,13 @@ class Noise:
             slope += np.bincount(weight.rows, 2 * noise - pulls.sum(axis=1), self.count)
         return float(noise.sum())
 
-    def least(self, free: NDArray[np.bool_], lowest: Array) -> tuple[Array, float]:
+    def least(self, free: NDArray[np.bool_], lowest: Array, steps: int = STEPS) -> tuple[Array, float]:
         """Return the logarithms of the factors for which noise is least, and by how many dB that lowers it.
 
         Args:
             free: Which sets may have a factor other than 1.
             lowest: The lowest logarithm of each set's factor, at most 0.
+            steps: Of the descent.
         """
         logs = np.zeros(self.count)
         mean, square = np.zeros(self.count), np.zeros(self.count)
@@ -183,14 +184,14 @@ class Noise:
         best, least = logs, before
         if not math.isfinite(before):
             return best, 0.0
-        for turn in range(1, STEPS + 1):
+        for turn in range(1, steps + 1):
             noise, slope = self.at(logs)
             if noise < least:
                 best, least = logs, noise
             slope = np.where(free, slope, 0.0) / max(noise, TINY)
             mean = DECAYS[0] * mean + (1 - DECAYS[0]) * slope
             square = DECAYS[1] * square + (1 - DECAYS[1]) * np.square(slope)
-            pace = RATE * (1 - turn / (STEPS + 1)) / (1 - DECAYS[0] ** turn)
+            pace = RATE * (1 - turn / (steps + 1)) / (1 - DECAYS[0] ** turn)
             moved = logs - pace * mean / (np.sqrt(square / (1 - DECAYS[1] ** turn)) + 1e-12)
             logs = np.where(free, np.clip(moved, np.maximum(lowest, -FURTHEST), FURTHEST), 0.0)
         return best, 10 * math.log10(before / least) if least > 0 else 0.0
