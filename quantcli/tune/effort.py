@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from calibration.errors import RunError
 from calibration.hooks.onnxruntime import Runner, first_line
 from quantcli.arithmetic.affine import IntegerType
 from quantcli.cost import values_of, work_of
@@ -303,8 +302,8 @@ class Trying:
         try:
             bits = self.start.tuning.bits
             gain = foreseen(self.judge.model, self.statistics, self.recipe, self.samples, bits)
-        except RunError as error:
-            logger.debug("what equalization would bring cannot be told: %s", error)
+        except Exception as error:  # noqa: BLE001 - the model as it is is there in any case
+            logger.debug("what equalization would bring cannot be told: %s", first_line(error))
             gain = 0.0
         return (gain >= WORTH_EQUALIZING,)
 

@@ -153,7 +153,7 @@ class Equalization:
         samples: int = MET,
     ) -> None:
         self.model, self.feeds, self.grids, self.extremes = model, feeds, grids, extremes or {}
-        self.samples, self.known = samples, dict[str, Met]()
+        self.samples = samples
         self.channels = Channels(model)
         self.held: dict[ir.Value, NDArray[np.float64]] = {}
 
@@ -261,23 +261,19 @@ class Equalization:
 
     def met(self, names: Sequence[str]) -> dict[str, Met]:
         """Return what is met in the channels of tensors, over some of the samples, and at the ends of all that were seen."""
-        self.look([name for name in names if name not in self.known])
-        found = {name: self.known[name] for name in names if name in self.known}
+        given = {str(value.name) for value in self.model.graph.inputs}
+        found: dict[str, Met] = {}
+        for results in self.results([name for name in names if name not in given], self.samples):
+            for name in names:
+                array = results.pop(name, None)
+                if array is not None and array.ndim > 1 and array.size:
+                    batch = Met.of(array)
+                    found[name] = found[name].with_more(batch) if name in found else batch
         for name, seen in self.extremes.items():
             if name in found and len(found[name].low) == len(seen.minimum):
                 low, high = np.maximum(-seen.minimum, 0.0), np.maximum(seen.maximum, 0.0)
                 found[name] = replace(found[name], low=low.astype(np.float64), high=high.astype(np.float64))
         return found
-
-    def look(self, names: Sequence[str]) -> None:
-        """Look at tensors that were not looked at."""
-        given = {str(value.name) for value in self.model.graph.inputs}
-        for found in self.results([name for name in names if name not in given], self.samples):
-            for name in names:
-                array = found.pop(name, None)
-                if array is not None and array.ndim > 1 and array.size:
-                    batch = Met.of(array)
-                    self.known[name] = self.known[name].with_more(batch) if name in self.known else batch
 
     def results(self, names: Sequence[str], samples: int | None = None) -> Iterator[dict[str, NDArray[Any]]]:
         """Yield what was fed and what the model makes of it, in parts that take little memory.
