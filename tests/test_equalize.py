@@ -323,13 +323,15 @@ def test_equalization_loses_less_and_is_left_out_where_it_does_not_pay(uneven: P
     assert not any("equalization" in one.name for one in even.tuned.tries)
 
 
-def test_a_model_of_which_nothing_can_be_foreseen_is_tuned_as_it_is(
-    uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def lost(*_: object) -> float:
-        raise ValueError("no such thing")
+def lost(*_: object) -> float:
+    raise ValueError("no such thing")
 
-    monkeypatch.setattr("quantcli.tune.effort.foreseen", lost)
+
+@pytest.mark.parametrize(("what", "instead"), [("foreseen", lost), ("LARGEST_WEIGHT", 100)])
+def test_a_model_of_which_nothing_can_be_foreseen_is_tuned_as_it_is(
+    uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, instead: Any
+) -> None:
+    monkeypatch.setattr(f"quantcli.tune.effort.{what}", instead)
     done = convert(uneven, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz", samples=24))
     assert len(done.tuned.tries) > 1
     assert not any("equalization" in one.name for one in done.tuned.tries)

@@ -73,6 +73,8 @@ ROOM = 1 << 30
 LARGEST = 1 << 30
 # Where each channel of a weight has a scale, equalization is tried by default if it is to lower the noise by so many dB.
 WORTH_EQUALIZING = 0.75
+# Nor is that asked of a model with a weight of more elements, which takes much memory to look at.
+LARGEST_WEIGHT = 1 << 24
 # A candidate is kept only where it is better by so many dB.
 MARGIN = 0.05
 # How many multiply-accumulates may go into ranges by what they do to the outputs, more where activations have less than 8 bits,
@@ -298,6 +300,9 @@ class Trying:
         if (
             target.activation.width < 8
         ):  # ranges that cut nothing, which is what is predicted, are not what is chosen then
+            return (False,)
+        held = [value.const_value for value in self.judge.model.graph.initializers.values()]
+        if max((array.size for array in held if array is not None), default=0) > LARGEST_WEIGHT:
             return (False,)
         try:
             bits = self.start.tuning.bits
