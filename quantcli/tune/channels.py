@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quantcli.fold import constant
+from quantcli.plan import activation_bounds
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -153,7 +154,7 @@ class Channels:
                 return False
             self.sets.tie(a, b)
             return True
-        if node.op_type == "Clip" and len(a) == len(b) and lower_bound(node) == 0:
+        if node.op_type == "Clip" and len(a) == len(b) and activation_bounds(node)[0] == 0:
             self.sets.tie(a, b)
             self.clips.append(node)
             return True
@@ -196,9 +197,3 @@ def is_layer(node: ir.Node) -> bool:
     own = value is not None and constant(value) is not None and len(value.uses()) == 1
     plain = node.op_type == "Conv" or not node.attributes.get_int("transA", 0)
     return own and plain and (bias is None or (constant(bias) is not None and len(bias.uses()) == 1))
-
-
-def lower_bound(node: ir.Node) -> float | None:
-    """Return the lower bound of a Clip; None where it has none, or a computed one."""
-    held = constant(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] is not None else None
-    return float(held.item()) if held is not None else None

@@ -297,9 +297,7 @@ class Trying:
         target = resolve_target(self.recipe)
         if not target.weight.per_channel:
             return (False, True)
-        if (
-            target.activation.width < 8
-        ):  # ranges that cut nothing, which is what is predicted, are not what is chosen then
+        if target.activation.width < 8:  # the prediction is of ranges that cut nothing, and others are chosen then
             return (False,)
         held = [value.const_value for value in self.judge.model.graph.initializers.values()]
         if max((array.size for array in held if array is not None), default=0) > LARGEST_WEIGHT:

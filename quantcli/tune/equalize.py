@@ -21,6 +21,7 @@ import onnx_ir as ir
 from calibration.hooks.onnxruntime import Runner
 from quantcli.cost import values_of
 from quantcli.fold import constant
+from quantcli.plan import activation_bounds
 from quantcli.probe import with_outputs
 from quantcli.tune.bias import biased
 from quantcli.tune.channels import Channels, is_layer
@@ -157,12 +158,11 @@ class Equalization:
         self.channels = Channels(model)
         self.held: dict[ir.Value, NDArray[np.float64]] = {}
 
-    def run(self, absorb: bool = True) -> Equalized:
+    def run(self) -> Equalized:
         """Equalize, and absorb high biases."""
-        bounds = self.clip_bounds()
-        factors, gained = self.solve(bounds)
+        factors, gained = self.solve(self.clip_bounds())
         changed = self.apply(factors)
-        absorbed = self.absorb() if absorb else 0
+        absorbed = self.absorb()
         reasons = {(name, reason) for name, reason in self.channels.frozen.values()}
         count = int((np.abs(factors - 1) > ENOUGH).sum())
         return Equalized(count, tuple(changed), absorbed, tuple(sorted(reasons)), self.moved(factors), gained)
@@ -192,8 +192,8 @@ class Equalization:
         least: dict[int, float] = {}
         for node in self.channels.clips:
             value = node.inputs[0]
-            bound = upper_bound(node)
-            if value is None or bound is None:
+            _, bound = activation_bounds(node)
+            if value is None or np.isinf(bound):
                 continue
             seen = highest.get(value)
             after = self.extremes.get(str(node.outputs[0].name))
@@ -366,7 +366,6 @@ def equalize(
     feeds: Sequence[dict[str, NDArray[Any]]],
     grids: Grids,
     extremes: Mapping[str, ChannelRanges] | None = None,
-    absorb: bool = True,
 ) -> tuple[ir.Model, Equalized]:
     """Return an equalized copy of a folded model, which computes the same, and what was done.
 
@@ -375,16 +374,9 @@ def equalize(
         feeds: Samples, for what tensors hold, what Clip operators clip and what biases can be absorbed.
         grids: What is rounded.
         extremes: The lowest and highest values of tensors' channels, by name, where more samples than those were seen.
-        absorb: Whether to absorb high biases.
     """
     changed = model.clone()
-    return changed, Equalization(changed, feeds, grids, extremes).run(absorb)
-
-
-def upper_bound(node: ir.Node) -> float | None:
-    """Return the upper bound of a Clip; None where it has none."""
-    held = constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
-    return float(held.item()) if held is not None else None
+    return changed, Equalization(changed, feeds, grids, extremes).run()
 
 
 def is_padded(node: ir.Node) -> bool:
