@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from quantcli.placement import PlacedLayer
     from quantcli.progress import Progress
     from quantcli.quantize import QuantizedModel
+    from quantcli.tune.search import Width
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def decided(
     writer: Callable[[QuantizedModel], ir.Model],
     validation: Data | None,
     log: Path | None,
-    widths: tuple[int, ...],
+    widths: tuple[Width, ...],
     progress: Progress,
 ) -> Decision:
     """Return everything that is decided of a model."""
@@ -120,7 +121,7 @@ def tuned_by(
     run: Run,
     validation: Data | None,
     log: Path | None,
-    widths: tuple[int, ...],
+    widths: tuple[Width, ...],
     progress: Progress,
 ) -> tuple[Tuned, tuple[Attempt, ...]]:
     """Tune a model as far as its recipe and its data allow, at the widths that keep its metric where that is asked."""

@@ -20,8 +20,9 @@ from quantcli.integer.verify import verify as compare_integers
 from quantcli.integer.weights import verify_weights as compare_weights
 from quantcli.probe import LARGEST_MODEL, model_bytes, split, weight_bytes
 from quantcli.sidecar import FileEntry
-from quantcli.tune.search import WIDE, WIDEST
+from quantcli.tune.search import FLOAT, STORED, WIDE, WIDEST, Width
 from quantcli.write import WRITERS
+from quantcli.write.onnx_stored import fold_at_load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -113,18 +114,20 @@ class Delivery:
 def rendered(quantized: QuantizedModel, form: str, output: Path, source: LoadedModel) -> Delivery:
     """Return a quantized model in the form that an output's name and the format ask for."""
     model = WRITERS["qdq" if form in C_FORMS else form](quantized)
+    if form == "qdq" and output.suffix == ".onnx" and quantized.plan.target.placement.pays:
+        fold_at_load(model, quantized)
     if weight_bytes(model) > LARGEST_MODEL and form in WRITERS and output.suffix == ".onnx":
         message, parts = split(model, weights_beside(output).name)
         return Delivery(message, weights=tuple(parts))
     return Delivery(model_bytes(model), as_program(model, source) if output.suffix == ".pt2" else None)
 
 
-def widths_for(target: Target, form: str, output: Path) -> tuple[int, ...]:
-    """Return the widths that a search may raise weights to: 8 bits, 16 where form and target have them, and float (0) but for C."""
+def widths_for(target: Target, form: str, output: Path) -> tuple[Width, ...]:
+    """Return the widths that a search may raise weights to: 8 bits, 16 where form and target have them, and float but for C."""
     if form in C_FORMS:
         return (WIDE,)
-    wider = target.weight.widest == WIDEST and form == "qdq" and output.suffix == ".onnx"
-    return (WIDE, WIDEST, 0) if wider else (WIDE, 0)
+    wider = target.weight.widest == WIDEST.bits and form == "qdq" and output.suffix == ".onnx"
+    return (WIDE, WIDEST, STORED, FLOAT) if wider else (WIDE, FLOAT)
 
 
 def weights_beside(model: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,8 @@ from quantcli.recipe import resolve_target
 from quantcli.rules import LOOKUPS, RULES, Arithmetic
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
     from numpy.typing import NDArray
 
     from quantcli.recipe import Recipe
@@ -60,6 +63,41 @@ def plan_without_data(model: ir.Model, recipe: Recipe) -> Plan:
     if not layers:
         raise PlanError("the model has no weights to quantize", "see docs/operators.md for what can be quantized")
     return Plan(target, tensors, tuple(layers), tuple(floats))
+
+
+def with_stored(plan: Plan, model: ir.Model, names: Collection[str], bits: int) -> Plan:
+    """Return a plan some of whose float operators have their weights stored as integers, one scale per output channel.
+
+    Args:
+        plan: The plan.
+        model: The model that it speaks of.
+        names: The operators, which stay float in it.
+        bits: The width of their weights.
+    """
+    order = {str(node.name): place for place, node in enumerate(model.graph)}
+    tensors, layers = dict(plan.tensors), list(plan.layers)
+    why = f"its weights are stored as integers of {bits} bits, and what it computes stays float"
+    for node in model.graph:
+        if str(node.name) not in names:
+            continue
+        stored = []
+        for position in WEIGHTS[node.op_type]:
+            values = weight_of(node, position)
+            assert values is not None  # noqa: S101 - whoever asks for it has seen the weight
+            name = str(node.inputs[position].name)  # type: ignore[union-attr]
+            tensors[name] = stored_weight(name, values, axis_of(node), IntegerType(f"int{bits}", narrow=True))
+            stored.append(name)
+            unmapped_operand(node, position)
+        layers.append(stored_layer(node, stored, why))
+    layers.sort(key=lambda layer: order[layer.name])
+    floats = tuple(layer for layer in plan.floats if layer.name not in names)
+    return replace(plan, tensors=tensors, layers=tuple(layers), floats=floats)
+
+
+def float_plan(model: ir.Model, recipe: Recipe, why: str) -> Plan:
+    """Return the plan in which every operator stays float, and why."""
+    nodes = [node for node in model.graph if carries_floats(node)]
+    return Plan(resolve_target(recipe), {}, (), tuple(FloatLayer(str(node.name), node.op_type, why) for node in nodes))
 
 
 def why_float(node: ir.Node, recipe: Recipe, forced: bool) -> str | None:
@@ -131,12 +169,33 @@ def layer_of(node: ir.Node, recipe: Recipe, tensors: dict[str, TensorPlan]) -> L
                 "its weights are integers; what they are multiplied by is quantized at every step while the model runs"
             )
     else:
-        arithmetic, why = Arithmetic.STORED, "its weights are stored as integers"
-    scale = tensors[names[0]].scale if arithmetic is not Arithmetic.STORED and len(names) == 1 else ()
-    outputs = tuple(str(value.name) for value in node.outputs if value.name)
+        return stored_layer(node, names, "its weights are stored as integers")
+    scale = tensors[names[0]].scale if len(names) == 1 else ()
     return LayerPlan(
-        str(node.name), node.op_type, arithmetic, tuple(names), outputs, (), (), "single", None, scale, why
+        str(node.name), node.op_type, arithmetic, tuple(names), outputs_of(node), (), (), "single", None, scale, why
     )
+
+
+def stored_layer(node: ir.Node, names: Sequence[str], why: str) -> LayerPlan:
+    """Return the layer of a float operator whose weights, of some names, are stored as integers."""
+    return LayerPlan(
+        str(node.name),
+        node.op_type,
+        Arithmetic.STORED,
+        tuple(names),
+        outputs_of(node),
+        (),
+        (),
+        "single",
+        None,
+        (),
+        why,
+    )
+
+
+def outputs_of(node: ir.Node) -> tuple[str, ...]:
+    """Return the names of what a node gives."""
+    return tuple(str(value.name) for value in node.outputs if value.name)
 
 
 def weight_plan(name: str, values: NDArray[np.float32], node: ir.Node, recipe: Recipe) -> TensorPlan:
@@ -149,10 +208,13 @@ def weight_plan(name: str, values: NDArray[np.float32], node: ir.Node, recipe: R
         blocks = block_parameters(values, integer, block or DEFAULT_BLOCK, along)
         lowest, highest = (float(values.min()),), (float(values.max()),)
         return TensorPlan(name, "weight", integer, (), (), None, lowest, highest, blocks=blocks)
-    axis = axis_of(node)
+    return stored_weight(name, values, axis_of(node), IntegerType("int8", narrow=True))
+
+
+def stored_weight(name: str, values: NDArray[np.float32], axis: int | None, integer: IntegerType) -> TensorPlan:
+    """Return a weight's symmetric parameters, one scale per output channel."""
     channels = values.reshape(1, -1) if axis is None else np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
     lo, hi = channels.min(axis=1), channels.max(axis=1)
-    integer = IntegerType("int8", narrow=True)
     scales = symmetric_scales(np.maximum(-lo, hi), integer)
     dead = tuple(int(i) for i in np.flatnonzero(np.maximum(-lo, hi) == 0))
     ends = tuple(float(v) for v in lo), tuple(float(v) for v in hi)

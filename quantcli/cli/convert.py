@@ -200,10 +200,11 @@ def show(terminal: Terminal, done: Conversion) -> None:
             "--optimize latency looks for a faster plan"
         )
     sizes = sidecar.float_model.bytes, sidecar.model.bytes
-    terminal.say(
-        f"{done.model}: integer layers {len(plan.layers)}, operators that stay float {len(plan.floats)}, "
-        f"operator set {sidecar.opset}"
-    )
+    stored = len(stored_layers(done))
+    counts = [f"integer layers {len(plan.layers) - stored}"] if stored < len(plan.layers) else []
+    counts += [f"float layers with integer weights {stored}"] if stored else []
+    counts += [f"operators that stay float {len(plan.floats)}", f"operator set {sidecar.opset}"]
+    terminal.say(f"{done.model}: {', '.join(counts)}")
     terminal.say(f"size: {sizes[0]:,} → {sizes[1]:,} bytes ({sizes[1] / sizes[0]:.0%})")
     if done.check.speed is not None and here:
         terminal.say(f"speed: about {done.check.speed:.2f} times float's over {done.check.samples} samples at once")
@@ -248,6 +249,11 @@ def lost_less(terminal: Terminal, done: Conversion) -> None:
         terminal.say(f"smoothed '{even.name}': its largest column is {left}; {how}")
 
 
+def stored_layers(done: Conversion) -> list[str]:
+    """Return the layers that compute in float, from weights that are stored as integers."""
+    return [entry.name for entry in done.sidecar.layers if entry.arithmetic == "stored"]
+
+
 def widths(terminal: Terminal, done: Conversion) -> None:
     """Print the widths that were tried."""
     rows = [
@@ -265,6 +271,16 @@ def widths(terminal: Terminal, done: Conversion) -> None:
     kept = next(one for one in done.attempts if one.kept)
     held = Counter(tensor.integer.bits for tensor in done.plan.tensors.values() if tensor.role == "weight")
     terminal.say(f"weights: {', '.join(f'{held[bits]} of {bits} bits' for bits in sorted(held))}")
+    stored = len(stored_layers(done))
+    if stored and stored == len(done.plan.layers):
+        terminal.warn(
+            "the metric is kept only where every layer computes in float, from weights that are stored as integers: allow more "
+            "(--max-drop) for integer layers"
+        )
+    elif stored:
+        terminal.say(
+            f"{stored} of {len(done.plan.layers)} layers compute in float, from weights that are stored as integers"
+        )
     if kept.score.uncertainty > 0:
         terminal.say(
             f"the drop was judged on {kept.score.samples} samples and confirmed on {kept.held.samples} held back: on others it may "
@@ -347,7 +363,8 @@ def as_document(done: Conversion) -> dict[str, Any]:
         "float_bytes": sidecar.float_model.bytes,
         "bytes": sidecar.model.bytes,
         "opset": sidecar.opset,
-        "integer_layers": len(sidecar.layers),
+        "integer_layers": len(sidecar.layers) - len(stored_layers(done)),
+        "stored_layers": stored_layers(done),
         "float_layers": [{"name": f.name, "operator": f.operator, "reason": f.reason} for f in sidecar.float_layers],
         "smoothed": [
             {"tensor": s.name, "layers": list(s.layers), "folded": s.folded, "spread": s.spread, "left": s.left}

@@ -73,7 +73,7 @@ class Executor:
             if is_fence(node):
                 reals[str(node.outputs[0].name)] = self.real(str(node.inputs[0].name), integers, reals)  # type: ignore[union-attr]
                 continue
-            if entry is None:
+            if entry is None or entry.arithmetic == "stored":
                 self.run_island(node, integers, reals)
                 continue
             operands = [self.integer(name, integers, reals) for name in entry.inputs]

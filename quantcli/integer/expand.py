@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from quantcli.fold import add_constant, constant
 from quantcli.integer_operators import FLOAT_OPERATORS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from quantcli.integer_operators import IntegerOperator
     from quantcli.sidecar import Sidecar
 
@@ -27,6 +30,31 @@ def expanded(model: ir.Model, sidecar: Sidecar) -> ir.Model:
     """
     copy = model.clone()
     return Expansion(copy, sidecar).run()
+
+
+def put_dequantizers(graph: ir.Graph, reals: Mapping[str, str]) -> None:
+    """Put DequantizeLinear in place of Cast and Mul behind stored weights (`quantcli.write.onnx_stored`).
+
+    Args:
+        graph: The graph, which is changed.
+        reals: The names of the weights' reals by those of their integers.
+    """
+    for node in list(graph):
+        cast = node.inputs[0].producer() if node.op_type == "Mul" and node.inputs[0] is not None else None
+        if cast is None or cast.op_type != "Cast":
+            continue
+        integers, output = cast.inputs[0], node.outputs[0]
+        scale = constant(node.inputs[1])
+        if integers is None or scale is None or reals.get(str(integers.name)) != output.name:
+            continue
+        attributes = {"axis": int(np.argmax(scale.shape))} if scale.ndim else {}
+        flat = add_constant(graph, f"{output.name}_scales", scale.reshape(-1) if scale.ndim else scale)
+        new = ir.node("DequantizeLinear", [integers, flat], attributes, name=node.name)
+        graph.insert_before(node, new)
+        name = output.name
+        ir.convenience.replace_all_uses_with(output, new.outputs[0])
+        graph.remove([node, cast], safe=True)
+        new.outputs[0].name = name
 
 
 class Expansion:
@@ -45,6 +73,7 @@ class Expansion:
 
     def run(self) -> ir.Model:
         """Expand every node in turn."""
+        put_dequantizers(self.graph, self.reals)
         for node in list(self.graph):
             operator = FLOAT_OPERATORS.get((node.domain, node.op_type))
             if str(node.name) in self.lookups:

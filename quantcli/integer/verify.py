@@ -82,6 +82,10 @@ def verify(held: Held, sidecar: Sidecar, batches: Iterable[dict[str, NDArray[Any
     executor = Executor(graph, sidecar)
     result.findings.extend(tensor_findings(executor))
     result.findings.extend(layer_findings(executor))
+    for entry in sidecar.layers:
+        if entry.arithmetic == "stored":
+            result.layers += 1
+            result.elements += sum(executor.stored[sidecar.tensors[name].integers].size for name in entry.inputs)
     given = {value.name for value in graph.graph.inputs}
     asked = [tensor.integers for tensor in sidecar.tensors.values() if tensor.role == "activation"]
     asked += [name for name in reals_of(sidecar) if name not in given]
@@ -103,7 +107,12 @@ def reals_of(sidecar: Sidecar) -> list[str]:
     """Return the real tensors that are compared: what layers give as reals, and what is quantized only for some that read it."""
     made = {name for entry in sidecar.layers if entry.accumulator_scale is None for name in entry.outputs}
     rounded = [name for name, tensor in sidecar.tensors.items() if tensor.role == "activation" and name not in made]
-    given = [name for entry in sidecar.layers if entry.accumulator_scale is not None for name in entry.outputs]
+    given = [
+        name
+        for entry in sidecar.layers
+        if entry.accumulator_scale is not None and entry.arithmetic != "stored"
+        for name in entry.outputs
+    ]
     return list(dict.fromkeys([*rounded, *given]))
 
 
@@ -177,6 +186,8 @@ def layer_findings(executor: Executor) -> Iterator[Finding]:
         node = executor.nodes.get(entry.name)
         if node is None or node.op_type != entry.operator:
             yield Finding(entry.name, f"the model has no operator {entry.operator} of that name")
+            continue
+        if entry.arithmetic == "stored":  # its weights' integers and scales are all there is
             continue
         stated = sidecar.target.multiplier.rounding_of(entry.operator)
         if entry.rounding != stated:
@@ -287,6 +298,8 @@ def compare(
         if name in given and name in seen:
             compare_edge(sidecar.tensors[name], reader_of(sidecar, name), name, seen[name], given[name], result)
     for entry in sidecar.layers:
+        if entry.arithmetic == "stored":
+            continue
         integers = dict(given)
         layer = executor.layer(entry, executor.nodes[entry.name], integers, reals)
         operands = [executor.integer(name, integers, reals) for name in entry.inputs]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quantcli.integer.expand import put_dequantizers
 from quantcli.integer.verify import Finding, Verification, differences, digest_findings, reader_of
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def verify_weights(quantized: Held, sidecar: Sidecar) -> Verification:
         quantized: The quantized model.
         sidecar: Its sidecar.
     """
-    result, graph = Verification(), quantized.model.graph
+    result, graph = Verification(), quantized.model.clone().graph
+    put_dequantizers(graph, {tensor.integers: tensor.reals for tensor in sidecar.tensors.values()})
     result.findings.extend(digest_findings(quantized, sidecar))
     stored = {
         name: value.const_value.numpy() for name, value in graph.initializers.items() if value.const_value is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +13,8 @@ from quantcli.evaluation.evaluate import run_padded
 from quantcli.evaluation.metrics import LABEL_METRICS, TopK
 from quantcli.tune.candidates import Samples
 from quantcli.tune.effort import JUDGES, wanted_samples
-from quantcli.tune.search import CONFIDENCE, Score
+from quantcli.tune.outputs import is_distribution
+from quantcli.tune.score import LEAST_SAMPLES, compared, margins
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from quantcli.load import LoadedModel
     from quantcli.observation import Data
     from quantcli.recipe import Recipe
+    from quantcli.tune.score import Score
 
 # Samples that are run at once.
 BATCH = 32
@@ -80,47 +81,47 @@ def scorer(source: LoadedModel, data: Data, recipe: Recipe) -> tuple[Callable[[b
     if dataset.labels is None:
         raise DataError("--max-drop needs labels and the data has none", "give --validate with labelled data")
     held = np.arange(len(dataset)) % HELD_BACK == HELD_BACK - 1
-    one, wanted = 100.0 / max(int((~held).sum()), 1), recipe.tune.max_drop or 0.0
-    if CONFIDENCE * one > wanted:
-        least = CONFIDENCE * 100.0 * HELD_BACK / (HELD_BACK - 1)
-        enough = f"give at least {math.ceil(least / wanted)}, or " if wanted else ""
+    if int((~held).sum()) < LEAST_SAMPLES:
         raise DataError(
-            f"{len(dataset)} samples cannot show a drop of {wanted:g} points: a third is held back, and one of the others is "
-            f"{one:.2g} points",
-            f"{enough}allow more (--max-drop)",
+            f"{len(dataset)} samples are too few to judge by: a third is held back, and at least {LEAST_SAMPLES} have to be left",
+            f"give at least {-(-LEAST_SAMPLES * HELD_BACK // (HELD_BACK - 1))} (--validate)",
         )
-    expected = right(runner, dataset, recipe.tune.metric)
+    expected, distance, probabilities = judged(runner, dataset, recipe.tune.metric)
 
     def score(written: bytes) -> tuple[Score, Score]:
-        found = right(Runner(written, what="the quantized model"), dataset, recipe.tune.metric)
-        return compared(found[~held], expected[~held]), compared(found[held], expected[held])
+        model = Runner(written, what="the quantized model")
+        found, moved, _ = judged(model, dataset, recipe.tune.metric, probabilities)
+        parts = [((found[part], expected[part]), (moved[part], distance[part])) for part in (~held, held)]
+        return compared(*parts[0]), compared(*parts[1])
 
     return score, dataset.digest
 
 
-def compared(found: NDArray[np.bool_], expected: NDArray[np.bool_]) -> Score:
-    """Return what a metric says of a model that has some samples right, beside one that has others right.
+def judged(
+    runner: Runner, dataset: Dataset, metric: str, probabilities: bool | None = None
+) -> tuple[NDArray[np.bool_], NDArray[np.float64], bool]:
+    """Return for every sample whether a model has it right, and by what margin; and whether its scores are probabilities.
 
-    Of no samples nothing is lost.
+    Args:
+        runner: The model.
+        dataset: The samples.
+        metric: A key of ``LABEL_METRICS``.
+        probabilities: Whether the scores are taken for probabilities; None to look.
     """
-    if not found.size:
-        return Score(0.0, 0.0, 0, 0)
-    changed = int((found != expected).sum())
-    return Score(100.0 * float(found.mean()), 100.0 * float(expected.mean()), len(found), changed)
-
-
-def right(runner: Runner, dataset: Dataset, metric: str) -> NDArray[np.bool_]:
-    """Return for every sample whether a model has it right."""
     labels = dataset.labels
     assert labels is not None  # noqa: S101 - the caller has looked
     batch = fitted_batch(runner.inputs, None)
     found: list[bool] = []
+    distances: list[NDArray[np.float64]] = []
     indices = np.arange(len(dataset), dtype=np.intp)
     for start, stop in boundaries(dataset, indices, batch):
         feeds: dict[str, NDArray[Any]] = dataset.read(indices[start:stop])
         scores = run_padded(runner, feeds, batch)[runner.outputs[0]]
+        if probabilities is None:
+            probabilities = is_distribution(scores)
         for row, label in zip(scores, labels[start:stop], strict=True):
             top = TopK(LABEL_METRICS[metric])
             top.update(row[None], np.array([label]))
             found.append(top.hits == 1)
-    return np.array(found, dtype=bool)
+        distances.append(margins(scores, labels[start:stop], LABEL_METRICS[metric], probabilities))
+    return np.array(found, dtype=bool), np.concatenate(distances), bool(probabilities)

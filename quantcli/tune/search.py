@@ -1,7 +1,8 @@
 """Precision search: the cheapest widths of the layers' weights that keep a metric within a given drop.
 
-Every layer begins at the recipe's width, and can be raised to 8 bits, to 16 where the target has them, and to float. What a layer's
-width costs the outputs is measured layer by layer (as in HAWQ, Dong et al. 2019, arXiv 1905.03696, with the noise at the outputs in
+Every layer begins at the recipe's width, and can be raised to 8 bits and to float; where the target has weights of 16 bits, to
+those in between, first with integers around it, then computing in float from stored weights. What a layer's width costs the
+outputs is measured layer by layer (as in HAWQ, Dong et al. 2019, arXiv 1905.03696, with the noise at the outputs in
 place of the Hessian's eigenvalue): the noise of a model that is wider everywhere else. Noise of different layers adds up, so steps
 are ordered by how much noise they take away per byte that they cost, and the shortest beginning of that order that keeps the metric
 is found by bisection. Of many tries the luckiest is found, too: what bisection finds has to keep the metric on samples as well that
@@ -24,6 +25,7 @@ import msgspec
 
 from quantcli.errors import ModelError, PlanError
 from quantcli.fold import lift_opset
+from quantcli.modes import float_plan, with_stored
 from quantcli.placement import place
 from quantcli.plan import unresolvable
 from quantcli.probe import model_bytes
@@ -32,12 +34,13 @@ from quantcli.recipe import keeping, resolve_target
 from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.candidates import Candidate, Observe
 from quantcli.tune.effort import Judge, Tuned, tune, untuned
+from quantcli.tune.score import Score  # noqa: TC001 - msgspec reads the types of an Attempt
 from quantcli.tune.smooth import smooth
 from quantcli.tuning import Tuning
 from quantcli.write import WRITERS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
     import onnx_ir as ir
@@ -50,51 +53,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WIDE, WIDEST = 8, 16
-# How many standard errors a promise allows for: the normal distribution has 95 % of itself below so many.
-CONFIDENCE = 1.645
-# The bits of a float weight.
-FLOAT = 32
 # The operator set from which DequantizeLinear knows int16.
 WIDEST_OPSET = 21
 
 
 @dataclass(frozen=True)
-class Score:
-    """What a metric says of a quantized model beside the float one.
+class Width:
+    """What a layer may be raised to.
 
     Attributes:
-        quantized: The quantized model's, in percent.
-        reference: The float model's.
-        samples: On how many samples.
-        changed: How many of them one of the two has right and the other wrong.
+        bits: The bits of its weight; 32 for float32.
+        real: Whether it computes in float.
     """
 
-    quantized: float
-    reference: float
-    samples: int
-    changed: int
+    bits: int
+    real: bool = False
 
-    @property
-    def drop(self) -> float:
-        """By how many points the quantized model is below."""
-        return self.reference - self.quantized
 
-    @property
-    def worst(self) -> float:
-        """The most that the drop is, with 95 % confidence: what a promise about other samples has to allow for.
-
-        A gain is taken to be luck.
-        """
-        return max(self.drop, 0.0) + CONFIDENCE * self.uncertainty
-
-    @property
-    def uncertainty(self) -> float:
-        """The standard error of the drop, in points: √changed / samples (of paired differences, McNemar).
-
-        Where nothing changed, the next sample may be the first one that does: no fewer than one counts.
-        """
-        return 100.0 * math.sqrt(max(self.changed, 1)) / self.samples if self.samples else 0.0
+WIDE, WIDEST, STORED, FLOAT = Width(8), Width(16), Width(16, real=True), Width(32, real=True)
 
 
 @dataclass(frozen=True)
@@ -104,14 +80,14 @@ class Step:
     Attributes:
         layer: Its name.
         weight: Its weight's name.
-        bits: Its width then; 0 for float.
+        width: Its width then.
         noise: By how much it lowers the outputs' noise, as a part of their signal.
-        cost: By how many bytes the weight grows.
+        cost: By how many bytes the weight grows; of a layer that is to compute in float, as if its weight became float.
     """
 
     layer: str
     weight: str
-    bits: int
+    width: Width
     noise: float
     cost: float
 
@@ -162,7 +138,7 @@ class Search:
         progress: Called with the stage, the tries done and their total.
         log: Where tries are written down; None for nowhere.
         key: What the tries depend on besides their widths.
-        widths: What layers may be raised to, in ascending order; 0 for float, which comes last.
+        widths: What layers may be raised to, in ascending order.
     """
 
     model: ir.Model
@@ -174,15 +150,15 @@ class Search:
     progress: Progress
     log: Path | None = None
     key: str = ""
-    widths: tuple[int, ...] = (WIDE, 0)
+    widths: tuple[Width, ...] = (WIDE, FLOAT)
 
     def run(self, max_drop: float) -> Found:
         """Return the cheapest assignment whose metric drops by at most so many points.
 
-        On the samples that are searched with, the drop's standard error is allowed for (`Score.worst`).
+        On the samples that are searched with, what others may lose more is allowed for (`Score.worst`).
 
         Raises:
-            PlanError: If none does that still has an integer layer.
+            PlanError: If none does that still has an integer weight.
         """
         order = self.ordered()
         known = self.remembered()
@@ -213,7 +189,7 @@ class Search:
             self.progress("search", len(attempts), max(len(attempts), 2 + len(order).bit_length()))
             return attempts[steps].score.worst <= max_drop + 1e-9
 
-        best = self.bisected(tried, len(order))
+        best = self.bisected(tried, order)
         while best is not None and attempts[best].held.drop > max_drop + 1e-9:
             found = attempts[best].held
             logger.info("%d steps: the drop is %+.2f on %d samples held back", best, found.drop, found.samples)
@@ -230,14 +206,18 @@ class Search:
         attempts[best] = replace(attempts[best], kept=True)
         return Found(tuned, tuple(attempts.values()))
 
-    def bisected(self, tried: Callable[[int], bool], count: int) -> int | None:
+    def bisected(self, tried: Callable[[int], bool], order: Sequence[Step]) -> int | None:
         """Return the smallest number of steps that keeps the metric, taking more steps to be no worse; None if none does."""
-        if tried(0):
-            return 0
-        most = next((steps for steps in (count // 4, count // 2, self.most(count)) if steps > 0 and tried(steps)), None)
-        if most is None:
+        count = len(order)
+        stored = sum(step.width != FLOAT for step in order)
+        least, most = -1, -1
+        for steps in sorted({0, count // 4, count // 2, min(stored, self.most(count)), self.most(count)}):
+            if tried(steps):
+                most = steps
+                break
+            least = steps
+        if most < 0:
             return None
-        least = 0
         while most - least > 1:
             middle = (least + most) // 2
             least, most = (least, middle) if tried(middle) else (middle, most)
@@ -252,8 +232,8 @@ class Search:
         return None
 
     def most(self, count: int) -> int:
-        """Return how many of all steps may be taken: where the last ones make layers float, one has to stay integer."""
-        return count - 1 if 0 in self.widths else count
+        """Return how many of all steps may be taken: where the last ones make weights float, one has to stay integer."""
+        return count - 1 if FLOAT in self.widths else count
 
     def weighted(self) -> list[tuple[str, str, int]]:
         """Return name, weight's name and weight's elements of every layer that accumulates with a weight of its own."""
@@ -267,29 +247,36 @@ class Search:
         return found
 
     def ordered(self) -> list[Step]:
-        """Return the steps, those that take away the most noise per byte first; a layer's in the order of their widths."""
+        """Return the steps, those that take away the most noise per byte first; a layer's in the order of their widths.
+
+        Where weights can be stored in 16 bits, those that make weights float come last: beside layers in integers they are nothing.
+        """
         layers = self.weighted()
         judge = Judge(self.model, self.judging, self.recipe)
-        wide = {weight: WIDE for _, weight, _ in layers}
+        wide = {weight: WIDE.bits for _, weight, _ in layers}
         base = judge.noise(self.candidate(wide, ()))
         passed = self.passed()
         steps: list[Step] = []
         for number, (layer, weight, size) in enumerate(layers):
             self.progress("sensitivity", number, len(layers))
-            noises = {WIDE: base, 0: 0.0}
-            for bits in passed:
-                if bits == 0 and len(layers) > 1:
-                    noises[bits] = judge.noise(self.candidate(wide, (layer,)))
-                elif bits not in noises:
-                    noises[bits] = judge.noise(self.candidate({**wide, weight: bits}, ()))
+            noises = {WIDE: base}
+            for width in passed:
+                if not width.real and width not in noises:
+                    noises[width] = judge.noise(self.candidate({**wide, weight: width.bits}, ()))
+            real = judge.noise(self.candidate(wide, (layer,))) if len(layers) > 1 else 0.0
+            # What rounding to 16 bits leaves is too little to be seen beside the other layers: 2^-16 of that to 8 bits.
+            rounded = max(base - noises.get(WIDEST, base), 0.0) / 4.0 ** (WIDEST.bits - WIDE.bits)
+            noises |= {STORED: real, FLOAT: real - rounded if STORED in passed else real}
             steps += steps_of(layer, weight, size, passed, noises)
-        return sorted(steps, key=lambda step: (-rate(step), step.layer, step.bits or FLOAT))
+        last = FLOAT if STORED in passed else None
+        return sorted(steps, key=lambda step: (step.width == last, -rate(step), step.layer, passed.index(step.width)))
 
-    def passed(self) -> list[int]:
-        """Return the widths that a layer passes through, from the recipe's on; 0 for float."""
+    def passed(self) -> list[Width]:
+        """Return the widths that a layer passes through, from the recipe's on."""
         target = resolve_target(self.recipe).weight.bits
-        wider = [bits for bits in self.widths if bits == 0 or bits > target]
-        return [target, *(bits for bits in wider if bits != WIDEST or self.with_widest is not None)]
+        wider = [width for width in self.widths if width.real or width.bits > target]
+        lifted = self.with_widest is not None
+        return [Width(target), *(width for width in wider if width.bits != WIDEST.bits or lifted)]
 
     @functools.cached_property
     def with_widest(self) -> ir.Model | None:
@@ -304,9 +291,9 @@ class Search:
             return None
         return lifted
 
-    def model_for(self, bits: Mapping[str, int]) -> ir.Model:
+    def model_for(self, bits: Collection[int]) -> ir.Model:
         """Return the model that can hold weights of some widths."""
-        wide = self.with_widest if WIDEST in bits.values() else None
+        wide = self.with_widest if WIDEST.bits in bits else None
         return self.model if wide is None else wide
 
     @property
@@ -317,37 +304,43 @@ class Search:
     def candidate(self, bits: dict[str, int], floats: tuple[str, ...]) -> tuple[Candidate, Recipe]:
         """Return an untuned candidate of some widths, and the recipe with the layers that stay float."""
         recipe = keeping(self.recipe, floats)
-        final, seen, evened = smooth(self.model_for(bits), self.statistics, recipe)
+        final, seen, evened = smooth(self.model_for(bits.values()), self.statistics, recipe)
         return Candidate(final, seen, evened, Tuning(bits=bits)), recipe
-
-    def assigned(self, steps: Sequence[Step]) -> tuple[dict[str, int], tuple[str, ...]]:
-        """Return the widths that differ from the recipe's, and the layers that stay float."""
-        floats = tuple(step.layer for step in steps if step.bits == 0)
-        return {step.weight: step.bits for step in steps if step.bits and step.layer not in floats}, floats
 
     def tuned(self, steps: Sequence[Step]) -> Tuned:
         """Return the tuned model of an assignment."""
-        bits, floats = self.assigned(steps)
-        recipe = keeping(self.recipe, floats)
-        model = self.model_for(bits)
-        if self.samples is None:
-            return untuned(model, self.statistics, recipe, "effort fast", Tuning(bits=bits))
-        return tune(model, self.statistics, recipe, self.samples, self.observe, lambda *_: None, bits)
+        raised = raised_by(steps)
+        reals = tuple(step.layer for step in raised.values() if step.width.real)
+        stored = [step.layer for step in raised.values() if step.width == STORED]
+        bits = {weight: step.width.bits for weight, step in raised.items() if not step.width.real}
+        recipe = keeping(self.recipe, reals)
+        model = self.model_for([step.width.bits for step in raised.values()])
+        if not self.has_integers(model, recipe):
+            found = Tuned(model, float_plan(model, recipe, "the metric needs it"), (), why_not="no layer is integer")
+        elif self.samples is None:
+            found = untuned(model, self.statistics, recipe, "effort fast", Tuning(bits=bits))
+        else:
+            found = tune(model, self.statistics, recipe, self.samples, self.observe, lambda *_: None, bits)
+        return replace(found, plan=with_stored(found.plan, found.model, stored, STORED.bits))
+
+    def has_integers(self, model: ir.Model, recipe: Recipe) -> bool:
+        """Tell whether a recipe leaves a model any integer layer."""
+        try:
+            place(model, recipe, unresolvable(self.statistics.tensors))
+        except PlanError:
+            return False
+        return True
 
     def bytes_of(self, steps: Sequence[Step]) -> int:
         """Return what the weights take at their widths."""
-        target = resolve_target(self.recipe).weight.bits
-        bits, floats = self.assigned(steps)
-        total = 0.0
-        for layer, weight, size in self.weighted():
-            total += size * (FLOAT if layer in floats else bits.get(weight, target)) / 8
-        return math.ceil(total)
+        raised, target = raised_by(steps), Width(resolve_target(self.recipe).weight.bits)
+        widths = [(size, raised[weight].width if weight in raised else target) for _, weight, size in self.weighted()]
+        return math.ceil(sum(size * width.bits / 8 for size, width in widths))
 
     def digest(self, steps: Sequence[Step]) -> str:
         """Return what names an assignment among all tries."""
-        bits, floats = self.assigned(steps)
-        text = json.dumps([self.key, sorted(bits.items()), sorted(floats)])
-        return hashlib.sha256(text.encode()).hexdigest()
+        widths = sorted((weight, step.width.bits, step.width.real) for weight, step in raised_by(steps).items())
+        return hashlib.sha256(json.dumps([self.key, widths]).encode()).hexdigest()
 
     def remembered(self) -> dict[str, Attempt]:
         """Return the tries that were written down, by digest; a line that was cut off is left out."""
@@ -369,22 +362,32 @@ class Search:
                 file.write(json.dumps({"digest": digest, "attempt": asdict(attempt)}) + "\n")
 
 
-def steps_of(layer: str, weight: str, size: int, passed: Sequence[int], noises: Mapping[int, float]) -> list[Step]:
+def raised_by(steps: Sequence[Step]) -> dict[str, Step]:
+    """Return the last step of every layer that steps raise, by its weight's name."""
+    return {step.weight: step for step in steps}
+
+
+def steps_of(layer: str, weight: str, size: int, passed: Sequence[Width], noises: Mapping[Width, float]) -> list[Step]:
     """Return one layer's steps from width to width, each with the noise that it takes away and the bytes that it costs.
 
     16 bits are left out where they take away less per byte than what comes behind them.
     """
     steps = [
-        Step(layer, weight, after, max(noises[before] - noises[after], 0.0), size * ((after or FLOAT) - before) / 8)
+        Step(layer, weight, after, max(noises[before] - noises[after], 0.0), size * cost_of(before, after))
         for before, after in itertools.pairwise(passed)
     ]
     for one, other in itertools.pairwise(steps):
-        if one.bits == WIDEST and rate(one) < rate(other):
-            return steps_of(layer, weight, size, [bits for bits in passed if bits != WIDEST], noises)
+        if one.width == WIDEST and rate(one) < rate(other):
+            return steps_of(layer, weight, size, [width for width in passed if width != WIDEST], noises)
     for number in range(1, len(steps)):  # what comes second must not come first
         second = steps[number]
         steps[number] = replace(second, noise=min(second.noise, rate(steps[number - 1]) * second.cost * 0.999))
     return steps
+
+
+def cost_of(before: Width, after: Width) -> float:
+    """Return what a value of a weight costs more at a width than at another, in bytes (`Step.cost`)."""
+    return ((FLOAT.bits if after.real else after.bits) - before.bits) / 8
 
 
 def names_of(model: ir.Model) -> list[tuple[str | None, ...]]:

@@ -36,6 +36,8 @@ LOOKED_UP = "_looked_up"
 # What ends the name of a Clip that keeps reals on a narrow grid.
 ON_GRID = "_on_grid"
 ENDS = ("_lowest", "_highest")
+# What ends the name of a weight's integers as floats (`quantcli.write.onnx_stored`).
+UNSCALED = "_unscaled"
 SUFFIXES = (
     "_quantized",
     "_dequantized",
@@ -46,6 +48,7 @@ SUFFIXES = (
     FENCE,
     LOOKED_UP,
     ON_GRID,
+    UNSCALED,
     *ENDS,
 )
 
@@ -97,8 +100,9 @@ class Writer:
         self.names = tensor_names(quantized)
         self.mark = free_mark(quantized)
         self.nodes = {str(node.name): node for node in graph}
-        self.floats = {layer.name for layer in self.plan.floats}
-        self.layers = {layer.name: layer for layer in self.plan.layers}
+        stored = {layer.name for layer in self.plan.layers if layer.arithmetic is Arithmetic.STORED}
+        self.floats = {layer.name for layer in self.plan.floats} | stored
+        self.layers = {layer.name for layer in self.plan.layers} - stored
         self.constants: dict[str, ir.Value] = {}
         self.dynamic = DynamicProducts(graph, self.mark)
         self.stored: dict[str, ir.Value] = {}
