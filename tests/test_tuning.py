@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from quantcli.tune.bias import channel_means, corrected
 from quantcli.tune.effort import wanted_samples
 from quantcli.tune.moments import Matrix, drawn_rows, matrix_of, moments_of
 from quantcli.tune.outputs import is_distribution, logarithms
-from quantcli.tune.ranges import Grid, best_range, drawn, look
+from quantcli.tune.ranges import PERCENTILES, Grid, best_range, drawn, largest, look, percentiles, places_of
 from quantcli.tune.rounding import (
     best_scales,
     compensated,
@@ -195,6 +196,34 @@ def test_a_corrected_bias_takes_the_mean_error_away() -> None:
     bias = normal(3, seed=5)
     moved = [batch + (corrected(bias, real, made, 1) - bias)[None, :, None] for batch in made]
     assert np.allclose(channel_means(moved, 1), channel_means(real, 1), atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6000), st.sampled_from(["normal", "relu", "zeros", "few"]), st.integers(0, 2**32 - 1))
+def test_percentiles_are_numpys(size: int, kind: str, seed: int) -> None:
+    values = np.random.default_rng(seed).standard_normal(size).astype(np.float32)
+    values = {"normal": values, "relu": np.maximum(values, 0), "zeros": values * 0, "few": np.rint(values)}[kind]
+    expected = np.percentile(values.astype(np.float64), [(100 - p, p) for p in PERCENTILES])
+    assert np.array(percentiles(values)) == pytest.approx(expected, abs=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40_000), st.integers(1, 30), st.integers(0, 2**32 - 1))
+def test_the_largest_values_are_found_in_few_parts(size: int, count: int, seed: int) -> None:
+    values = np.rint(np.random.default_rng(seed).standard_normal(size) * 3).astype(np.float32)  # with many equals
+    count = min(count, size)
+    assert (largest(values, count) == np.sort(values)[-count:]).all()
+
+
+def test_places_are_drawn_once_for_batches_of_the_same_shapes() -> None:
+    shapes = ((4, 3, 200, 200), (2, 3, 200, 200))
+    found = places_of(shapes, 1, 7)
+    assert places_of(shapes, 1, 7) is found
+    for shape, (places, channels) in zip(shapes, found, strict=True):
+        assert (channels == places // 40_000 % 3).all()
+        assert (np.diff(places) > 0).all()
+        assert places[-1] < math.prod(shape)
+    assert (places_of(shapes, 1, 8)[0][0] != found[0][0]).any()
 
 
 def test_ranges_clip_outliers_and_leave_others_alone() -> None:

@@ -40,7 +40,7 @@ ENOUGH = 1e-3
 # So many samples tell what is met on average.
 MET = 64
 # So many of them, and so many steps, tell about what factors would be worth.
-FEW, FEW_STEPS = 16, 40
+FEW, FEW_STEPS = 16, 15
 # What the tensors that are looked at may take at once, in bytes.
 ROOM = 1 << 26
 # A clipped channel counts as one that is never clipped where it stays this part below its bound.

@@ -199,10 +199,11 @@ class Noise:
 
 def peak(values: Array, axis: int) -> tuple[Array, Array]:
     """Return about the largest of values above zero along an axis (their norm of order 16), and each one's share in its slope."""
-    largest = np.maximum(values.max(axis=axis, keepdims=True), TINY)
+    furthest = values.max(axis=axis, keepdims=True)
+    largest = np.maximum(furthest, TINY)
     powers = np.square(np.square(np.square(np.square(values / largest))))
     total = np.maximum(powers.sum(axis=axis, keepdims=True), TINY)
-    end: Array = np.where(values.max(axis=axis, keepdims=True) > 0, largest * total ** (1 / 16), 0.0)
+    end: Array = np.where(furthest > 0, largest * total ** (1 / 16), 0.0)
     return end if values.ndim > 1 else end[0], powers / total
 
 

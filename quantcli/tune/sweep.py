@@ -347,7 +347,8 @@ class Sweep:
             if self.made[value][0].dtype != np.float32:
                 continue
             grid = self.grid(str(value.name), value)
-            self.made[value] = [grid.round(array) for array in self.made[value]]
+            mine = self.made[value] is not self.real[value]
+            self.made[value] = [grid.round(array, array if mine else None) for array in self.made[value]]
             self.integers.add(str(value.name))
 
     def bounds(self, layer: PlacedLayer) -> tuple[float, float] | None:
@@ -358,7 +359,7 @@ class Sweep:
         return max(low), min(high)
 
     def correct_bias(self, layer: PlacedLayer, real: Batches, made: Batches) -> Batches:
-        """Correct a layer's bias, and return its outputs with the new one."""
+        """Correct a layer's bias, and return its outputs with the new one, in the same arrays."""
         node = layer.node
         axis = 1 if node.op_type != "MatMul" else real[0].ndim - 1
         bias = biased(node, real[0].shape[axis], self.model.graph)
@@ -366,16 +367,17 @@ class Sweep:
             return made
         found = corrected(bias, real, made, axis, self.bounds(layer))
         change = found - bias
-        before = float(np.square(made[0] - real[0]).sum(dtype=np.float64))
+        before = squared(made[0], real[0])
         shaped = change.reshape([-1 if a == axis else 1 for a in range(real[0].ndim)])
-        moved = [array + shaped for array in made]
-        after = float(np.square(moved[0] - real[0]).sum(dtype=np.float64))
+        for array in made:
+            np.add(array, shaped, out=array)
+        after = squared(made[0], real[0])
         self.gains.count("bias", before, after)
         value = node.inputs[2]
         assert value is not None  # noqa: S101 - `biased` has seen to it
         value.const_value = ir.tensor(found, name=value.name)
         value.shape = ir.Shape(found.shape)
-        return moved
+        return made
 
     def tune_weight(self, layer: PlacedLayer, value: ir.Value, operands: dict[int, Batches | NDArray[Any]]) -> None:
         """Choose a weight's scales and integers; the weight in the model becomes what they stand for."""
@@ -484,6 +486,12 @@ class Sweep:
         value.const_value = ir.tensor(held, name=value.name)
         self.rounded_weights[str(value.name)] = held
         self.scales[str(value.name)] = flat
+
+
+def squared(made: NDArray[np.float32], real: NDArray[np.float32]) -> float:
+    """Return the sum of the squares of a difference."""
+    difference = made - real
+    return float(np.vdot(difference, difference))
 
 
 def run_cached(
