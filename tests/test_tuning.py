@@ -198,7 +198,6 @@ def test_a_corrected_bias_takes_the_mean_error_away() -> None:
     assert np.allclose(channel_means(moved, 1), channel_means(real, 1), atol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 6000), st.sampled_from(["normal", "relu", "zeros", "few"]), st.integers(0, 2**32 - 1))
 def test_percentiles_are_numpys(size: int, kind: str, seed: int) -> None:
     values = np.random.default_rng(seed).standard_normal(size).astype(np.float32)
@@ -207,7 +206,6 @@ def test_percentiles_are_numpys(size: int, kind: str, seed: int) -> None:
     assert np.array(percentiles(values)) == pytest.approx(expected, abs=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40_000), st.integers(1, 30), st.integers(0, 2**32 - 1))
 def test_the_largest_values_are_found_in_few_parts(size: int, count: int, seed: int) -> None:
     values = np.rint(np.random.default_rng(seed).standard_normal(size) * 3).astype(np.float32)  # with many equals
