@@ -13,7 +13,6 @@ import numpy as np
 import onnx_ir as ir
 
 from quantcli.fold import add_constant, constant
-from quantcli.modes import PRODUCTS
 from quantcli.rules import Arithmetic
 from quantcli.write.onnx_qdq import UNSCALED, free_mark, tensor_names
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 def fold_at_load(model: ir.Model, quantized: QuantizedModel) -> None:
     """Put Cast and Mul in place of DequantizeLinear behind the weights of layers that store them.
 
-    Weights in blocks, and those of products in 8 bits, keep it: the runtime has kernels that read them as they are.
+    Weights in blocks, and MatMul's of 8 bits, keep it: the runtime has a kernel that reads them as they are (MatMulNBits).
 
     Args:
         model: The written model, which is changed.
@@ -36,7 +35,7 @@ def fold_at_load(model: ir.Model, quantized: QuantizedModel) -> None:
     for layer in plan.layers:
         for name in layer.inputs if layer.arithmetic is Arithmetic.STORED else ():
             tensor = plan.tensors[name]
-            if tensor.blocks is None and (layer.operator not in PRODUCTS or tensor.integer.bits > 8):
+            if tensor.blocks is None and (layer.operator != "MatMul" or tensor.integer.bits > 8):
                 stored[names[name]["reals"]] = tensor
     for node in list(model.graph):
         if node.op_type == "DequantizeLinear" and (reals := str(node.outputs[0].name)) in stored:
