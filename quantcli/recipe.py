@@ -99,7 +99,7 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     or off by itself: ``ranges`` by the error that they leave (``outputs``: at the model's outputs, not at their readers),
     ``equalize`` channels so that rounding costs least, ``centre`` what is never negative on symmetric grids, ``align`` tensors with
     grids of powers of two, ``compensation`` of what the layers before have changed, weight ``scales`` and ``rounding`` by output
-    error, ``bias`` correction, and regard to what ``activations`` cut.
+    error, ``bias`` correction, regard to what ``activations`` cut, and ``adaround``: rounding learned by all layers at once.
 
     With ``max_drop`` widths are searched that keep ``metric`` within so many points of float's (`quantcli.tune.search`).
     ``optimize`` times candidate plans on this machine and keeps the fastest (`quantcli.tune.latency`). ``smooth`` evens the columns
@@ -120,6 +120,7 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rounding: bool | None = None
     bias: bool | None = None
     activations: bool | None = None
+    adaround: bool | None = None
     optimize: Literal["latency"] | None = None
     smooth: bool | None = None
     smooth_alpha: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.6

@@ -57,7 +57,13 @@ ORDER = [
     {"quantcli.observation", "quantcli.requantize"},
     {"quantcli.review", "quantcli.explain"},
     {"quantcli.evaluation"},
-    {"quantcli.tune.candidates", "quantcli.tune.effort", "quantcli.tune.search", "quantcli.tune.data"},
+    {
+        "quantcli.tune.candidates",
+        "quantcli.tune.adaround",
+        "quantcli.tune.effort",
+        "quantcli.tune.search",
+        "quantcli.tune.data",
+    },
     {"quantcli.decision", "quantcli.delivery", "quantcli.verification"},
     {"quantcli.pipeline"},
     {"quantcli.torch"},
@@ -74,7 +80,7 @@ ORDER = [
 ]
 HEAVY = {"torch", "onnxruntime", "ray"}
 # Rooms for PyTorch alone; who enters them imports them where a torch model is handled.
-TORCH_ROOMS = {"quantcli.write.torch_operators", "quantcli.write.torch_pt2", "quantcli.torch"}
+TORCH_ROOMS = {"quantcli.tune.adaround", "quantcli.write.torch_operators", "quantcli.write.torch_pt2", "quantcli.torch"}
 DRAWERS = {"utils", "util", "common", "helpers", "helper", "base", "core", "manager", "misc"}
 
 

@@ -12,7 +12,7 @@ default  one sweep over 64 samples, 256 for coarse weights: ranges and weight sc
          the model's outputs where the model is small, and that of the tensor's readers elsewhere
 best     sweeps over 256 samples: the above, with the outputs' error of larger models, too; and then each of the two errors,
          compensation, ranges by error, regard to activations, equalization, centring and alignment the other way, kept where
-         that is better
+         that is better; where weights have less than 8 bits, rounding learned from there
 ======== ================================================================================================================
 """
 
@@ -32,6 +32,7 @@ import numpy as np
 from calibration.hooks.onnxruntime import Runner, first_line
 from quantcli.arithmetic.affine import IntegerType
 from quantcli.cost import values_of, work_of
+from quantcli.errors import OutputError, PlanError
 from quantcli.evaluation.metrics import Comparison
 from quantcli.placement import place
 from quantcli.plan import make_plan, unresolvable
@@ -209,6 +210,8 @@ def tune(
         again = ["ranges"]
     for step in again if trying.found else []:
         trying.attempt(trying.best.toggled(step))
+    if trying.found and learns(recipe):
+        trying.learn()
     found += trying.found
     best = max(range(len(found)), key=lambda place: (round(found[place][0].sqnr / MARGIN), -place))
     tries = tuple(replace(one, kept=place == best) for place, (one, _) in enumerate(found))
@@ -348,6 +351,26 @@ class Trying:
         self.choices.append(choice)
         self.found.append((Try(choice.name, worth, time.perf_counter() - begun, {**earlier, **gains}), candidate))
 
+    def learn(self) -> None:
+        """Let the best candidate's weights be learned, and judge what comes of it."""
+        from quantcli.tune.adaround import learn
+
+        begun = time.perf_counter()
+        best = self.choices.index(self.best)
+        before, base = self.found[best]
+        progress = functools.partial(self.progress, f"tune {len(self.choices) + 1}")
+        try:
+            candidate = learn(base, self.judge.model, self.recipe, self.samples.swept, progress)
+            worth = self.judge.sqnr(candidate)
+        except (OutputError, PlanError) as error:
+            logger.info("rounding is not learned: %s", error)
+            return
+        except Exception as error:  # noqa: BLE001 - what was found before is there in any case
+            logger.warning("learning to round failed and is left out: %s", first_line(error))
+            return
+        name = f"{before.name}, learned"
+        self.found.append((Try(name, worth, time.perf_counter() - begun, before.gains), candidate))
+
     def prepare(
         self, base: Candidate, choice: Choice, target: Target, progress: Callable[[int, int], None]
     ) -> tuple[Candidate, Gained]:
@@ -401,6 +424,12 @@ def first_choices(recipe: Recipe, equalizing: Sequence[bool], outputs: int) -> l
     centre = centrable(target) and (shifting if wishes.centre is None else wishes.centre)
     align = shifting and wishes.align is not False
     return [Choice(even, centre, align, steps) for even in equalizing]
+
+
+def learns(recipe: Recipe) -> bool:
+    """Tell whether rounding is learned: where the recipe says so, or the effort is best and weights have less than 8 bits."""
+    wished = recipe.tune.adaround
+    return recipe.tune.effort == "best" and resolve_target(recipe).weight.bits < 8 if wished is None else wished
 
 
 def is_coarse(target: Target) -> bool:
