@@ -110,7 +110,7 @@ class Twin:
         self.made = plan.made if plan is not None else frozenset()
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the outputs; of a Softmax what it is taken of."""
+        """Return the outputs; of a Softmax the logarithms, about their mean, as candidates are judged by."""
         values: dict[ir.Value, Any] = dict(self.held)
         for value in self.graph.inputs:
             values[value] = feeds[str(value.name)]
@@ -135,10 +135,12 @@ class Twin:
         return {str(value.name): self.output(value, values, on_grid) for value in self.graph.outputs}
 
     def output(self, value: ir.Value, values: dict[ir.Value, Any], on_grid: dict[ir.Value, Any]) -> Any:
-        """Return an output; of a Softmax what it is taken of."""
+        """Return an output; of a Softmax the logarithms about their mean, which what it is taken of has about its own."""
         producer = value.producer()
         if producer is not None and producer.op_type in {"Softmax", "LogSoftmax"}:
-            return self.read(producer, producer.inputs[0], values, on_grid)
+            axis = producer.attributes.get_int("axis", -1)
+            found = self.read(producer, producer.inputs[0], values, on_grid)
+            return found - found.mean(dim=axis, keepdim=True)
         return values[value]
 
     def read(
@@ -293,7 +295,7 @@ def train(
     teacher, pupil = Twin(float_model, None, {}, {}), Twin(model, plan, learned, biases)
     with torch.no_grad():
         first = teacher.run({name: torch.from_numpy(values[:BATCH]) for name, values in whole.items()})
-    signal = {name: float(torch.square(centred(values)).mean()) + TINY for name, values in first.items()}
+    signal = {name: float(torch.square(values).mean()) + TINY for name, values in first.items()}
     free = not resolve_target(recipe).weight.power_of_two
     groups = [
         {"params": [one.real for one in learned.values()], "lr": RATES["weight"]},
@@ -307,20 +309,12 @@ def train(
         with torch.no_grad():
             expected = teacher.run(feeds)
         found = pupil.run(feeds)
-        loss = sum(
-            torch.square(centred(found[name]) - centred(values)).mean() / signal[name]
-            for name, values in expected.items()
-        )
+        loss = sum(torch.square(found[name] - values).mean() / signal[name] for name, values in expected.items())
         optimizer.zero_grad()
         loss.backward()  # type: ignore[union-attr]
         optimizer.step()
         schedule.step()
         progress(step + 1, steps)
-
-
-def centred(values: Any) -> Any:
-    """Return values about their rows' means, as logarithms of probabilities are compared."""
-    return values - values.mean(dim=-1, keepdim=True)
 
 
 def begun(tensor: TensorPlan, weight: NDArray[Any]) -> Learned:
