@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 # Samples of a step, and the most and the fewest steps; a step takes the work of so many runs of a sample.
 BATCH, STEPS, FEWEST, RUNS = 32, 300, 60, 4
+# How often, and over how many samples, it is seen how far it has come.
+EVERY, PROBED = 10, 64
 # How many multiply-accumulates may go into all of it.
 WORK = 4 * 10**12
 # The rates of weights (in integers), of scales' logarithms, and of biases (in sixteenths of the range that they are added to).
@@ -290,11 +292,18 @@ def train(
     steps: int,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Move everything that is learned towards the float model's outputs (Adam, at a rate that falls like half a cosine)."""
+    """Move everything that is learned towards the float model's outputs (Adam, at a rate that falls like half a cosine).
+
+    Integers go to and fro, so that it ends anywhere: every few steps some mixtures that are not learned from are run, and where
+    they come out best is kept. (The samples as they are would favour the beginning: the sweep has fitted them.)
+    """
     generator = np.random.default_rng(recipe.calibration.seed)
     teacher, pupil = Twin(float_model, None, {}, {}), Twin(model, plan, learned, biases)
+    aside = np.random.default_rng([recipe.calibration.seed, 1])
+    parts = [drawn(whole, aside) for _ in range(PROBED // BATCH)]
+    probe = {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in whole}
     with torch.no_grad():
-        first = teacher.run({name: torch.from_numpy(values[:BATCH]) for name, values in whole.items()})
+        first = teacher.run(probe)
     signal = {name: float(torch.square(values).mean()) + TINY for name, values in first.items()}
     free = not resolve_target(recipe).weight.power_of_two
     groups = [
@@ -304,17 +313,31 @@ def train(
     ]
     optimizer = torch.optim.Adam([group for group in groups if group["params"]])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(steps):
+
+    def noise(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Any:
+        return sum(torch.square(found[name] - values).mean() / signal[name] for name, values in expected.items())
+
+    moved = [one for group in optimizer.param_groups for one in group["params"]]
+    least, best = math.inf, [one.detach().clone() for one in moved]
+    for step in range(steps + 1):
+        if step % EVERY == 0 or step == steps:
+            with torch.no_grad():
+                found = float(noise(pupil.run(probe), first))
+            if found < least:
+                least, best = found, [one.detach().clone() for one in moved]
+        if step == steps:
+            break
         feeds = {name: torch.from_numpy(values) for name, values in drawn(whole, generator).items()}
         with torch.no_grad():
             expected = teacher.run(feeds)
-        found = pupil.run(feeds)
-        loss = sum(torch.square(found[name] - values).mean() / signal[name] for name, values in expected.items())
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[union-attr]
+        noise(pupil.run(feeds), expected).backward()
         optimizer.step()
         schedule.step()
         progress(step + 1, steps)
+    with torch.no_grad():
+        for one, values in zip(moved, best, strict=True):
+            one.copy_(values)
 
 
 def begun(tensor: TensorPlan, weight: NDArray[Any]) -> Learned:
