@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantcli.fold import constant
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     import onnx_ir as ir
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -77,3 +78,18 @@ def multiply_accumulates(node: ir.Node) -> int | None:
     axis = 0 if node.op_type == "Gemm" and node.attributes.get_int("transA", 0) == 1 else -1
     depth = x.shape[axis] if len(x.shape) else 1
     return made * depth if isinstance(depth, int) else None
+
+
+def larger_by(model: ir.Model, feeds: Mapping[str, NDArray[Any]]) -> int:
+    """Return how many times larger a sample is than the model's shapes say: sizes that those leave free count as 1 in `work_of`.
+
+    Args:
+        model: The model.
+        feeds: Samples by input, along the first axis.
+    """
+    larger: list[int] = [
+        math.ceil(feeds[str(value.name)][0].size / max(values_of(value) or 1, 1))
+        for value in model.graph.inputs
+        if str(value.name) in feeds
+    ]
+    return max([1, *larger])

@@ -71,7 +71,7 @@ def with_stored(plan: Plan, model: ir.Model, names: Collection[str], bits: int) 
     Args:
         plan: The plan.
         model: The model that it speaks of.
-        names: The operators, which stay float in it.
+        names: The operators, which stay float in it; one without a float matrix of its own stays as it is.
         bits: The width of their weights.
     """
     order = {str(node.name): place for place, node in enumerate(model.graph)}
@@ -80,17 +80,19 @@ def with_stored(plan: Plan, model: ir.Model, names: Collection[str], bits: int) 
     for node in model.graph:
         if str(node.name) not in names:
             continue
+        held = {position: weight_of(node, position) for position in WEIGHTS.get(node.op_type, ())}
+        if not held or any(values is None for values in held.values()):
+            continue
         stored = []
-        for position in WEIGHTS[node.op_type]:
-            values = weight_of(node, position)
-            assert values is not None  # noqa: S101 - whoever asks for it has seen the weight
+        for position, values in held.items():
             name = str(node.inputs[position].name)  # type: ignore[union-attr]
-            tensors[name] = stored_weight(name, values, axis_of(node), IntegerType(f"int{bits}", narrow=True))
+            tensors[name] = stored_weight(name, values, axis_of(node), IntegerType(f"int{bits}", narrow=True))  # type: ignore[arg-type]
             stored.append(name)
             unmapped_operand(node, position)
         layers.append(stored_layer(node, stored, why))
     layers.sort(key=lambda layer: order[layer.name])
-    floats = tuple(layer for layer in plan.floats if layer.name not in names)
+    done = {layer.name for layer in layers}
+    floats = tuple(layer for layer in plan.floats if layer.name not in done)
     return replace(plan, tensors=tensors, layers=tuple(layers), floats=floats)
 
 

@@ -116,6 +116,13 @@ def test_a_stored_layer_between_integer_ones_computes_in_float(tmp_path: Path, m
     assert any(str(name).endswith("_float") for name in names)  # the fence behind it stands
 
 
+def test_a_layer_without_a_matrix_stays_as_it_is(tmp_path: Path) -> None:
+    nodes = [node("MatMul", ["x", "v"], ["y"])]
+    graph = fold(load(save(tmp_path / "m.onnx", nodes, {"x": ["n", 4]}, {"y": ["n"]}, {"v": normal(4)})).graph.clone())
+    plan = float_plan(graph, Recipe(), "because")
+    assert with_stored(plan, graph, {"y_node"}, 16) == plan
+
+
 def test_a_float_plan_has_no_integers(model: Path) -> None:
     graph = fold(load(model).graph.clone())
     plan = float_plan(graph, Recipe(), "because")

@@ -18,15 +18,14 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from quantcli.cost import values_of, work_of
+from quantcli.cost import larger_by, work_of
 from quantcli.errors import PlanError
 from quantcli.fold import constant
 from quantcli.placement import place
 from quantcli.plan import make_plan, unresolvable
 from quantcli.recipe import resolve_target
 from quantcli.rules import Arithmetic, Operand
-from quantcli.write.torch_operators import Call, Stored, operators
-from quantcli.write.torch_pt2 import SEVERAL
+from quantcli.write.torch_operators import Stored, computed, operators
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -126,13 +125,7 @@ class Twin:
                 values[value] = rounded(self.held[value].tensor, self.plan.tensors[name])
         on_grid: dict[ir.Value, Any] = {}
         for node in self.graph:
-            operands = [self.read(node, value, values, on_grid) for value in node.inputs]
-            call = Call(node, operands)
-            row = self.rows.get(node.op_type) if node.domain in {"", "ai.onnx"} else None
-            if row is None:
-                raise call.unknown("it has no counterpart there")
-            found = row(call)
-            made = found if node.op_type in SEVERAL else (found,)
+            made = computed(node, [self.read(node, value, values, on_grid) for value in node.inputs], self.rows)
             values.update(zip(node.outputs, made, strict=False))
         return {str(value.name): self.output(value, values, on_grid) for value in self.graph.outputs}
 
@@ -249,12 +242,7 @@ def affordable(model: ir.Model, whole: Mapping[str, NDArray[Any]]) -> int:
         PlanError: If they are too few to learn anything.
     """
     work = [work_of(node).macs for node in model.graph]
-    larger = [
-        math.ceil(whole[str(value.name)][0].size / max(values_of(value) or 1, 1))
-        for value in model.graph.inputs
-        if str(value.name) in whole
-    ]
-    once = sum(macs or 0 for macs in work) * max([1, *larger])
+    once = sum(macs or 0 for macs in work) * larger_by(model, whole)
     steps: int = min(WORK // max(once * BATCH * RUNS, 1), STEPS)
     if None in work or steps < FEWEST:
         raise PlanError(f"a step takes too much of {WORK:.0e} multiply-accumulates", "leave it out")
@@ -270,10 +258,11 @@ def begin(model: ir.Model, plan: Plan, base: Candidate, recipe: Recipe) -> tuple
             continue
         made = plan.tensors.get(str(layer.output.name))
         for _, value, kind in layer.operands():
-            name, held = str(value.name), np.array(constant(value))
-            if kind is Operand.WEIGHT and name in base.tuning.scales and len(value.uses()) == 1:
-                learned[name] = begun(plan.tensors[name], held)
-            elif kind is Operand.BIAS and len(value.uses()) == 1:
+            name, alone = str(value.name), len(value.uses()) == 1
+            if kind is Operand.WEIGHT and name in base.tuning.scales and alone:
+                learned[name] = begun(plan.tensors[name], np.asarray(constant(value)))
+            elif kind is Operand.BIAS and alone:
+                held = np.array(constant(value))
                 span = made.hi[0] - made.lo[0] if made is not None else 16 * float(np.abs(held).max())
                 biases[name] = Added(
                     torch.from_numpy(held), span / 16, torch.zeros(held.shape, dtype=torch.float32).requires_grad_()

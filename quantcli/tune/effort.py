@@ -31,7 +31,7 @@ import numpy as np
 
 from calibration.hooks.onnxruntime import Runner, first_line
 from quantcli.arithmetic.affine import IntegerType
-from quantcli.cost import values_of, work_of
+from quantcli.cost import larger_by, values_of, work_of
 from quantcli.errors import OutputError, PlanError
 from quantcli.evaluation.metrics import Comparison
 from quantcli.placement import place
@@ -456,19 +456,13 @@ def tunable(model: ir.Model, statistics: Statistics, recipe: Recipe) -> bool:
 def work_ahead(candidate: Candidate, recipe: Recipe, feeds: Feeds) -> int:
     """Return about how many multiply-accumulates it takes, per sample, to judge ranges by what they do to the outputs.
 
-    Every range takes a run of what is left of the model behind its tensor, which is half of it on average. Sizes that the model
-    leaves free count as 1 in its shapes; so all counts for as many times more as an input is larger than its shape says.
+    Every range takes a run of what is left of the model behind its tensor, which is half of it on average.
     """
     placement = place(candidate.model, recipe, unresolvable(candidate.statistics.tensors))
     work = [work_of(node) for node in candidate.model.graph]
     if any(one.macs is None or one.made is None for one in work):
         return sys.maxsize
-    larger: list[int] = [
-        math.ceil(feeds[str(value.name)][0].size / max(values_of(value) or 1, 1))
-        for value in candidate.model.graph.inputs
-        if value.name in feeds
-    ]
-    once = sum((one.macs or 0) + (one.made or 0) for one in work) * max([1, *larger])
+    once = sum((one.macs or 0) + (one.made or 0) for one in work) * larger_by(candidate.model, feeds)
     return len(placement.observed()) * TRIES * once // 2
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from quantcli.errors import OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -105,6 +105,29 @@ class Call:
         return OutputError(
             f"{self.node.op_type} '{self.node.name}' cannot be written in PyTorch: {what}", "write .onnx instead"
         )
+
+
+# Operators whose row gives all their outputs.
+SEVERAL = frozenset({"GRU", "LSTM", "Split"})
+
+
+def computed(node: ir.Node, inputs: list[Any], rows: Mapping[str, Callable[[Call], Any]]) -> Sequence[Any]:
+    """Return what a node gives, output by output.
+
+    Args:
+        node: The operator.
+        inputs: Its operands; None where one is left out.
+        rows: What operators are in PyTorch (`operators`).
+
+    Raises:
+        OutputError: If it has no row.
+    """
+    call = Call(node, inputs)
+    row = rows.get(node.op_type) if node.domain in {"", "ai.onnx"} else None
+    if row is None:
+        raise call.unknown("it has no counterpart there")
+    found = row(call)
+    return found if node.op_type in SEVERAL else (found,)
 
 
 def as_tensor(value: Any) -> Any:

@@ -21,13 +21,11 @@ from torch import nn
 from calibration.hooks.torch import register_operators
 from quantcli.errors import OutputError
 from quantcli.load.torch import ROWS, quiet, reason
-from quantcli.write.torch_operators import Call, Stored, operators
+from quantcli.write.torch_operators import Stored, computed, operators
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# Operators whose row gives all their outputs.
-SEVERAL = frozenset({"GRU", "LSTM", "Split"})
 # What every member of an archive is dated, and which members are packed.
 EPOCH = (1980, 1, 1, 0, 0, 0)
 PACKED = (".json", "sample_inputs/model.pt")
@@ -82,12 +80,7 @@ class Network(nn.Module):
         values: dict[Any, Any] = dict(zip(self.graph.inputs, inputs, strict=True))
         values.update({value: self.stored(str(value.name)) for value in self.graph.initializers.values()})
         for node in self.graph:
-            call = Call(node, [values[value] if value is not None else None for value in node.inputs])
-            row = self.rows.get(node.op_type) if node.domain in {"", "ai.onnx"} else None
-            if row is None:
-                raise call.unknown("it has no counterpart there")
-            found = row(call)
-            made = found if node.op_type in SEVERAL else (found,)
+            made = computed(node, [values[value] if value is not None else None for value in node.inputs], self.rows)
             values.update(zip(node.outputs, made, strict=False))
         results = [values[value] for value in self.graph.outputs]
         results = [value.tensor if isinstance(value, Stored) else value for value in results]
