@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from calibration.errors import DataError
+from calibration.errors import DataError, RunError
 from calibration.lanes import ONE_BY_ONE, Lanes, in_line
+from calibration.layout import Layout
 from calibration.observers import TensorStatistics, glance
+from calibration.together import Together
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from calibration.observers import Counting
 
     Batch = tuple["Span", dict[str, NDArray[Any]]]
-    Computed = tuple["Light | None", dict[str, NDArray[Any]]]
+    Computed = tuple["Light | Frame | None", dict[str, NDArray[Any]]]
 
 # How many samples are kept for self-checks: enough for a number that means something, few enough to be small.
 CHECK_SAMPLES = 4
@@ -50,6 +52,23 @@ class Hook(Protocol):
 
     def rest(self) -> None:
         """Let go of what can be loaded again when it is needed again."""
+        ...
+
+    def frame(self, layout: Layout) -> Frame | None:
+        """Return a buffer that batches can be run into; None where the runtime hands out arrays of its own."""
+        ...
+
+
+class Frame(Protocol):
+    """A buffer that a hook writes the asked tensors of a batch into."""
+
+    @property
+    def buffer(self) -> NDArray[np.float32]:
+        """All of it."""
+        ...
+
+    def run(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run one batch and return its tensors by name; they stay until the next one is run."""
         ...
 
 
@@ -178,7 +197,10 @@ def collect(
     """
     counting = work.counting
     if seen is None or not seen.done:
-        seen = Seen({name: TensorStatistics.for_counting(counting, name in work.columns) for name in tensors})
+        floors = floors or {}
+        seen = Seen(
+            {name: TensorStatistics.for_counting(counting, name in work.columns, floors.get(name)) for name in tensors}
+        )
         prepare(hook, seen, work)
     for name, floor in (floors or {}).items():
         if name in seen.tensors:
@@ -201,11 +223,13 @@ def collect(
             seen.done, seen.samples = seen.done + 1, seen.samples + stop - start
             progress(seen.samples)
             if checkpoint.due or interrupted():
+                counter.settle()
                 checkpoint.keep(seen)
             if interrupted():
                 raise KeyboardInterrupt
 
         in_line(work.lanes, batches(), counter.compute, counter.count, counted, is_little)
+        counter.settle()
         if interrupted():  # while the last batch was counted in another thread
             checkpoint.keep(seen)
             raise KeyboardInterrupt
@@ -275,19 +299,27 @@ def is_little(made: Computed) -> bool:
 
 @dataclass
 class Counter:
-    """Computes batches and counts them, by the shortcut while there is one.
+    """Computes batches and counts them, by the shortcut while there is one, or all tensors together where that can be.
 
     Attributes:
         hook: The model.
         seen: What was counted so far.
         work: The batches.
         light: The shortcut at work.
+        alike: The shapes of the inputs of the batches that go into frames.
+        layout: What their tensors look like; None where they cannot be counted together.
+        frames: The frames that are free.
+        together: Counts them.
     """
 
     hook: Hook
     seen: Seen
     work: Work
     light: Light | None = None
+    alike: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    layout: Layout | None = None
+    frames: list[Frame] = field(default_factory=list)
+    together: Together | None = None
 
     def take(self, shortcut: Shortcut, feeds: dict[str, NDArray[Any]]) -> None:
         """Take a shortcut, as far as the first sample of a batch shows that it serves."""
@@ -298,16 +330,59 @@ class Counter:
         """Run a batch; return the shortcut that was taken, and what the model gave."""
         feeds = batch[1]
         light = self.light
-        return light, computed(self.hook, list(self.seen.tensors), feeds) if light is None else light.run(feeds)
+        if light is not None:
+            return light, light.run(feeds)
+        if self.layout is not None and self.alike == shapes_of(feeds):
+            frame = self.free(self.layout)
+            if frame is not None:
+                with contextlib.suppress(RunError):  # where shapes depend on values, or the model fails: see below
+                    return frame, frame.run(feeds)
+            self.layout = None
+        return None, computed(self.hook, list(self.seen.tensors), feeds)
 
     def count(self, batch: Batch, made: Computed) -> None:
         """Count a batch; the whole tensors, where a value was too large for the shortcut, which is given up then."""
-        (span, feeds), (light, found) = batch, made
-        if light is not None:
-            if light.count(found, span):
+        (span, feeds), (way, found) = batch, made
+        if isinstance(way, Light):
+            if way.count(found, span):
                 return
-            self.light, found = None, computed(self.hook, list(self.seen.tensors), feeds)
-        count(found, self.seen.tensors, span, self.work)
+            self.light, found, way = None, computed(self.hook, list(self.seen.tensors), feeds), None
+        if way is None:
+            layout = Layout.of(found) if self.together is None and self.histograms_alone else None
+            count(found, self.seen.tensors, span, self.work)
+            if (
+                layout is not None
+                and Together.pays(layout)
+                and all(held.elements for held in self.seen.tensors.values())
+            ):
+                self.alike = shapes_of(feeds)
+                self.together = Together(self.seen.tensors, layout, span[1] - span[0])
+                self.layout = layout
+            return
+        if self.together is None or not self.together.count(way.buffer, span[0]):
+            count(found, self.seen.tensors, span, self.work)
+        self.frames.append(way)
+
+    @property
+    def histograms_alone(self) -> bool:
+        """Whether nothing but extremes and histograms is counted."""
+        return self.work.counting.parts == {"histogram"} and not self.work.columns
+
+    def free(self, layout: Layout) -> Frame | None:
+        """Return a frame that no batch is in."""
+        with contextlib.suppress(IndexError):
+            return self.frames.pop()
+        return self.hook.frame(layout)
+
+    def settle(self) -> None:
+        """Put into the statistics what was counted together."""
+        if self.together is not None:
+            self.together.settle()
+
+
+def shapes_of(feeds: dict[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a batch's inputs."""
+    return {name: values.shape for name, values in feeds.items()}
 
 
 def count(found: dict[str, NDArray[Any]], tensors: dict[str, TensorStatistics], span: Span, work: Work) -> None:

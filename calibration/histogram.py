@@ -141,9 +141,12 @@ class Histogram:
 
     def add_bulk(self, values: NDArray[np.float32]) -> None:
         """Put looked-at elements into bins, but for those beyond the tails."""
-        below, above = np.float32(self.tails[0]), np.float32(self.tails[1])
-        if self.stride > 1 and (np.minimum.reduce(values) < below or np.maximum.reduce(values) > above):
-            values = values[(values >= below) & (values <= above)]
+        if self.stride > 1:
+            below, above = np.float32(self.tails[0]), np.float32(self.tails[1])
+            if values.size and np.maximum.reduce(values) > above:
+                values = values[values <= above]
+            if values.size and np.minimum.reduce(values) < below:
+                values = values[values >= below]
         self.add(values, self.stride)
 
     def add(self, values: NDArray[np.float32], weight: int) -> None:
@@ -155,9 +158,11 @@ class Histogram:
         inverse = np.float32(math.ldexp(1.0, -self.exponent))
         first = math.floor(lowest * float(inverse))
         scaled = values * inverse
-        places = np.floor(scaled).astype(np.int32)
         if lowest < 0:
+            places = np.floor(scaled).astype(np.int32)
             places -= (scaled == 0) & (values < 0)  # what is so small that its product vanishes lies below zero still
+        else:
+            places = scaled.astype(np.int32)  # towards zero
         places -= np.int32(first)
         found = np.bincount(places)
         self.counts[BINS + first : BINS + first + len(found)] += weight * found

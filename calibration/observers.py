@@ -205,6 +205,8 @@ class TensorStatistics:
             glances = [glance(values, 1 + len(others)), *others]
             elements = values.size * counting.samples // max(rows, 1)
             self.histogram.prepare(values.size, glances, elements, SLOPES_BULK if counting.observer in SLOPES else BULK)
+            if self.floor is not None:  # no extreme is to be found there, once it was seen
+                self.histogram.tails = (-math.inf, self.histogram.tails[1])
 
     def update(self, values: NDArray[np.floating], first: int, rows: int, counting: Counting) -> None:
         """Count one batch.
@@ -376,15 +378,15 @@ def beyond(
         known: The highest (or lowest) so far, which is returned where none of the values changes it and that is plain to see.
         above: Which.
     """
-    extreme, outside = (np.maximum, np.greater) if above else (np.minimum, np.less)
+    extreme, reaches = (np.maximum, np.greater_equal) if above else (np.minimum, np.less_equal)
     limit = np.float32(bound)
     if math.isinf(bound):
         return float(extreme.reduce(values)), []
     tail = values_outside(values, limit, above)
     if tail.size:
         return float(extreme.reduce(tail)), [tail]
-    # None lies beyond the bound: what does already is further out.
-    return (known if outside(known, bound) else float(extreme.reduce(values))), []
+    # None lies beyond the bound: what was seen there, or beyond it, is not surpassed.
+    return (known if reaches(known, bound) else float(extreme.reduce(values))), []
 
 
 def values_outside(values: NDArray[np.float32], limit: np.float32, above: bool) -> NDArray[np.float32]:

@@ -16,9 +16,10 @@ SOURCES = sorted(file for package in ("quantcli", "calibration") for file in (RO
 ORDER = [
     {"calibration.errors"},
     {"calibration.datasets"},
-    {"calibration.hooks", "calibration.histogram", "calibration.lanes"},
+    {"calibration.hooks", "calibration.histogram", "calibration.lanes", "calibration.layout"},
     {"calibration.observers"},
-    {"calibration.statistics", "calibration.collect", "calibration.ranges"},
+    {"calibration.statistics", "calibration.together", "calibration.ranges"},
+    {"calibration.collect"},
     {"calibration"},
     {"quantcli.errors"},
     {

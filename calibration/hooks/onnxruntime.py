@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from calibration.layout import Layout
+
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 # Models of more bytes are run without copies of their weights, if a little slower.
 WORTH_SPARING = 1 << 30
@@ -136,6 +138,10 @@ class Runner:
         """The names of the model's outputs."""
         return tuple(node.name for node in self.session.get_outputs())
 
+    def frame(self, layout: Layout) -> Frame:
+        """Return a buffer that batches can be run into."""
+        return Frame(self, layout)
+
     def run(self, feeds: dict[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Run one batch and return the asked outputs (all of them by default) by name.
 
@@ -149,6 +155,46 @@ class Runner:
             return dict(zip(names, self.session.run(names, feeds), strict=True))
         except Exception as error:
             raise RunError(f"ONNX Runtime fails while running {self.what} ({first_line(error)})") from error
+
+
+class Frame:
+    """A buffer that ONNX Runtime writes the outputs of batches of one shape into, one batch after the other.
+
+    Args:
+        runner: The model.
+        layout: Where its outputs lie, and inputs among them.
+
+    Attributes:
+        buffer: float32.
+        views: Its tensors by name.
+    """
+
+    def __init__(self, runner: Runner, layout: Layout) -> None:
+        self.what, self.session = runner.what, runner.session
+        self.buffer = layout.buffer()
+        self.views = layout.views(self.buffer)
+        self.binding: Any = self.session.io_binding()
+        self.fed = {spec.name: spec.dtype for spec in runner.inputs}
+        for name, view in self.views.items():
+            if name not in self.fed:
+                self.binding.bind_output(name, "cpu", 0, np.float32, view.shape, view.ctypes.data)
+
+    def run(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run one batch and return its tensors by name; they stay until the next one is run.
+
+        Raises:
+            RunError: If ONNX Runtime fails, or a tensor has another shape than the layout's.
+        """
+        held = {name: np.ascontiguousarray(values, dtype=self.fed[name]) for name, values in feeds.items()}
+        try:
+            for name, values in held.items():
+                self.binding.bind_input(name, "cpu", 0, values.dtype.type, values.shape, values.ctypes.data)
+                if name in self.views:
+                    np.copyto(self.views[name], values)
+            self.session.run_with_iobinding(self.binding)
+        except Exception as error:
+            raise RunError(f"ONNX Runtime fails while running {self.what} ({first_line(error)})") from error
+        return dict(self.views)
 
 
 def folder_size(path: Path) -> int:

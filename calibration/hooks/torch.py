@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from calibration.layout import Layout
+
 
 class TorchHook:
     """What both hooks share.
@@ -36,6 +38,9 @@ class TorchHook:
 
     def rest(self) -> None:
         """Keep everything: it is used until the end."""
+
+    def frame(self, layout: Layout) -> None:
+        """Return nothing: torch makes the tensors itself."""
 
     def fed(self, feeds: dict[str, NDArray[Any]]) -> list[torch.Tensor]:
         """Return a batch as tensors on the device, in the order of the inputs."""

@@ -17,12 +17,13 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.collect import CHECK_SAMPLES, Checkpoint, Seen, Shortcut, Work, collect, pilot_of
+from calibration.collect import CHECK_SAMPLES, Checkpoint, Frame, Seen, Shortcut, Work, collect, pilot_of
 from calibration.datasets import InputSpec
 from calibration.errors import DataError, RunError
 from calibration.hooks.onnxruntime import Runner
 from calibration.hooks.torch import ModuleHook, ProgramHook
 from calibration.lanes import Lanes, in_line
+from calibration.layout import ALIGNED, Layout
 from calibration.observers import Counting, TensorStatistics
 
 Array = NDArray[Any]
@@ -126,6 +127,10 @@ class Around:
 
     def rest(self) -> None:
         pass
+
+    def frame(self, layout: Layout) -> Frame | None:
+        del layout
+        return None
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
@@ -293,6 +298,127 @@ def test_no_single_sample_says_where_tails_begin() -> None:
     clear = math.ceil(math.ldexp(whole.tails[1], -whole.exponent))  # the first bin that holds nothing else
     beyond = int((values >= math.ldexp(clear, whole.exponent)).sum())
     assert whole.counts[len(whole.counts) // 2 + clear :].sum() == beyond > 0
+
+
+# ---- all tensors of a batch together ------------------------------------------------------------------------------------------
+
+
+class Framed(Around):
+    """Counts how many batches went into frames."""
+
+    framed = 0
+
+    def frame(self, layout: Layout) -> Frame:
+        frame, hook = self.hook.frame(layout), self
+
+        class Watched:
+            buffer = frame.buffer
+
+            def run(self, feeds: dict[str, Array]) -> dict[str, Array]:
+                hook.framed += 1
+                return frame.run(feeds)
+
+        return Watched()
+
+
+def counted(seen: Seen) -> dict[str, list[object]]:
+    """Return all that was counted, by tensor."""
+    found: dict[str, list[object]] = {}
+    for name, held in seen.tensors.items():
+        histogram = held.histogram
+        assert histogram is not None
+        found[name] = [held.minimum, held.maximum, held.elements, held.nan, held.infinite, histogram.exponent]
+        found[name] += [histogram.counts.tolist(), histogram.zeros, histogram.stride, histogram.tails]
+    return found
+
+
+def wide_model(columns: int) -> Runner:
+    """Return a running model x → Neg → Relu, and x → Clip to [−1, 0.5], and the sum of a row."""
+    nodes = [
+        helper.make_node("Neg", ["x"], ["turned"]),
+        helper.make_node("Relu", ["turned"], ["clipped"]),
+        helper.make_node("Clip", ["x", "low", "high"], ["between"]),
+        helper.make_node("ReduceSum", ["x", "axis"], ["summed"]),
+    ]
+    shapes = {"x": columns, "turned": columns, "clipped": columns, "between": columns, "summed": 1}
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size]) for name, size in shapes.items()]
+    constants = [
+        numpy_helper.from_array(np.array(-1, np.float32), "low"),
+        numpy_helper.from_array(np.array(0.5, np.float32), "high"),
+        numpy_helper.from_array(np.array([1]), "axis"),
+    ]
+    graph = helper.make_graph(nodes, "test", infos[:1], infos[1:], constants)
+    return Runner(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+    )
+
+
+WIDE, FLOORS = ["x", "turned", "clipped", "between", "summed"], {"clipped": 0.0, "between": -1.0}
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("columns", [5, 4501])
+@pytest.mark.parametrize(("observer", "spoilt"), [("percentile", False), ("entropy", False), ("percentile", True)])
+def test_tensors_counted_together_are_counted_alike(observer: str, spoilt: bool, columns: int, lanes: Lanes) -> None:
+    """Batches of 4 of 150 samples, the last one smaller; then what is not finite, which is counted tensor by tensor."""
+    rows = np.random.default_rng(columns).normal(size=(150, columns)).astype(np.float32)
+    rows[77] *= 30
+    rows[100:, 3] = 0.0
+    if spoilt:
+        rows[40, 1], rows[41, 2], rows[90, 0] = np.nan, np.inf, -np.inf
+    counting = Counting(observer, allow_non_finite=spoilt, samples=150)
+    framed = Framed(wide_model(columns))
+    together = collect(framed, WIDE, work(rows, 4, counting, lanes), None, FLOORS)
+    alone = collect(Around(wide_model(columns)), WIDE, work(rows, 4, counting), None, FLOORS)
+    # All whole batches but those that were begun before the first was counted.
+    assert 37 - lanes.workers <= framed.framed <= 36
+    assert counted(together) == counted(alone)
+    assert alone.tensors["x"].histogram is not None
+    assert (alone.tensors["x"].histogram.stride > 1) == (columns > 5)
+
+
+def test_a_checkpoint_holds_what_was_counted_together() -> None:
+    rows = np.random.default_rng(5).normal(size=(40, 300)).astype(np.float32)
+    job = work(rows, 4, Counting("percentile", samples=40))
+    held: list[tuple[int, int]] = []
+
+    def save(seen: Seen) -> None:
+        histogram = seen.tensors["turned"].histogram
+        assert histogram is not None
+        held.append((seen.tensors["turned"].elements, int(histogram.counts.sum()) + histogram.waiting))
+
+    collect(wide_model(300), WIDE, job, None, FLOORS, checkpoint=Checkpoint(0.0, save))
+    assert held == [(1200 * batches, 1200 * batches) for batches in range(1, 11)]
+
+
+def test_tensors_whose_shape_depends_on_values_are_counted_one_by_one() -> None:
+    """The layout is the first batch's; ONNX Runtime refuses to write a larger tensor there."""
+    nodes = [helper.make_node("Relu", ["x"], ["clipped"]), helper.make_node("NonZero", ["clipped"], ["places"])]
+    nodes += [helper.make_node("Cast", ["places"], ["found"], to=TensorProto.FLOAT)]
+    infos = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3])]
+    outputs = [helper.make_tensor_value_info("found", TensorProto.FLOAT, [2, "many"])]
+    graph = helper.make_graph(nodes, "test", infos, outputs)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    runner = Framed(Runner(proto.SerializeToString()))
+    counting = Counting("percentile", samples=10)
+    together = collect(runner, ["x", "found"], work(ROWS, 2, counting))
+    assert runner.framed > 0
+    assert counted(together) == counted(collect(Around(runner.hook), ["x", "found"], work(ROWS, 2, counting)))
+
+
+def test_a_layout_lies_at_whole_lines_and_holds_float32_alone() -> None:
+    found = {"a": np.ones((2, 3), np.float32), "b": np.ones((17,), np.float32)}
+    layout = Layout.of(found)
+    assert layout is not None
+    assert (layout.starts, layout.size) == ({"a": 0, "b": ALIGNED}, 3 * ALIGNED)
+    buffer = layout.buffer()
+    assert (buffer.ctypes.data % 64, buffer.size) == (0, 48)
+    views = layout.views(buffer)
+    views["b"][:] = 2
+    assert buffer[16:33].tolist() == [2.0] * 17
+    assert views["a"].shape == (2, 3)
+    assert Layout.of({**found, "c": np.ones(2, np.float16)}) is None
+    assert Layout.of({**found, "c": np.ones((0, 2), np.float32)}) is None
 
 
 # ---- the shortcut --------------------------------------------------------------------------------------------------------------

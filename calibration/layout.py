@@ -1,0 +1,56 @@
+"""How a batch's tensors lie side by side in one buffer, so that all of them can be looked at together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+# Every tensor begins at a multiple of so many elements: 64 bytes.
+ALIGNED = 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each tensor of a batch lies.
+
+    Attributes:
+        shapes: By tensor name; all hold float32, and none is empty.
+        starts: At which element each begins, multiples of `ALIGNED`, in the same order.
+        size: How many elements the buffer has.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    starts: dict[str, int]
+    size: int
+
+    @classmethod
+    def of(cls, found: Mapping[str, NDArray[np.generic]]) -> Layout | None:
+        """Return the layout of a batch like this one; None where a tensor is empty or does not hold float32."""
+        starts, size = {}, 0
+        for name, values in found.items():
+            if values.dtype != np.float32 or not values.size:
+                return None
+            starts[name] = size
+            size += -(-values.size // ALIGNED) * ALIGNED
+        return cls({name: values.shape for name, values in found.items()}, starts, size)
+
+    def buffer(self) -> NDArray[np.float32]:
+        """Return a new buffer that begins at a multiple of 64 bytes."""
+        room = np.zeros(self.size + ALIGNED, dtype=np.float32)
+        first = -(room.ctypes.data // room.itemsize) % ALIGNED
+        return room[first : first + self.size]
+
+    def views(self, buffer: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """Return a buffer's tensors by name."""
+        return {
+            name: buffer[start : start + math.prod(shape)].reshape(shape)
+            for (name, shape), start in zip(self.shapes.items(), self.starts.values(), strict=True)
+        }
