@@ -275,15 +275,20 @@ def prepare(hook: Hook, seen: Seen, work: Work) -> None:
     """Let histograms see the first batches of the whole calibration, unless that is the one that this run begins with."""
     if "histogram" not in work.counting.parts or tuple(work.spans[:1]) == work.pilot:
         return
-    glances: dict[str, list[NDArray[np.float32]]] = {name: [] for name in seen.tensors}
-    for span in work.pilot[1:]:
-        found = computed(hook, list(seen.tensors), work.feeds(span))
+    names, first = list(seen.tensors), work.pilot[0]
+    sizes: dict[str, int] = {}
+    glances: dict[str, list[NDArray[np.float32]]] = {name: [] for name in names}
+
+    def look(span: Span, found: dict[str, NDArray[Any]]) -> None:
         for name in list(found):
-            glances[name].append(glance(found.pop(name), len(work.pilot)))
-    first = work.pilot[0]
-    found = computed(hook, list(seen.tensors), work.feeds(first))
-    for name in list(found):
-        seen.tensors[name].prepare(found.pop(name), first[1] - first[0], work.counting, glances[name])
+            values = found.pop(name)
+            if span == first:
+                sizes[name] = values.size
+            glances[name].append(glance(values, len(work.pilot)))
+
+    in_line(work.lanes, iter(work.pilot), lambda span: computed(hook, names, work.feeds(span)), look, lambda _: None)
+    for name in names:
+        seen.tensors[name].prepare_from(sizes[name], first[1] - first[0], work.counting, glances[name])
 
 
 def computed(hook: Hook, names: Sequence[str], feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

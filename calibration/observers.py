@@ -190,21 +190,28 @@ class TensorStatistics:
             histogram=Histogram() if "histogram" in parts else None,
         )
 
-    def prepare(
-        self, values: NDArray[np.floating], rows: int, counting: Counting, others: Sequence[NDArray[np.float32]] = ()
-    ) -> None:
-        """Fix what the first batches fix, without counting them.
+    def prepare(self, values: NDArray[np.floating], rows: int, counting: Counting) -> None:
+        """Fix what the first batch fixes, without counting it.
 
         Args:
-            values: The first batch.
+            values: The batch.
             rows: How many samples it has.
             counting: What will be counted.
-            others: Glances at other batches.
+        """
+        self.prepare_from(values.size, rows, counting, [glance(values)])
+
+    def prepare_from(self, size: int, rows: int, counting: Counting, glances: Sequence[NDArray[np.float32]]) -> None:
+        """Fix what the first batches fix.
+
+        Args:
+            size: How many elements the first batch has.
+            rows: How many samples it has.
+            counting: What will be counted.
+            glances: Glances at each of the first batches.
         """
         if self.histogram is not None:
-            glances = [glance(values, 1 + len(others)), *others]
-            elements = values.size * counting.samples // max(rows, 1)
-            self.histogram.prepare(values.size, glances, elements, SLOPES_BULK if counting.observer in SLOPES else BULK)
+            elements = size * counting.samples // max(rows, 1)
+            self.histogram.prepare(size, glances, elements, SLOPES_BULK if counting.observer in SLOPES else BULK)
             if self.floor is not None:  # no extreme is to be found there, once it was seen
                 self.histogram.tails = (-math.inf, self.histogram.tails[1])
 
