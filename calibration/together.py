@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 EIGHT = 8
 ALL = np.ones(EIGHT, dtype=bool).view(np.uint64)[0]
 NOWHERE, NOTHING = np.zeros(0, dtype=np.intp), np.zeros(0, dtype=np.uint64)
+# About how many elements beyond tails wait before they are put into bins.
+WAITING = 1 << 17
 # So many answers are looked at while they are in a core's own cache.
 GROUP = 1 << 17
 # Where a batch's tensors are larger on average, calls are few, and one tensor after the other leaves more in the caches.
@@ -96,8 +98,7 @@ class Together:
         self.ends = np.cumsum(self.looked)
         within = np.arange(len(self.owner)) - (self.ends - self.looked)[self.owner]
         self.base = self.starts[self.owner] + within * self.strides[self.owner]
-        self.room = PENDING * len(self.seen)
-        room = max(1, self.room // len(self.owner))
+        room = max(1, PENDING // 2 * len(self.seen) // len(self.owner))
         self.bulk = np.empty((room, len(self.owner)), dtype=np.float32)
         self.whole = np.empty((room, len(self.seen)), dtype=bool)
         self.waiting = 0
@@ -125,8 +126,10 @@ class Together:
             self.beyond += values.size
         self.look(buffer, first)
         self.batches += 1
-        if self.waiting == len(self.bulk) or self.beyond > self.room:
-            self.flush()
+        if self.waiting == len(self.bulk):
+            self.flush_bulk()
+        if self.beyond > WAITING:
+            self.flush_tails()
         return True
 
     def outside(self, buffer: NDArray[np.float32]) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
@@ -179,8 +182,8 @@ class Together:
         self.whole[self.waiting] = whole
         self.waiting += 1
 
-    def flush(self) -> None:
-        """Put into bins what waits for it."""
+    def flush_bulk(self) -> None:
+        """Put into bins what waits of the looked-at elements."""
         for index, histogram in enumerate(self.histograms):
             last = self.ends[index] - 1
             some = self.bulk[: self.waiting, last + 1 - self.looked[index] : last].reshape(-1)
@@ -188,6 +191,9 @@ class Together:
                 np.concatenate([some, self.bulk[: self.waiting, last][self.whole[: self.waiting, index]]])
             )
         self.waiting = 0
+
+    def flush_tails(self) -> None:
+        """Put into bins what waits of the elements beyond the tails."""
         if self.tails:
             places, values = (np.concatenate(parts) for parts in zip(*self.tails, strict=True))
             counts = np.bincount(places, minlength=len(self.bounded))
@@ -198,7 +204,8 @@ class Together:
 
     def settle(self) -> None:
         """Put into the statistics everything that was counted."""
-        self.flush()
+        self.flush_bulk()
+        self.flush_tails()
         for index, seen in enumerate(self.seen):
             low, high = self.extremes[2 * index : 2 * index + 2].tolist()
             seen.count_extremes(low, high, self.batches * int(self.sizes[index]))
