@@ -113,7 +113,8 @@ def patches(node: ir.Node, values: NDArray[Any]) -> NDArray[Any]:
     dilations = [int(d) for d in node.attributes.get_ints("dilations", [1] * spatial)]
     extents = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
     begins, ends = padding(node, values.shape[2:], extents, strides)
-    padded = np.pad(values, [(0, 0), (0, 0), *zip(begins, ends, strict=True)])
+    pads = [(0, 0), (0, 0), *zip(begins, ends, strict=True)]
+    padded = np.pad(values, pads) if any(map(any, pads)) else values
     windows = np.lib.stride_tricks.sliding_window_view(padded, extents, axis=tuple(range(2, 2 + spatial)))
     steps = tuple(slice(None, None, s) for s in strides)
     inner = tuple(slice(None, None, d) for d in dilations)
