@@ -103,6 +103,23 @@ def test_a_settled_minimum_changes_nothing(observer: str) -> None:
         assert (plain.histogram.counts == settled.histogram.counts).all()
 
 
+def test_what_lies_just_above_a_floor_is_counted() -> None:
+    """A Relu that cuts next to nothing: its lowest values lie in the tail, and are none of its extremes."""
+    rows = np.random.default_rng(2).uniform(0.001, 1, size=(64, 20_000)).astype(np.float32)
+    rows[:, 7] = 0.0
+    counting = Counting("percentile", samples=64)
+    seen = TensorStatistics.for_counting(counting, floor=0.0)
+    seen.prepare(rows[:8], 8, counting)
+    for start in range(0, 64, 8):
+        seen.update(rows[start : start + 8], start, 8, counting)
+    assert seen.histogram is not None
+    seen.histogram.flush()
+    assert seen.histogram.stride > 1
+    lowest = seen.histogram.counts[BINS : BINS + 5].sum()  # bins are 1/2048 wide
+    exact = int((rows < 5 / 2048).sum())
+    assert lowest == pytest.approx(exact, abs=4 * math.sqrt(exact * seen.histogram.stride))
+
+
 def test_channels_are_counted_along_the_second_axis() -> None:
     rows = np.random.default_rng(5).normal(size=(6, 3, 4, 4)).astype(np.float32)
     seen = counted(rows[:2], rows[2:], counting=Counting(channels=True))
