@@ -335,3 +335,11 @@ def test_a_model_of_which_nothing_can_be_foreseen_is_tuned_as_it_is(
     done = convert(uneven, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz", samples=24))
     assert len(done.tuned.tries) > 1
     assert not any("equalization" in one.name for one in done.tuned.tries)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_lowest_values_of_a_mask_have_squares() -> None:
+    batch = np.array([[[1.0, -2.0], [0.0, np.finfo(np.float32).min]]], dtype=np.float32)
+    met = Met.of(batch)
+    assert met.squares.tolist() == [5.0, float(batch[0, 1, 1]) ** 2]
+    assert np.isfinite(met.variance).all()

@@ -113,8 +113,12 @@ class Met:
         axes = tuple(axis for axis in range(batch.ndim) if axis != 1)
         low, high = np.maximum(-batch.min(axis=axes), 0), np.maximum(batch.max(axis=axes), 0)
         active = np.count_nonzero(batch, axis=axes)
-        sums = batch.sum(axis=axes, dtype=np.float64), np.square(batch).sum(axis=axes, dtype=np.float64)
-        parts = (np.asarray(part, dtype=np.float64) for part in (active, *sums))
+        with np.errstate(over="ignore"):
+            squares = np.square(batch).sum(axis=axes, dtype=np.float64)
+        if not np.isfinite(squares).all():  # a mask's lowest values, say
+            squares = np.square(batch, dtype=np.float64).sum(axis=axes)
+        sums = active, batch.sum(axis=axes, dtype=np.float64), squares
+        parts = (np.asarray(part, dtype=np.float64) for part in sums)
         return cls(low.astype(np.float64), high.astype(np.float64), batch.size // batch.shape[1], *parts)
 
     def with_more(self, other: Met) -> Met:
