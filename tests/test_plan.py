@@ -15,11 +15,12 @@ from calibration.statistics import Statistics
 from quantcli import Conversion, Recipe, calibrate, convert
 from quantcli.arithmetic.affine import LARGEST_BIAS
 from quantcli.cli import run
+from quantcli.cli.convert import finer_options
 from quantcli.errors import PlanError, UsageError
 from quantcli.fold import fold
 from quantcli.placement import place
 from quantcli.plan import LayerPlan, Plan, make_plan
-from quantcli.recipe import Activation, Layers, Multiplier, Weight
+from quantcli.recipe import Activation, Layers, Multiplier, Weight, resolve_target
 from quantcli.rules import Arithmetic
 from tests.graphs import Array, data_for, node, normal, save
 
@@ -247,7 +248,22 @@ def test_a_model_that_lost_its_signal_is_a_loud_warning(tmp_path: Path, capsys: 
     told = capsys.readouterr().err
     assert "warning: the quantized model is far from float" in told
     assert "Conv 'c_node' lost" in told
+    assert "more is left with --per-channel or --activation-dtype int16" in told
     assert (tmp_path / "q.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "mode", "options"),
+    [
+        (Recipe(), "static", ["--activation-dtype int16"]),
+        (Recipe(activation=Activation(bits=4)), "static", ["--activation-bits 8"]),
+        (Recipe(target="npu-int16"), "static", []),
+        (Recipe(weight=Weight(bits=4)), "weights", ["--weight-bits 8"]),
+        (Recipe(weight=Weight(bits=4, per_channel=False)), "static", ["--weight-bits 8", "--activation-dtype int16"]),
+    ],
+)
+def test_what_would_leave_more_of_a_model_is_named(recipe: Recipe, mode: str, options: list[str]) -> None:
+    assert finer_options(resolve_target(recipe), mode) == options
 
 
 def test_dead_channels_are_told_and_forbidden_by_strict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from quantcli.explain import Explanation
     from quantcli.pipeline import Conversion
     from quantcli.plan import LayerPlan, Plan
+    from quantcli.targets import Target
     from quantcli.tune.effort import Tuned
     from quantcli.tune.equalize import Equalized
 
@@ -192,6 +193,8 @@ def show(terminal: Terminal, done: Conversion) -> None:
         )
         outputs = ", ".join(f"'{name}' {value:.1f} dB" for name, value in done.check.sqnr.items())
         terminal.warn(f"the quantized model is far from float (SQNR of {outputs}); lost at: {lost}")
+        if finer := finer_options(sidecar.target, sidecar.mode):
+            terminal.warn(f"where the hardware has it, more is left with {' or '.join(finer)}")
     # Models for other targets run in ONNX Runtime to be checked, not to be used.
     here = sidecar.target.placement.pays and not in_c
     if done.check.slow and here:
@@ -213,6 +216,15 @@ def show(terminal: Terminal, done: Conversion) -> None:
     terminal.say(f"{done.sidecar_path}: the sidecar")
     if done.embedded is not None:
         source_in_c(terminal, done.embedded, done.model.parent)
+
+
+def finer_options(target: Target, mode: str) -> list[str]:
+    """Return the options that give a target's weights and activations finer grids."""
+    weight, activation = target.weight, target.activation
+    options = ["--weight-bits 8"] if weight.bits < 8 else [] if weight.per_channel else ["--per-channel"]
+    if mode == "static" and activation.width < 16:
+        options.append("--activation-bits 8" if activation.width < 8 else "--activation-dtype int16")
+    return options
 
 
 def source_in_c(terminal: Terminal, found: Source, folder: Path) -> None:
