@@ -100,7 +100,7 @@ class ActivationQuantizer(nn.Module):
 
     def range(self) -> tuple[float, float]:
         """Return the real range of the input; of a symmetric quantizer, as it is before it is made symmetric."""
-        return float(self.lo), float(self.hi)
+        return float(self.lo.detach()), float(self.hi.detach())
 
     def bounds(self) -> tuple[float, float]:
         """Return the real values at the ends of the grid."""
