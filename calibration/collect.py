@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from calibration.errors import DataError, RunError
+from calibration.errors import DataError
 from calibration.lanes import ONE_BY_ONE, Lanes, in_line
 from calibration.layout import Layout
 from calibration.observers import TensorStatistics, glance
-from calibration.together import Together
+from calibration.together import Frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from calibration.datasets.dataset import Dataset, InputSpec
+    from calibration.layout import Frame
     from calibration.observers import Counting
 
     Batch = tuple["Span", dict[str, NDArray[Any]]]
@@ -56,19 +57,6 @@ class Hook(Protocol):
 
     def frame(self, layout: Layout) -> Frame | None:
         """Return a buffer that batches can be run into; None where the runtime hands out arrays of its own."""
-        ...
-
-
-class Frame(Protocol):
-    """A buffer that a hook writes the asked tensors of a batch into."""
-
-    @property
-    def buffer(self) -> NDArray[np.float32]:
-        """All of it."""
-        ...
-
-    def run(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run one batch and return its tensors by name; they stay until the next one is run."""
         ...
 
 
@@ -197,14 +185,12 @@ def collect(
     """
     counting = work.counting
     if seen is None or not seen.done:
-        floors = floors or {}
-        seen = Seen(
-            {name: TensorStatistics.for_counting(counting, name in work.columns, floors.get(name)) for name in tensors}
-        )
-        prepare(hook, seen, work)
+        seen = Seen({name: TensorStatistics.for_counting(counting, name in work.columns) for name in tensors})
     for name, floor in (floors or {}).items():
         if name in seen.tensors:
             seen.tensors[name].floor = floor
+    if not seen.done:
+        prepare(hook, seen, work)
     checkpoint = checkpoint or Checkpoint()
     counter, left = Counter(hook, seen, work), work.spans[seen.done :]
     with interruptions() as interrupted:
@@ -311,20 +297,16 @@ class Counter:
         seen: What was counted so far.
         work: The batches.
         light: The shortcut at work.
-        alike: The shapes of the inputs of the batches that go into frames.
-        layout: What their tensors look like; None where they cannot be counted together.
-        frames: The frames that are free.
-        together: Counts them.
+        frames: Batches that are counted together; None before the first batch, and where they cannot be.
+        begun: Whether a batch was counted.
     """
 
     hook: Hook
     seen: Seen
     work: Work
     light: Light | None = None
-    alike: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    layout: Layout | None = None
-    frames: list[Frame] = field(default_factory=list)
-    together: Together | None = None
+    frames: Frames | None = None
+    begun: bool = False
 
     def take(self, shortcut: Shortcut, feeds: dict[str, NDArray[Any]]) -> None:
         """Take a shortcut, as far as the first sample of a batch shows that it serves."""
@@ -332,17 +314,13 @@ class Counter:
         self.light = Light.of(shortcut, self.hook, self.seen, sample)
 
     def compute(self, batch: Batch) -> Computed:
-        """Run a batch; return the shortcut that was taken, and what the model gave."""
+        """Run a batch; return the shortcut that was taken or the frame that it is in, and what the model gave."""
         feeds = batch[1]
         light = self.light
         if light is not None:
             return light, light.run(feeds)
-        if self.layout is not None and self.alike == shapes_of(feeds):
-            frame = self.free(self.layout)
-            if frame is not None:
-                with contextlib.suppress(RunError):  # where shapes depend on values, or the model fails: see below
-                    return frame, frame.run(feeds)
-            self.layout = None
+        if self.frames is not None and (held := self.frames.run(feeds)) is not None:
+            return held
         return None, computed(self.hook, list(self.seen.tensors), feeds)
 
     def count(self, batch: Batch, made: Computed) -> None:
@@ -352,42 +330,22 @@ class Counter:
             if way.count(found, span):
                 return
             self.light, found, way = None, computed(self.hook, list(self.seen.tensors), feeds), None
-        if way is None:
-            layout = Layout.of(found) if self.together is None and self.histograms_alone else None
-            count(found, self.seen.tensors, span, self.work)
-            if (
-                layout is not None
-                and Together.pays(layout)
-                and all(held.elements for held in self.seen.tensors.values())
-            ):
-                self.alike = shapes_of(feeds)
-                self.together = Together(self.seen.tensors, layout, span[1] - span[0])
-                self.layout = layout
+        if way is not None and self.frames is not None:
+            if not self.frames.count(way, span[0]):
+                count(found, self.seen.tensors, span, self.work)
+            self.frames.free(way)
             return
-        if self.together is None or not self.together.count(way.buffer, span[0]):
-            count(found, self.seen.tensors, span, self.work)
-        self.frames.append(way)
-
-    @property
-    def histograms_alone(self) -> bool:
-        """Whether nothing but extremes and histograms is counted."""
-        return self.work.counting.parts == {"histogram"} and not self.work.columns
-
-    def free(self, layout: Layout) -> Frame | None:
-        """Return a frame that no batch is in."""
-        with contextlib.suppress(IndexError):
-            return self.frames.pop()
-        return self.hook.frame(layout)
+        alone = self.work.counting.parts == {"histogram"} and not self.work.columns
+        layout = Layout.of(found) if alone and not self.begun else None
+        count(found, self.seen.tensors, span, self.work)
+        self.begun = True
+        if layout is not None:
+            self.frames = Frames.of(layout, feeds, span[1] - span[0], self.seen.tensors, self.hook.frame)
 
     def settle(self) -> None:
         """Put into the statistics what was counted together."""
-        if self.together is not None:
-            self.together.settle()
-
-
-def shapes_of(feeds: dict[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a batch's inputs."""
-    return {name: values.shape for name, values in feeds.items()}
+        if self.frames is not None:
+            self.frames.settle()
 
 
 def count(found: dict[str, NDArray[Any]], tensors: dict[str, TensorStatistics], span: Span, work: Work) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -54,3 +54,16 @@ class Layout:
             name: buffer[start : start + math.prod(shape)].reshape(shape)
             for (name, shape), start in zip(self.shapes.items(), self.starts.values(), strict=True)
         }
+
+
+class Frame(Protocol):
+    """A buffer that a hook writes the asked tensors of a batch into."""
+
+    @property
+    def buffer(self) -> NDArray[np.float32]:
+        """All of it."""
+        ...
+
+    def run(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run one batch and return its tensors by name; they stay until the next one is run."""
+        ...

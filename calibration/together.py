@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calibration.errors import RunError
 from calibration.histogram import PENDING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
-    from calibration.layout import Layout
+    from calibration.layout import Frame, Layout
     from calibration.observers import TensorStatistics
 
     # How a side is compared, where it lies, its bound, and the room for the answers.
@@ -57,11 +59,6 @@ class Together:
         self.place_bulk(rows)
         self.tails: list[tuple[NDArray[np.uint16], NDArray[np.float32]]] = []
         self.beyond = 0
-
-    @staticmethod
-    def pays(layout: Layout) -> bool:
-        """Whether batches of a layout are counted faster so."""
-        return layout.size <= SMALL * len(layout.shapes) and 2 * len(layout.shapes) <= MOST_SIDES
 
     def place_sides(self) -> None:
         """List the sides; put those with a bound into groups that are compared one after the other."""
@@ -210,3 +207,77 @@ class Together:
             low, high = self.extremes[2 * index : 2 * index + 2].tolist()
             seen.count_extremes(low, high, self.batches * int(self.sizes[index]))
         self.batches = 0
+
+
+class Frames:
+    """Buffers for batches like one that was counted: they are run into them, and counted together.
+
+    Args:
+        layout: Where the tensors lie.
+        feeds: The inputs of that batch.
+        rows: How many samples it has.
+        tensors: What was seen so far.
+        make: Makes a buffer; None where there is no such thing.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        feeds: Mapping[str, NDArray[Any]],
+        rows: int,
+        tensors: Mapping[str, TensorStatistics],
+        make: Callable[[Layout], Frame | None],
+    ) -> None:
+        self.layout, self.make = layout, make
+        self.shapes = shapes_of(feeds)
+        self.together = Together(tensors, layout, rows)
+        self.spare: list[Frame] = []
+        self.serve = True
+
+    @classmethod
+    def of(
+        cls,
+        layout: Layout,
+        feeds: Mapping[str, NDArray[Any]],
+        rows: int,
+        tensors: Mapping[str, TensorStatistics],
+        make: Callable[[Layout], Frame | None],
+    ) -> Frames | None:
+        """Return frames where tensors are small enough for them to pay, and every extreme is known; None elsewhere."""
+        small = layout.size <= SMALL * len(layout.shapes) and 2 * len(layout.shapes) <= MOST_SIDES
+        known = all(seen.elements for seen in tensors.values())
+        return cls(layout, feeds, rows, tensors, make) if small and known else None
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> tuple[Frame, dict[str, NDArray[Any]]] | None:
+        """Run a batch; return the frame that it is in, and its tensors; None where it has to be run elsewhere.
+
+        So it is where shapes depend on values. Where the model itself fails, it fails there, too.
+        """
+        if not self.serve or shapes_of(feeds) != self.shapes:
+            return None
+        frame: Frame | None = None
+        with contextlib.suppress(IndexError):
+            frame = self.spare.pop()
+        frame = frame or self.make(self.layout)
+        if frame is not None:
+            with contextlib.suppress(RunError):
+                return frame, frame.run(dict(feeds))
+        self.serve = False
+        return None
+
+    def count(self, frame: Frame, first: int) -> bool:
+        """Count a batch whose first sample has this number; return whether everything was finite. If not, nothing is counted."""
+        return self.together.count(frame.buffer, first)
+
+    def free(self, frame: Frame) -> None:
+        """Take a frame back for another batch."""
+        self.spare.append(frame)
+
+    def settle(self) -> None:
+        """Put into the statistics everything that was counted."""
+        self.together.settle()
+
+
+def shapes_of(feeds: Mapping[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a batch's inputs."""
+    return {name: values.shape for name, values in feeds.items()}

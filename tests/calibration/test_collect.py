@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.collect import CHECK_SAMPLES, Checkpoint, Frame, Seen, Shortcut, Work, collect, pilot_of
+from calibration.collect import CHECK_SAMPLES, Checkpoint, Seen, Shortcut, Work, collect, pilot_of
 from calibration.datasets import InputSpec
 from calibration.errors import DataError, RunError
 from calibration.hooks.onnxruntime import Runner
 from calibration.hooks.torch import ModuleHook, ProgramHook
 from calibration.lanes import Lanes, in_line
-from calibration.layout import ALIGNED, Layout
+from calibration.layout import ALIGNED, Frame, Layout
 from calibration.observers import Counting, TensorStatistics
 
 Array = NDArray[Any]
