@@ -77,6 +77,7 @@ def folded_copy(model: ir.Model, opset: int) -> ir.Model:
     """Return a copy of a float model after every rewrite."""
     from quantcli.canonical import canonical
     from quantcli.factors import fold_factors
+    from quantcli.recurrent import plain_recurrent
 
     folded = model.clone()
     passes.RemoveInitializersFromInputsPass()(folded)
@@ -94,6 +95,7 @@ def folded_copy(model: ir.Model, opset: int) -> ir.Model:
         elif node.op_type == "AveragePool" and node.domain == "":
             plain_average_pool(node)
     canonical(folded)
+    plain_recurrent(folded)
     fold_factors(folded)
     own_biases(folded)
     passes.RemoveUnusedNodesPass()(folded)
@@ -184,6 +186,8 @@ def simplify(model: ir.Model) -> ir.Model:
     from onnxscript import rewriter
     from onnxscript.rewriter.rules import common as rules
 
+    from quantcli.shapes import settle_shapes
+
     chosen = [
         rules.add_0_rule,
         rules.sub_0_rule,
@@ -215,6 +219,7 @@ def simplify(model: ir.Model) -> ir.Model:
     for _ in range(3):
         before = [node.op_identifier() for node in model.graph.all_nodes()]
         model = evaluated(model)
+        settle_shapes(model)
         passes.RemoveInitializersFromInputsPass()(model)
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         passes.IdentityEliminationPass()(model)

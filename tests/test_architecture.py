@@ -41,6 +41,8 @@ ORDER = [
         "quantcli.fold",
         "quantcli.canonical",
         "quantcli.factors",
+        "quantcli.recurrent",
+        "quantcli.shapes",
         "quantcli.precision",
         "quantcli.probe",
         "quantcli.island",
