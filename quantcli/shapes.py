@@ -45,7 +45,7 @@ def settle_shapes(model: ir.Model) -> None:
 
 
 def constant_shape(node: ir.Node, parts: list[Part] | None) -> list[int] | None:
-    """Return a Reshape's shape as a constant: 0 for an axis that stays, −1 for one that follows from the others; None for neither."""
+    """Return a Reshape's shape as a constant: 0 for an axis that stays, −1 for one that follows from the others; else None."""
     x = node.inputs[0]
     if parts is None or x is None or 0 in parts or node.attributes.get_int("allowzero", 0) == 1:
         return None
