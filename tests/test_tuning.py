@@ -111,7 +111,7 @@ def test_coordinate_descent_ends_where_no_single_integer_can_move(inputs: int, s
     moments = damped(moments_of(None, rows(1, 30, inputs, seed), centred=False).covariance)
     weights, limit = np.random.default_rng(seed).normal(size=(1, 1, inputs)), 3
     scales = np.abs(weights).max(axis=2) / limit
-    found = descended(weights, nearest(weights, scales, limit), scales, moments, limit)
+    found = descended(weights, nearest(weights, scales, limit), scales, moments, limit, passes=100)
     least = output_error(found * scales[..., None] - weights, moments)
     for place in range(inputs):
         for value in range(-limit, limit + 1):

@@ -164,7 +164,7 @@ class Equalization:
 
     def run(self) -> Equalized:
         """Equalize, and absorb high biases."""
-        factors, gained = self.solve(self.clip_bounds())
+        factors, gained = self.solve(self.clip_bounds(self.highest()), self.met(self.looked_at()))
         changed = self.apply(factors)
         absorbed = self.absorb()
         reasons = {(name, reason) for name, reason in self.channels.frozen.values()}
@@ -180,26 +180,34 @@ class Equalization:
                 found[str(value.name)] = Moved(tuple(own.tolist()), tuple((-held).tolist()))
         return found
 
-    def clip_bounds(self, samples: int | None = None) -> dict[int, float]:
-        """Return by channel the smallest factor that leaves a Clip without effect; channels that it clips are frozen."""
-        if not self.channels.clips:
-            return {}
-        highest: dict[ir.Value, NDArray[np.float64]] = {}
-        names = [str(node.inputs[0].name) for node in self.channels.clips if node.inputs[0] is not None]
-        for results in self.results(names, samples):
-            for node, name in zip(self.channels.clips, names, strict=True):
+    def highest(self) -> dict[str, NDArray[np.float64]]:
+        """Return the highest value of every channel that a Clip gets, over all samples, by tensor."""
+        found: dict[str, NDArray[np.float64]] = {}
+        names = self.clipped()
+        for results in self.results(names) if names else ():
+            for name in names:
                 values = results[name]
-                found = values.max(axis=tuple(axis for axis in range(values.ndim) if axis != 1)).astype(np.float64)
-                value = node.inputs[0]
-                assert value is not None  # noqa: S101 - a Clip has an operand
-                highest[value] = np.maximum(highest[value], found) if value in highest else found
+                highest = values.max(axis=tuple(axis for axis in range(values.ndim) if axis != 1)).astype(np.float64)
+                found[name] = np.maximum(found[name], highest) if name in found else highest
+        return found
+
+    def clipped(self) -> list[str]:
+        """Return what Clip operators get."""
+        return [str(node.inputs[0].name) for node in self.channels.clips if node.inputs[0] is not None]
+
+    def clip_bounds(self, highest: Mapping[str, NDArray[np.float64]]) -> dict[int, float]:
+        """Return by channel the smallest factor that leaves a Clip without effect; channels that it clips are frozen.
+
+        Args:
+            highest: The highest value of every channel that a Clip gets, or 0 where that is higher, by tensor.
+        """
         least: dict[int, float] = {}
         for node in self.channels.clips:
             value = node.inputs[0]
             _, bound = activation_bounds(node)
             if value is None or np.isinf(bound):
                 continue
-            seen = highest.get(value)
+            seen = highest.get(str(value.name))
             after = self.extremes.get(str(node.outputs[0].name))
             if seen is not None and after is not None and len(after.maximum) == len(seen):
                 seen = np.maximum(seen, after.maximum)
@@ -215,9 +223,13 @@ class Equalization:
 
     def foreseen(self) -> float:
         """Return by how many dB factors would lower the noise, about; the model is not changed."""
-        return self.solve(self.clip_bounds(self.samples), FEW_STEPS)[1]
+        met = self.met(self.looked_at() | {*self.clipped()})
+        highest = {name: met[name].high for name in self.clipped() if name in met}
+        return self.solve(self.clip_bounds(highest), met, FEW_STEPS)[1]
 
-    def solve(self, least: dict[int, float], steps: int = STEPS) -> tuple[NDArray[np.float64], float]:
+    def solve(
+        self, least: Mapping[int, float], met: Mapping[str, Met], steps: int = STEPS
+    ) -> tuple[NDArray[np.float64], float]:
         """Return the factor of every channel's set, by the channel that stands for it, and by how many dB they lower the noise."""
         count = len(self.channels.sets.parent)
         free = np.ones(count, dtype=bool)
@@ -227,20 +239,24 @@ class Equalization:
         for root, bound in least.items():
             place = self.channels.sets.find(root)
             lowest[place] = max(lowest[place], np.log(bound) if bound > 0 else -np.inf)
-        noise, used = self.noise()
+        noise, used = self.noise(met)
         logs, gained = noise.least(free[used], lowest[used], steps)
         factors = np.ones(count)
         factors[used] = np.exp(logs)
         return factors, gained
 
-    def noise(self) -> tuple[Noise, NDArray[np.intp]]:
+    def looked_at(self) -> set[str]:
+        """Return the tensors that tell how much noise there is: what is rounded, and what layers and sums get and give."""
+        values = {str(value.name) for value in self.channels.of}
+        layers = [use.node for use in self.channels.uses if use.rows]
+        sums = [node for node in self.model.graph if node.op_type == "Add" and node.outputs[0] in self.channels.of]
+        wanted = {*self.grids.tensors} & values | {str(node.outputs[0].name) for node in (*layers, *sums)}
+        return wanted | {str(node.inputs[0].name) for node in layers if node.inputs[0] is not None}
+
+    def noise(self, met: Mapping[str, Met]) -> tuple[Noise, NDArray[np.intp]]:
         """Return what is rounded, in terms of sets of channels by their place among some, and those sets."""
         values = {str(value.name): value for value in self.channels.of}
         layers = [use.node for use in self.channels.uses if use.rows]
-        sums = [node for node in self.model.graph if node.op_type == "Add" and node.outputs[0] in self.channels.of]
-        wanted = {*self.grids.tensors} & {*values} | {str(node.outputs[0].name) for node in (*layers, *sums)}
-        wanted |= {str(node.inputs[0].name) for node in layers if node.inputs[0] is not None}
-        met = self.met(sorted(wanted))
         roots = {(use.node, use.rows): self.channels.sets.roots(use.channels) for use in self.channels.uses}
         own = {name: self.channels.roots(values[name]) for name in self.grids.tensors if name in met}
         used = np.unique(np.concatenate([*roots.values(), *own.values(), np.zeros(0, dtype=np.intp)]))
@@ -263,10 +279,11 @@ class Equalization:
         grids = self.grids
         return Noise(tuple(tensors), tuple(weights), grids.steps, grids.symmetric, grids.shared, len(used)), used
 
-    def met(self, names: Sequence[str]) -> dict[str, Met]:
+    def met(self, wanted: set[str]) -> dict[str, Met]:
         """Return what is met in the channels of tensors, over some of the samples, and at the ends of all that were seen."""
         given = {str(value.name) for value in self.model.graph.inputs}
         found: dict[str, Met] = {}
+        names = sorted(wanted)
         for results in self.results([name for name in names if name not in given], self.samples):
             for name in names:
                 array = results.pop(name, None)
@@ -295,13 +312,17 @@ class Equalization:
         for feeds in self.feeds:
             lengths = {len(array) for array in feeds.values()}
             rows = max(lengths)
-            part = max(1, ROOM // max(size, 1)) if free and len(lengths) == 1 else rows
+            divisible = free and len(lengths) == 1
+            part = max(1, ROOM // max(size, 1)) if divisible else rows
+            if divisible and samples is not None:
+                rows = min(rows, samples - done)
             for start in range(0, rows, part):
-                given = {name: array[start : start + part] if part < rows else array for name, array in feeds.items()}
+                stop = min(start + part, rows) if divisible else None
+                given = {name: array[start:stop] for name, array in feeds.items()}
                 yield {**given, **runner.run(given, names)}
-                done += min(part, rows - start)
-                if samples is not None and done >= samples:
-                    return
+            done += rows
+            if samples is not None and done >= samples:
+                return
 
     def gain(self, value: ir.Value, met: Mapping[str, Met]) -> NDArray[np.float64]:
         """Return what noise in each channel of a tensor adds to the layers and sums behind it, as a part of their variance."""

@@ -6,6 +6,7 @@ that a choice of weights does to the layer's output, in the mean of squares, fol
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,50 +76,67 @@ def drawn_rows(
     for versions in zip(*batches, strict=True):
         places: NDArray[np.intp] | None = None
         for kept, values in zip(found, versions, strict=True):
-            windows = patches(node, values) if node.op_type == "Conv" else values.reshape(-1, values.shape[-1])
-            count = rows_in(windows, node)
+            rows = Patches.of(node, values) if node.op_type == "Conv" else values.reshape(-1, values.shape[-1])
             if places is None:
+                count = len(rows)
                 places = (
                     np.arange(count) if count <= wanted else np.sort(generator.choice(count, wanted, replace=False))
                 )
-            kept.append(rows_at(windows, places, node, matrix.groups))
-    return [np.concatenate(kept, axis=1) for kept in found]
+            kept.append(rows.at(places, matrix.groups) if isinstance(rows, Patches) else rows[places][None])
+    return [np.asarray(np.concatenate(kept, axis=1), dtype=np.float32) for kept in found]
 
 
-def rows_in(windows: NDArray[Any], node: ir.Node) -> int:
-    """Return how many rows there are."""
-    if node.op_type != "Conv":
-        return len(windows)
-    spatial = (windows.ndim - 2) // 2
-    return int(len(windows) * np.prod(windows.shape[2 : 2 + spatial]))
+@dataclass(frozen=True, eq=False)
+class Patches:
+    """What a convolution's kernel meets: a row of inputs at every place of every sample.
 
+    Attributes:
+        padded: The data with its padding, (samples, channels, spatial axes…).
+        kernel: The kernel's lengths.
+        strides: Its strides.
+        dilations: Its dilations.
+    """
 
-def rows_at(windows: NDArray[Any], places: NDArray[np.intp], node: ir.Node, groups: int) -> NDArray[np.float32]:
-    """Return some of the rows, (groups, rows, inputs of a group)."""
-    if node.op_type != "Conv":
-        return np.asarray(windows[places], dtype=np.float32)[None]
-    spatial = (windows.ndim - 2) // 2
-    at = np.unravel_index(places, (len(windows), *windows.shape[2 : 2 + spatial]))
-    place: tuple[Any, ...] = (at[0], slice(None), *at[1:])
-    picked = windows[place]  # rows, channels, kernel…
-    rows = np.asarray(picked, dtype=np.float32).reshape(len(places), groups, -1)
-    return np.ascontiguousarray(rows.transpose(1, 0, 2))
+    padded: NDArray[Any]
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
 
+    @classmethod
+    def of(cls, node: ir.Node, values: NDArray[Any]) -> Patches:
+        """Return those of a Conv and its data operand."""
+        kernel = tuple(node.inputs[1].shape.numpy()[2:])  # type: ignore[union-attr]
+        ones = [1] * len(kernel)
+        strides, dilations = (
+            tuple(map(int, node.attributes.get_ints(name, ones))) for name in ("strides", "dilations")
+        )
+        extents = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+        begins, ends = padding(node, values.shape[2:], extents, strides)
+        pads = [(0, 0), (0, 0), *zip(begins, ends, strict=True)]
+        padded = np.pad(values, pads) if any(map(any, pads)) else np.ascontiguousarray(values)
+        return cls(padded, kernel, strides, dilations)
 
-def patches(node: ir.Node, values: NDArray[Any]) -> NDArray[Any]:
-    """Return what a convolution's kernel meets: (batch, channels, positions…, kernel…), a view of the padded data."""
-    kernel = node.inputs[1].shape.numpy()[2:]  # type: ignore[union-attr]
-    spatial = len(kernel)
-    strides = [int(s) for s in node.attributes.get_ints("strides", [1] * spatial)]
-    dilations = [int(d) for d in node.attributes.get_ints("dilations", [1] * spatial)]
-    extents = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
-    begins, ends = padding(node, values.shape[2:], extents, strides)
-    pads = [(0, 0), (0, 0), *zip(begins, ends, strict=True)]
-    padded = np.pad(values, pads) if any(map(any, pads)) else values
-    windows = np.lib.stride_tricks.sliding_window_view(padded, extents, axis=tuple(range(2, 2 + spatial)))
-    steps = tuple(slice(None, None, s) for s in strides)
-    inner = tuple(slice(None, None, d) for d in dilations)
-    return windows[(slice(None), slice(None), *steps, *inner)]
+    @property
+    def places(self) -> tuple[int, ...]:
+        """How many places there are: samples, and along each spatial axis."""
+        lengths = zip(self.padded.shape[2:], self.kernel, self.strides, self.dilations, strict=True)
+        return (len(self.padded), *((n - (k - 1) * d - 1) // s + 1 for n, k, s, d in lengths))
+
+    def __len__(self) -> int:
+        return math.prod(self.places)
+
+    def at(self, rows: NDArray[np.intp], groups: int) -> NDArray[Any]:
+        """Return some of the rows, (groups, rows, inputs of a group)."""
+        apart = [step // self.padded.itemsize for step in self.padded.strides]
+        sample, *spatial = np.unravel_index(rows, self.places)
+        begin = sample * apart[0]
+        inside = np.arange(self.padded.shape[1]) * apart[1]
+        for place, length, step, dilation, far in zip(
+            spatial, self.kernel, self.strides, self.dilations, apart[2:], strict=True
+        ):
+            begin = begin + place * (step * far)
+            inside = inside[..., None] + np.arange(length) * (dilation * far)
+        return self.padded.reshape(-1).take(begin[:, None] + inside.reshape(groups, 1, -1))
 
 
 def padding(

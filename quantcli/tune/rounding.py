@@ -7,7 +7,7 @@ The mean squared change of a layer's output is tr(Δ·H·Δᵀ), Δ = Ŵ − W a
    lost is made up for by those still to come. GPTQ takes the Cholesky factor of H⁻¹ for that; a factor of H itself gives the same
    integers without an inverse, as Babai's nearest plane does (Chen et al. 2025, arXiv 2507.18553);
 3. coordinate descent from there: each integer in turn moves to where the quadratic form is smallest, the others held, until none
-   moves (Behdin et al. 2023, "QuantEase", arXiv 2309.01885).
+   moves, or all had two turns (Behdin et al. 2023, "QuantEase", arXiv 2309.01885).
 
 All weights of a layer may first move to where the float model's output is met best from the quantized inputs (`compensated`):
 W* = W + W·E[(x − x̂)·x̂ᵀ]·(H + λI)⁻¹, the least squares solution with a ridge.
@@ -77,7 +77,7 @@ def nearest(weights: NDArray[np.float64], scales: NDArray[np.float64], limit: in
 
 
 def limited(values: NDArray[np.float64], limit: int) -> NDArray[np.float64]:
-    """Return values within ±limit. Columns are short, and `numpy.clip` takes as long to begin as these to end."""
+    """Return values within ±limit. Of short columns, `numpy.clip` takes as long to begin as these to end."""
     within: NDArray[np.float64] = np.minimum(np.maximum(values, -limit), limit)
     return within
 
@@ -145,19 +145,20 @@ def propagated(
     wᵢ + Σⱼ﹤ᵢ Mᵢⱼ/Mᵢᵢ·eⱼ. What a block of columns adds to those behind it is added all at once (GPTQ, section 3.2, step 2).
     """
     order = np.argsort(-np.einsum("gii->gi", moments).mean(axis=0), kind="stable")
-    flipped = np.linalg.cholesky(moments[:, order[::-1]][:, :, order[::-1]])
+    least = order[::-1]
+    flipped = np.linalg.cholesky(moments[:, least[:, None], least])
     factor = flipped[:, ::-1, ::-1].transpose(0, 2, 1)  # lower
     factor = np.ascontiguousarray(factor / np.einsum("gii->gi", factor)[:, :, None])
-    given = np.ascontiguousarray(weights[:, :, order].transpose(0, 2, 1))  # groups, inputs, outputs
+    # In units of the scales, groups, inputs, outputs.
+    given = np.ascontiguousarray((weights / scales[..., None])[:, :, order].transpose(0, 2, 1))
     wanted, found, lost = given.copy(), np.empty_like(given), np.empty_like(given)
     for first in range(0, len(order), BLOCK):
         last = min(first + BLOCK, len(order))
         wanted[:, first:last] += factor[:, first:last, :first] @ lost[:, :first]
         for column in range(first, last):
-            integer = limited(np.rint(wanted[:, column] / scales), limit)
-            found[:, column] = integer
-            error = given[:, column] - integer * scales
-            lost[:, column] = error
+            integer = np.rint(wanted[:, column], out=found[:, column])
+            np.minimum(np.maximum(integer, -limit, out=integer), limit, out=integer)
+            error = np.subtract(given[:, column], integer, out=lost[:, column])
             wanted[:, column + 1 : last] += factor[:, column + 1 : last, column, None] * error[:, None]
     back = np.empty_like(order)
     back[order] = np.arange(len(order))
@@ -170,32 +171,45 @@ def descended(
     scales: NDArray[np.float64],
     moments: NDArray[np.float64],
     limit: int,
+    passes: int = PASSES,
 ) -> NDArray[np.float64]:
-    """Return integers after coordinate descent: one column after the other moves to its best place, the others held."""
-    found = np.ascontiguousarray(integers.transpose(0, 2, 1))  # groups, inputs, outputs
+    """Return integers after coordinate descent: one column after the other moves to its best place, the others held.
+
+    Args:
+        weights: The weights that are to be met, (groups, outputs, inputs).
+        integers: What is begun with.
+        scales: (groups, outputs).
+        moments: H, (groups, inputs, inputs).
+        limit: The largest integer.
+        passes: How often all columns have their turn, unless none moves any more.
+    """
+    found = integers.transpose(0, 2, 1).copy()  # groups, inputs, outputs
     slope = moments @ (found * scales[:, None] - weights.transpose(0, 2, 1))
-    variance = np.einsum("gii->gi", moments)
+    steps = np.einsum("gii->gi", moments)[..., None] * scales[:, None]
     size = found.shape[1]
 
-    def change_of(columns: slice | int) -> NDArray[np.float64]:
+    def changes(first: int, last: int) -> NDArray[np.float64]:
         """Return by how much columns would move, each by itself."""
-        steps = variance[:, columns, None] * (scales if isinstance(columns, int) else scales[:, None])
-        held = found[:, columns]
-        return limited(np.rint(held - slope[:, columns] / steps), limit) - held
+        held = found[:, first:last]
+        return limited(np.rint(held - slope[:, first:last] / steps[:, first:last]), limit) - held
 
-    for turn in range(PASSES):
+    for _ in range(passes):
         moved = False
         for first in range(0, size, BLOCK):
             last = min(first + BLOCK, size)
-            if turn and not change_of(slice(first, last)).any():
-                continue  # as of most blocks, once the first pass is over
             shift = np.zeros_like(found[:, first:last])
-            for column in range(first, last):
-                change = change_of(column)
-                if change.any():
-                    found[:, column] += change
-                    shift[:, column - first] = change * scales
-                    slope[:, first:last] += moments[:, first:last, column, None] * shift[:, None, column - first]
+            column = first
+            while column < last:
+                change = changes(column, last)
+                moving: NDArray[np.bool_] = np.any(change, axis=(0, 2))
+                ahead = int(moving.argmax())
+                if not moving[ahead]:
+                    break
+                column += ahead  # those before it stay: nothing moved that they depend on
+                found[:, column] += change[:, ahead]
+                shift[:, column - first] = change[:, ahead] * scales
+                slope[:, first:last] += moments[:, first:last, column, None] * shift[:, None, column - first]
+                column += 1
             if shift.any():
                 moved = True
                 slope[:, :first] += moments[:, :first, first:last] @ shift

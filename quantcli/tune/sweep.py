@@ -339,7 +339,7 @@ class Sweep:
         for position, value in enumerate(outputs):
             self.real[value], self.made[value] = real[position], made[position]
         for follower in layer.absorbed:
-            self.pass_node(follower)
+            self.bound(follower)
         self.done.update((node, *layer.absorbed))
         if layer.real:
             return
@@ -350,6 +350,20 @@ class Sweep:
             mine = self.made[value] is not self.real[value]
             self.made[value] = [grid.round(array, array if mine else None) for array in self.made[value]]
             self.integers.add(str(value.name))
+
+    def bound(self, node: ir.Node) -> None:
+        """Bound what a layer gives by the Relu or Clip that it absorbs, in its own arrays: nobody else reads them."""
+        before, after = node.inputs[0], node.outputs[0]
+        if before is None or before not in self.real or any(a.dtype != np.float32 for a in self.real[before]):
+            self.pass_node(node)
+            return
+        low, high = (np.float32(bound) for bound in activation_bounds(node))
+        for side in (self.real, self.made):
+            for array in side[before]:
+                np.maximum(array, low, out=array)
+                if np.isfinite(high):
+                    np.minimum(array, high, out=array)
+            side[after] = side[before]
 
     def bounds(self, layer: PlacedLayer) -> tuple[float, float] | None:
         """Return what a layer's activation cuts; None where it has none, or that is to be left out."""
