@@ -218,7 +218,13 @@ def places_of(output: Path, form: str, recipe: Recipe, name: str = "model", unti
 
 
 def for_form(recipe: Recipe, form: str) -> Recipe:
-    """Return a recipe for a form: C has no float operators beside its integers, and quantizes whatever can be."""
+    """Return a recipe for a form.
+
+    C has no float operators beside its integers, and quantizes whatever can be. Activations of two widths are for QDQ alone.
+    """
+    if form == "qdq":
+        return recipe
+    recipe = msgspec.structs.replace(recipe, tune=msgspec.structs.replace(recipe.tune, widen=False))
     if form not in C_FORMS:
         return recipe
     return msgspec.structs.replace(recipe, layers=msgspec.structs.replace(recipe.layers, everywhere=True))

@@ -155,6 +155,25 @@ def lift_opset(model: ir.Model, needed: int) -> None:
         raise ModelError(f"the model's operator set {version} cannot be lifted to {wanted}", "export it again, newer")
 
 
+def lifted(model: ir.Model, needed: int) -> ir.Model | None:
+    """Return a copy of a model in an operator set, or a newer one; None where it cannot be had under the names that there are."""
+    copy = model.clone()
+    try:
+        lift_opset(copy, needed)
+    except ModelError as error:
+        logger.info("%s", error)
+        return None
+    if names_of(copy) != names_of(model):
+        logger.info("its tensors have other names in operator set %d", needed)
+        return None
+    return copy
+
+
+def names_of(model: ir.Model) -> list[tuple[str | None, ...]]:
+    """Return the names of a model's nodes and of what they give, by which statistics and recipes speak of them."""
+    return [(node.name, *(value.name for value in node.outputs)) for node in model.graph]
+
+
 def worth_evaluating(node: ir.Node) -> bool | None:
     """Say whether a constant expression is evaluated; None leaves it to the size. Text is left alone."""
     if any(value is not None and value.dtype is ir.DataType.STRING for value in (*node.inputs, *node.outputs)):

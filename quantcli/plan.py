@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 
 from calibration.ranges import Grid, RangeSpec, parse_range, range_of
@@ -203,7 +202,7 @@ def plan_activations(
     tensors: dict[str, TensorPlan] = {}
     for name in dict.fromkeys(placement.owner.values()):
         role, samples = "activation", 0
-        integer = IntegerType(narrowed(target, tuning.grids.get(name)))
+        integer = IntegerType(target.activation.grid_of(tuning.grids.get(name, target.activation.width)))
         grid = Grid(integer.qmax - integer.qmin, target.activation.symmetric)
         if name in placement.fixed:
             lo, hi = placement.fixed[name]
@@ -237,13 +236,6 @@ def plan_activations(
                 source,
             )
     return {name: replace(tensor, moved=tuning.moved.get(name)) for name, tensor in tensors.items()}
-
-
-def narrowed(target: Target, bits: int | None) -> str:
-    """Return the grid of activations of a width; None for the target's."""
-    if bits is None:
-        return target.activation.grid
-    return msgspec.structs.replace(target.activation, bits=bits).grid
 
 
 def activation_parameters(

@@ -102,9 +102,10 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     error, ``bias`` correction, regard to what ``activations`` cut, and ``adaround``: rounding learned by all layers at once.
 
     With ``max_drop`` widths are searched that keep ``metric`` within so many points of float's (`quantcli.tune.search`).
-    ``optimize`` times candidate plans on this machine and keeps the fastest (`quantcli.tune.latency`). ``smooth`` evens the columns
-    of what normalisations make (`quantcli.tune.smooth`), with ``smooth_alpha`` as the part of the difficulty that moves into the
-    weights.
+    ``widen`` gives activations 16 bits that 8 hold worst, where the target has both (`quantcli.tune.wide`): None does so where
+    little is left otherwise. ``optimize`` times candidate plans on this machine and keeps the fastest (`quantcli.tune.latency`).
+    ``smooth`` evens the columns of what normalisations make (`quantcli.tune.smooth`), with ``smooth_alpha`` as the part of the
+    difficulty that moves into the weights.
     """
 
     effort: Literal["fast", "default", "best"] = "default"
@@ -121,6 +122,7 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bias: bool | None = None
     activations: bool | None = None
     adaround: bool | None = None
+    widen: bool | None = None
     optimize: Literal["latency"] | None = None
     smooth: bool | None = None
     smooth_alpha: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.6

@@ -57,7 +57,8 @@ def tensor_reasons(layer: LayerEntry, sidecar: Sidecar, target: Target) -> Itera
         if tensor.role == "weight":
             yield from weight_reasons(name, tensor, target)
         elif tensor.role != "bias":
-            if tensor.dtype != target.activation.dtype:
+            wide = tensor.dtype == "int16" and target.activation.may_widen
+            if tensor.dtype != target.activation.dtype and not wide:
                 yield f"'{name}' is {tensor.dtype}, the target takes {target.activation.dtype}"
             if target.activation.symmetric and any(tensor.zero_point):
                 yield f"'{name}' has zero point {tensor.zero_point[0]}, the target is symmetric"

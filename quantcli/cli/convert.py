@@ -312,6 +312,13 @@ def tuning(terminal: Terminal, tuned: Tuned) -> None:
         f"tuned: SQNR {before.sqnr:.1f} → {kept.sqnr:.1f} dB on samples held back"
         + (f" (error of the layers, on average: {steps})" if steps else ": nothing that was tried does better")
     )
+    wide = wide_activations(tuned.plan)
+    if wide:
+        shown = ", ".join(f"'{name}'" for name in wide[:4]) + (", …" if len(wide) > 4 else "")
+        terminal.say(
+            f"activations of 16 bits: {len(wide)}, of which 8 would leave too little: {shown} "
+            "(widen = false in the recipe's [tune] keeps 8)"
+        )
     if tuned.equalized is not None:
         done = tuned.equalized
         terminal.say(
@@ -323,6 +330,13 @@ def tuning(terminal: Terminal, tuned: Tuned) -> None:
     if terminal.verbose or len(tuned.tries) > 2:
         rows = [(one.name, f"{one.sqnr:.2f}", f"{one.seconds:.1f}", "kept" if one.kept else "") for one in tuned.tries]
         terminal.table("Tried", ("what", ">SQNR dB", ">seconds", ""), rows)
+
+
+def wide_activations(plan: Plan) -> list[str]:
+    """Return the activations whose grid is wider than the target's own."""
+    width = plan.target.activation.width
+    own = {name: one for name, one in plan.tensors.items() if one.role == "activation" and one.same_as is None}
+    return [name for name, one in own.items() if one.integer.bits > width]
 
 
 def equalization(done: Equalized | None) -> dict[str, Any] | None:
@@ -386,6 +400,7 @@ def as_document(done: Conversion) -> dict[str, Any]:
             "why_not": done.tuned.why_not,
             "tries": [dataclasses.asdict(one) for one in done.tuned.tries],
             "equalized": equalization(done.tuned.equalized),
+            "wide": wide_activations(done.plan),
         },
         "attempts": [
             {**dataclasses.asdict(one), "drop": one.score.drop, "held_drop": one.held.drop} for one in done.attempts

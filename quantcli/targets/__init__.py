@@ -20,7 +20,8 @@ MultiplierBits = Literal[8, 16, 32]
 class ActivationFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How activations are quantized: per tensor, affine or symmetric.
 
-    ``bits`` is the width of the grid, where that is less than the type's: a Clip stands before its QuantizeLinear then.
+    ``bits`` is the width of the grid, where that is less than the type's: a Clip stands before its QuantizeLinear then. ``widest``
+    is 16 where the runtime takes int16 activations beside those of 8 bits: tuning may raise single ones to it.
     ``same_scale`` lists the operators (of AveragePool, GlobalAveragePool, ReduceMean) whose output has the parameters of its input.
     """
 
@@ -28,12 +29,23 @@ class ActivationFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     symmetric: bool
     power_of_two: bool = False
     bits: Annotated[int, msgspec.Meta(ge=2, le=16)] | None = None
+    widest: Literal[8, 16] = 8
     same_scale: tuple[Literal["AveragePool", "GlobalAveragePool", "ReduceMean"], ...] = ()
 
     @property
     def grid(self) -> str:
         """The integer type of the grid: ``uint4`` of 4 bits in uint8."""
-        return f"{'u' if self.dtype == 'uint8' else ''}int{self.width}"
+        return self.grid_of(self.width)
+
+    def grid_of(self, bits: int) -> str:
+        """Return the integer type of a grid of another width: no wider than the type, or than what the runtime takes beside it."""
+        stored = 16 if self.dtype == "int16" else max(8, self.widest)
+        return f"{'u' if self.dtype == 'uint8' else ''}int{min(bits, stored)}"
+
+    @property
+    def may_widen(self) -> bool:
+        """Whether single activations can have a wider grid than the others."""
+        return self.widest > self.width and self.dtype == "int8"
 
     @property
     def width(self) -> int:

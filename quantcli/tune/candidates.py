@@ -211,7 +211,8 @@ def swept(
     placement = place(changed, recipe, unresolvable(base.statistics.tensors))
     plan = make_plan(base.model, base.statistics, recipe, base.tuning)
     ranges = ranges_of(plan)
-    sweep = Sweep(changed, placement, target, ranges, dict(base.tuning.bits), steps, samples.swept)
+    bits, widths = dict(base.tuning.bits), base.tuning.grids
+    sweep = Sweep(changed, placement, target, ranges, bits, widths, steps, samples.swept)
     tuning = sweep.run(progress)
     gains = {step: (sweep.gains.layers[step], sweep.gains.mean(step)) for step in sweep.gains.layers}
     tuning = replace(tuning, ranges={**base.tuning.ranges, **tuning.ranges}, moved=base.tuning.moved)

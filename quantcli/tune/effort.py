@@ -9,7 +9,8 @@ default  one sweep over 64 samples, 256 for coarse weights: ranges and weight sc
          compensation where weights have less than 8 bits; on the equalized model where that is predicted to pay, and on both with
          one scale per tensor; with scales of powers of two on the centred and aligned one; where weights are coarse the best one
          with compensation, too; without ranges by error, where that was no better than nothing. The error of a range is that of
-         the model's outputs where the model is small, and that of the tensor's readers elsewhere
+         the model's outputs where the model is small, and that of the tensor's readers elsewhere. Where next to nothing is left of
+         the outputs, with 16 bits for the activations that 8 hold worst, on targets that have both
 best     sweeps over 256 samples: the above, with the outputs' error of larger models, too; and then each of the two errors,
          compensation, ranges by error, regard to activations, equalization, centring and alignment the other way, kept where
          that is better; where weights have less than 8 bits, rounding learned from there
@@ -33,6 +34,7 @@ from calibration.hooks.onnxruntime import Runner, first_line
 from quantcli.arithmetic.affine import IntegerType
 from quantcli.cost import larger_by, values_of, work_of
 from quantcli.errors import OutputError, PlanError
+from quantcli.evaluation.check import LOW_SQNR
 from quantcli.evaluation.metrics import Comparison
 from quantcli.placement import place
 from quantcli.plan import make_plan, unresolvable
@@ -44,6 +46,7 @@ from quantcli.tune.candidates import Candidate, Gained, Observe, Samples, aligne
 from quantcli.tune.outputs import TRIES, logarithms
 from quantcli.tune.smooth import Smoothed, smooth
 from quantcli.tune.sweep import Steps
+from quantcli.tune.wide import WIDE, may_widen, widened
 from quantcli.tuning import UNTUNED, Tuning
 from quantcli.write import WRITERS
 
@@ -82,6 +85,8 @@ MARGIN = 0.05
 # whose ranges matter most; and the least samples that tell something.
 AHEAD, AHEAD_NARROW = {"default": 10**11, "best": 10**13}, 5 * 10**11
 FEWEST_AHEAD = 32
+# Wide activations are for models of which little is left without them, and by default kept where they leave so many dB more.
+WORTH_WIDENING = 3.0
 UNTOUCHED = "as calibrated"
 
 
@@ -213,12 +218,34 @@ def tune(
     if trying.found and learns(recipe):
         trying.learn()
     found += trying.found
+    found += wide(trying, max(one.sqnr for one, _ in found))
     best = max(range(len(found)), key=lambda place: (round(found[place][0].sqnr / MARGIN), -place))
     tries = tuple(replace(one, kept=place == best) for place, (one, _) in enumerate(found))
     kept = found[best][1]
     return Tuned(
         kept.model, make_plan(kept.model, kept.statistics, recipe, kept.tuning), kept.smoothed, kept.equalized, tries
     )
+
+
+def wide(trying: Trying, sqnr: float) -> list[tuple[Try, Candidate]]:
+    """Return the candidates with wide activations: rounded to nearest, and swept.
+
+    None where they are not wanted: unless the recipe says so, where the others leave enough, or where these leave hardly more.
+    """
+    wished = trying.recipe.tune.widen
+    if not may_widen(trying.recipe) or wished is False or (wished is None and sqnr >= LOW_SQNR):
+        return []
+    begun = time.perf_counter()
+    base = widened(trying.start, trying.recipe, trying.samples.swept)
+    if base is None:
+        return []
+    name = f"{len(base.tuning.grids)} activations of {WIDE} bits"
+    found = [(Try(name, trying.judge.sqnr(base), time.perf_counter() - begun, {}), base)]
+    again = replace(trying, start=base, observe=None, found=[], choices=[], learned={}, prepared={})
+    for choice in first_choices(trying.recipe, (False,), again.batches):
+        again.attempt(choice)
+    found += [(replace(one, name=f"{name}, {one.name}"), candidate) for one, candidate in again.found]
+    return found if wished or max(one.sqnr for one, _ in found) >= sqnr + WORTH_WIDENING else []
 
 
 @dataclass(frozen=True)

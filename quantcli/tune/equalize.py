@@ -18,18 +18,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from calibration.hooks.onnxruntime import Runner
-from quantcli.cost import values_of
 from quantcli.fold import constant
 from quantcli.plan import activation_bounds
-from quantcli.probe import with_outputs
 from quantcli.tune.bias import biased
 from quantcli.tune.channels import Channels, is_layer
 from quantcli.tune.noise import STEPS, TINY, Noise, Tensor, Weight, reaching
+from quantcli.tune.values import values_in_parts
 from quantcli.tuning import Moved
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -41,8 +39,6 @@ ENOUGH = 1e-3
 MET = 64
 # So many of them, and so many steps, tell about what factors would be worth.
 FEW, FEW_STEPS = 16, 15
-# What the tensors that are looked at may take at once, in bytes.
-ROOM = 1 << 26
 # A clipped channel counts as one that is never clipped where it stays this part below its bound.
 SAFE = 0.9
 
@@ -184,7 +180,7 @@ class Equalization:
         """Return the highest value of every channel that a Clip gets, over all samples, by tensor."""
         found: dict[str, NDArray[np.float64]] = {}
         names = self.clipped()
-        for results in self.results(names) if names else ():
+        for results in values_in_parts(self.model, self.feeds, names) if names else ():
             for name in names:
                 values = results[name]
                 highest = values.max(axis=tuple(axis for axis in range(values.ndim) if axis != 1)).astype(np.float64)
@@ -284,7 +280,8 @@ class Equalization:
         given = {str(value.name) for value in self.model.graph.inputs}
         found: dict[str, Met] = {}
         names = sorted(wanted)
-        for results in self.results([name for name in names if name not in given], self.samples):
+        made = [name for name in names if name not in given]
+        for results in values_in_parts(self.model, self.feeds, made, self.samples):
             for name in names:
                 array = results.pop(name, None)
                 if array is not None and array.ndim > 1 and array.size:
@@ -295,34 +292,6 @@ class Equalization:
                 low, high = np.maximum(-seen.minimum, 0.0), np.maximum(seen.maximum, 0.0)
                 found[name] = replace(found[name], low=low.astype(np.float64), high=high.astype(np.float64))
         return found
-
-    def results(self, names: Sequence[str], samples: int | None = None) -> Iterator[dict[str, NDArray[Any]]]:
-        """Yield what was fed and what the model makes of it, in parts that take little memory.
-
-        Args:
-            names: The tensors.
-            samples: How many samples are enough; None for all.
-        """
-        done = 0
-        values = {str(value.name): value for node in self.model.graph for value in node.outputs}
-        size = 4 * sum(values_of(values[name]) or 0 for name in names if name in values)
-        inputs = [value for value in self.model.graph.inputs if value.name in self.feeds[0]]
-        free = all(value.shape is not None and not isinstance(value.shape[0], int) for value in inputs)
-        runner = Runner(lambda: with_outputs(self.model, names))
-        for feeds in self.feeds:
-            lengths = {len(array) for array in feeds.values()}
-            rows = max(lengths)
-            divisible = free and len(lengths) == 1
-            part = max(1, ROOM // max(size, 1)) if divisible else rows
-            if divisible and samples is not None:
-                rows = min(rows, samples - done)
-            for start in range(0, rows, part):
-                stop = min(start + part, rows) if divisible else None
-                given = {name: array[start:stop] for name, array in feeds.items()}
-                yield {**given, **runner.run(given, names)}
-            done += rows
-            if samples is not None and done >= samples:
-                return
 
     def gain(self, value: ir.Value, met: Mapping[str, Met]) -> NDArray[np.float64]:
         """Return what noise in each channel of a tensor adds to the layers and sums behind it, as a part of their variance."""
@@ -356,7 +325,7 @@ class Equalization:
         if not pairs:
             return 0
         lowest: dict[str, NDArray[np.float32]] = {}
-        for results in self.results(names):
+        for results in values_in_parts(self.model, self.feeds, names):
             for name in names:
                 values = results[name]
                 found = values.min(axis=tuple(axis for axis in range(values.ndim) if axis != 1))

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from quantcli.errors import ModelError, PlanError
-from quantcli.fold import lift_opset
+from quantcli.errors import PlanError
+from quantcli.fold import lifted
 from quantcli.modes import float_plan, with_stored
 from quantcli.placement import place
 from quantcli.plan import unresolvable
@@ -275,21 +275,16 @@ class Search:
         """Return the widths that a layer passes through, from the recipe's on."""
         target = resolve_target(self.recipe).weight.bits
         wider = [width for width in self.widths if width.real or width.bits > target]
-        lifted = self.with_widest is not None
-        return [Width(target), *(width for width in wider if width.bits != WIDEST.bits or lifted)]
+        has_widest = self.with_widest is not None
+        return [Width(target), *(width for width in wider if width.bits != WIDEST.bits or has_widest)]
 
     @functools.cached_property
     def with_widest(self) -> ir.Model | None:
         """The model in an operator set that has weights of 16 bits; None where it cannot be had."""
-        lifted = self.model.clone()
-        try:
-            lift_opset(lifted, WIDEST_OPSET)
-            if names_of(lifted) != names_of(self.model):
-                raise ModelError(f"its tensors have other names in operator set {WIDEST_OPSET}")
-        except ModelError as error:
-            logger.info("no weight is raised to %d bits: %s", WIDEST, error)
-            return None
-        return lifted
+        found = lifted(self.model, WIDEST_OPSET)
+        if found is None:
+            logger.info("no weight is raised to %d bits", WIDEST.bits)
+        return found
 
     def model_for(self, bits: Collection[int]) -> ir.Model:
         """Return the model that can hold weights of some widths."""
@@ -388,11 +383,6 @@ def steps_of(layer: str, weight: str, size: int, passed: Sequence[Width], noises
 def cost_of(before: Width, after: Width) -> float:
     """Return what a value of a weight costs more at a width than at another, in bytes (`Step.cost`)."""
     return ((FLOAT.bits if after.real else after.bits) - before.bits) / 8
-
-
-def names_of(model: ir.Model) -> list[tuple[str | None, ...]]:
-    """Return the names of a model's nodes and of what they give, by which statistics and recipes speak of them."""
-    return [(node.name, *(value.name for value in node.outputs)) for node in model.graph]
 
 
 def rate(step: Step) -> float:

@@ -6,6 +6,7 @@ errors are met where they arise and do not add up (Nagel et al. 2019, section 4.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from quantcli.tune.rounding import best_scales, compensated, damped, nearest, ou
 from quantcli.tuning import Tuning
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -109,6 +110,7 @@ class Sweep:
         target: What the runtime can do.
         ranges: The range of every activation that has one of its own, as calibration gives it.
         bits: The widths of weights that differ from the target's, by name.
+        widths: The widths of activations' grids that differ from the target's, by name.
         steps: What to do.
         feeds: Batches of samples.
     """
@@ -120,11 +122,12 @@ class Sweep:
         target: Target,
         ranges: dict[str, tuple[float, float]],
         bits: dict[str, int],
+        widths: Mapping[str, int],
         steps: Steps,
         feeds: Sequence[dict[str, NDArray[Any]]],
     ) -> None:
         self.model, self.placement, self.target, self.steps = model, placement, target, steps
-        self.ranges, self.bits, self.count = ranges, bits, len(feeds)
+        self.ranges, self.bits, self.widths, self.count = ranges, bits, widths, len(feeds)
         self.layers = {layer.node: layer for layer in placement.layers}
         self.absorbed = {node for layer in placement.layers for node in layer.absorbed}
         self.real: dict[ir.Value, Batches] = {}
@@ -164,7 +167,7 @@ class Sweep:
             if progress is not None:
                 progress(number + 1, len(nodes))
 
-        return Tuning(self.chosen, self.scales, self.bits)
+        return Tuning(self.chosen, self.scales, self.bits, self.widths)
 
     def release(self, value: ir.Value) -> None:
         """Let a tensor go once its last reader is through."""
@@ -202,13 +205,13 @@ class Sweep:
         """Return the grid of an activation; its range is chosen where that has not been done."""
         owner = self.placement.owner[name]
         if owner not in self.grids:
-            integer = IntegerType(self.target.activation.grid)
+            integer = self.integer_of(owner)
             if owner in self.placement.fixed:
                 lo, hi = self.placement.fixed[owner]
                 scale, zero_point = fixed_parameters(lo, hi, integer, self.target.activation.symmetric)
             else:
                 lo, hi = self.range_of(owner, value if owner == name else None)
-                scale, zero_point = activation_parameters(lo, hi, self.target)
+                scale, zero_point = activation_parameters(lo, hi, self.target, integer)
             self.grids[owner] = Grid(scale, zero_point, integer)
         return self.grids[owner]
 
@@ -225,20 +228,23 @@ class Sweep:
         real, made = self.real[value], self.made[value]
         if made[0].dtype != np.float32 or not all(array.size for array in made):
             return lo, hi
-        found = self.by_outputs(value, (lo, hi)) if self.expected else None
+        grid_of = functools.partial(self.grid_of, self.integer_of(name))
+        found = self.by_outputs(value, (lo, hi), grid_of) if self.expected else None
         if found is None:
             weights, axis = self.importance(value)
             looked = look(real, made, weights, axis, self.steps.seed)
             more = (0.5,) if self.target.activation.power_of_two else ()
             enough = ENOUGH_COARSE if self.target.weights_are_coarser else ENOUGH
-            found = best_range(looked, lo, hi, self.target.activation.symmetric, self.grid_of, more, enough)
+            found = best_range(looked, lo, hi, self.target.activation.symmetric, grid_of, more, enough)
         best, before, after = found
         self.gains.count("ranges", before, after)
         if best != (lo, hi):
             self.chosen[name] = best
         return best
 
-    def by_outputs(self, value: ir.Value, ends: tuple[float, float]) -> tuple[tuple[float, float], float, float] | None:
+    def by_outputs(
+        self, value: ir.Value, ends: tuple[float, float], grid_of: Callable[[float, float], Grid]
+    ) -> tuple[tuple[float, float], float, float] | None:
         """Return the range that leaves the model's outputs least noise, and the noise of the ends and of it.
 
         None where the rest of the model does not run by itself.
@@ -252,15 +258,19 @@ class Sweep:
         every = np.concatenate([array.reshape(-1)[::stride] for array in real])
         try:
             ahead = Ahead(self.model, self.done, value, self.made, self.expected, self.protos)
-            return range_for_outputs(ahead, every, channels, ends, self.target.activation.symmetric, self.grid_of)
+            return range_for_outputs(ahead, every, channels, ends, self.target.activation.symmetric, grid_of)
         except RunError as error:
             logger.debug("the range of '%s' is judged at its readers: %s", value.name, error)
             return None
 
-    def grid_of(self, low: float, high: float) -> Grid:
+    def integer_of(self, owner: str) -> IntegerType:
+        """Return the integers of an activation."""
+        return IntegerType(self.target.activation.grid_of(self.widths.get(owner, self.target.activation.width)))
+
+    def grid_of(self, integer: IntegerType, low: float, high: float) -> Grid:
         """Return the grid for an activation's range."""
-        scale, zero_point = activation_parameters(low, high, self.target)
-        return Grid(scale, zero_point, IntegerType(self.target.activation.grid))
+        scale, zero_point = activation_parameters(low, high, self.target, integer)
+        return Grid(scale, zero_point, integer)
 
     def accumulated(self, value: ir.Value) -> bool:
         """Tell whether some layer behind a tensor accumulates: what the model gives out is not clipped for its mean error."""

@@ -1,0 +1,51 @@
+"""What a model's tensors hold over some samples, in parts that take little memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from calibration.hooks.onnxruntime import Runner
+from quantcli.cost import values_of
+from quantcli.probe import with_outputs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+# What the tensors that are looked at may take at once, in bytes.
+ROOM = 1 << 26
+
+
+def values_in_parts(
+    model: ir.Model, feeds: Sequence[dict[str, NDArray[Any]]], names: Sequence[str], samples: int | None = None
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """Yield what was fed and what a model makes of it, part by part.
+
+    Args:
+        model: The model.
+        feeds: Batches of samples.
+        names: The tensors.
+        samples: How many samples are enough; None for all.
+    """
+    done = 0
+    values = {str(value.name): value for node in model.graph for value in node.outputs}
+    size = 4 * sum(values_of(values[name]) or 0 for name in names if name in values)
+    inputs = [value for value in model.graph.inputs if value.name in feeds[0]]
+    free = all(value.shape is not None and not isinstance(value.shape[0], int) for value in inputs)
+    runner = Runner(lambda: with_outputs(model, names))
+    for batch in feeds:
+        lengths = {len(array) for array in batch.values()}
+        rows = max(lengths)
+        divisible = free and len(lengths) == 1
+        part = max(1, ROOM // max(size, 1)) if divisible else rows
+        if divisible and samples is not None:
+            rows = min(rows, samples - done)
+        for start in range(0, rows, part):
+            stop = min(start + part, rows) if divisible else None
+            given = {name: array[start:stop] for name, array in batch.items()}
+            yield {**given, **runner.run(given, names)}
+        done += rows
+        if samples is not None and done >= samples:
+            return
