@@ -356,9 +356,11 @@ def plan_layer(layer: PlacedLayer, tensors: dict[str, TensorPlan], target: Targe
     if layer.node.op_type == "PRelu":  # below the zero point, a channel's slope besides
         slopes = np.asarray(constant(layer.node.inputs[1]), dtype=np.float64).reshape(-1)
         reals.append((None, slopes * scales[inputs[0]] / output.scale[0]))
+    multiplied = layer.rule.arithmetic in {Arithmetic.ACCUMULATE, Arithmetic.PRODUCT}
+    bits = target.multiplier_bits(multiplied and any(tensors[name].integer.bits > 8 for name in inputs[:2]))
     multipliers = []
     for operand, real in reals:
-        multiplier, shift = signed_fixed_point(real, target.multiplier.bits)
+        multiplier, shift = signed_fixed_point(real, bits)
         multipliers.append(Multiplier(operand, tuple(real.tolist()), tuple(multiplier.tolist()), tuple(shift.tolist())))
     return LayerPlan(
         str(layer.node.name),

@@ -216,7 +216,7 @@ def test_samples_are_looked_at_in_parts_where_memory_is_short(uneven: Path, monk
         return run(self, given, names)
 
     monkeypatch.setattr(Runner, "run", counted)
-    monkeypatch.setattr("quantcli.tune.equalize.ROOM", 1)
+    monkeypatch.setattr("quantcli.tune.values.ROOM", 1)
     parts = equalize(model, feeds, grids(model))[1]
     assert set(runs) == {1}
     assert parts.moved.keys() == whole.moved.keys()

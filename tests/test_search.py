@@ -240,7 +240,7 @@ def renamed(model: ir.Model, needed: int) -> None:
 def test_a_model_that_cannot_have_such_weights_has_a_float_layer(
     tmp_path: Path, uneven: Path, uneven_data: Path, monkeypatch: pytest.MonkeyPatch, lifted: Callable[..., None]
 ) -> None:
-    monkeypatch.setattr("quantcli.tune.search.lift_opset", lifted)
+    monkeypatch.setattr("quantcli.fold.lift_opset", lifted)
     done = convert(uneven, tmp_path / "q.onnx", data=uneven_data, recipe=of_one_scale("ort-x86"), verified=True)
     assert "a_node" in [entry.name for entry in done.plan.floats]
     assert {entry.dtype for entry in done.sidecar.tensors.values() if entry.role == "weight"} == {"int8"}

@@ -71,6 +71,10 @@ def test_what_is_loud_at_times_gets_16_bits_and_the_rest_keeps_8(tmp_path: Path,
     done = converted(tmp_path, Recipe(target=target), verified=True)
     assert types_of(done) == {"x": "int16", "h": "int16", "g": "int16", "n": "int8", "y": "int8"}
     assert done.sidecar.opset == 21
+    largest = {entry.name: max(entry.multipliers[0].multiplier) for entry in done.sidecar.layers if entry.multipliers}
+    assert {name for name, m0 in largest.items() if m0 < 1 << 15} == {
+        "h_node"
+    }  # which alone multiplies integers of 16 bits
     kept = next(one for one in done.tuned.tries if one.kept)
     assert kept.name.startswith("3 activations of 16 bits")
     assert max(one.sqnr for one in done.tuned.tries if "16 bits" not in one.name) < LOW_SQNR

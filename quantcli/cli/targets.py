@@ -21,7 +21,9 @@ def targets(context: click.Context, /) -> None:
     rows = [
         (
             target.name,
-            f"{target.activation.dtype} {'symmetric' if target.activation.symmetric else 'affine'}"
+            target.activation.dtype
+            + (" or int16" if target.activation.may_widen else "")
+            + (" symmetric" if target.activation.symmetric else " affine")
             + (", 2^k" if target.activation.power_of_two else ""),
             f"int{target.weight.bits} {'per channel' if target.weight.per_channel else 'per tensor'}"
             + (", 2^k" if target.weight.power_of_two else ""),

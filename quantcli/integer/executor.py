@@ -10,7 +10,7 @@ import numpy as np
 
 from quantcli.arithmetic.affine import IntegerType, dequantize, quantize
 from quantcli.integer.expand import EDGES, expanded
-from quantcli.integer.layer import Layer
+from quantcli.integer.layer import Layer, multiplier_bits
 from quantcli.integer.layers import run_layer
 from quantcli.island import captured, single_node
 
@@ -53,7 +53,6 @@ class Executor:
         absorbed = {name for entry in self.sidecar.layers for name in entry.absorbed}
         self.order = [node for node in self.model.graph if node.op_type not in EDGES and str(node.name) not in absorbed]
         self.order = [node for node in self.order if not is_edge(node)]
-        self.bits = self.sidecar.target.multiplier.bits
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Return the model's outputs; see `run_all` for the integers between.
@@ -91,7 +90,7 @@ class Executor:
             if value is None or (str(value.name) not in self.by_real and str(value.name) not in self.sidecar.tensors)
         }
         attributes = {name: attribute_value(attribute) for name, attribute in node.attributes.items()}
-        return Layer(entry, attributes, self.sidecar.tensors, self.bits, plain)
+        return Layer(entry, attributes, self.sidecar.tensors, multiplier_bits(self.sidecar, entry), plain)
 
     def integer(
         self, name: str, integers: dict[str, NDArray[Any]], reals: dict[str, NDArray[Any]]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from quantcli.sidecar import LayerEntry, TensorEntry
+    from quantcli.sidecar import LayerEntry, Sidecar, TensorEntry
 
 
 class IntegerError(ReportedError):
@@ -50,6 +50,13 @@ class Layer:
     def output(self) -> TensorEntry:
         """The entry of the first output."""
         return self.tensors[self.entry.outputs[0]]
+
+
+def multiplier_bits(sidecar: Sidecar, entry: LayerEntry) -> int:
+    """Return the width of a layer's multipliers (`quantcli.targets.Target.multiplier_bits`)."""
+    multiplied = entry.arithmetic in {"accumulate", "product"}
+    wide = multiplied and any(sidecar.tensors[name].qmax >= 1 << 8 for name in entry.inputs[:2])
+    return sidecar.target.multiplier_bits(wide)
 
 
 def plain_list(layer: Layer, position: int, attribute: str) -> list[int] | None:

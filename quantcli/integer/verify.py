@@ -20,7 +20,7 @@ from quantcli.arithmetic.fixed_point import headroom_multipliers, signed_fixed_p
 from quantcli.arithmetic.tables import exponentials, table
 from quantcli.integer.exact import FLOAT32_ERROR, exact, function_parameters
 from quantcli.integer.executor import Executor, quantized
-from quantcli.integer.layer import IntegerError, Layer
+from quantcli.integer.layer import IntegerError, Layer, multiplier_bits
 from quantcli.integer.layers import centred_magnitudes, real_output, run_layer, terms_of
 from quantcli.probe import with_outputs
 
@@ -239,7 +239,7 @@ def multiplier_findings(
         real = x * w / output
     else:
         real = np.array(sidecar.tensors[multiplier.operand].scale, dtype=np.float64) / output
-    m0, n = signed_fixed_point(real, sidecar.target.multiplier.bits)
+    m0, n = signed_fixed_point(real, multiplier_bits(sidecar, entry))
     for what, held, stated in (
         ("multiplier", m0, multiplier.multiplier),
         ("shift", n, multiplier.shift),

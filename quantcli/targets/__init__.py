@@ -134,6 +134,14 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     multiplier: MultiplierFormat
     placement: PlacementFormat = PlacementFormat()
 
+    def multiplier_bits(self, wide: bool) -> int:
+        """Return the width of a layer's M0.
+
+        Where activations of 8 and 16 bits stand side by side, it is 16 at most behind products of ``wide`` operands, of more than 8
+        bits: their accumulator has 48 bits, and its product with M0 is to fit 64.
+        """
+        return min(self.multiplier.bits, 16) if wide and self.activation.may_widen else self.multiplier.bits
+
     @property
     def weights_are_coarser(self) -> bool:
         """Whether weights have fewer bits than activations: a quantized model's noise comes from them then."""
