@@ -20,6 +20,7 @@ from quantcli.fold import fold, lifted
 from quantcli.load import load
 from quantcli.plan import make_plan
 from quantcli.recipe import Activation, Tune, Weight
+from quantcli.review import lint
 from quantcli.targets import ActivationFormat, load_target
 from quantcli.tune.ranges import Grid
 from quantcli.tune.values import values_in_parts
@@ -80,6 +81,8 @@ def test_what_is_loud_at_times_gets_16_bits_and_the_rest_keeps_8(tmp_path: Path,
     assert max(one.sqnr for one in done.tuned.tries if "16 bits" not in one.name) < LOW_SQNR
     assert kept.sqnr > 20
     assert verify(done.sidecar_path).findings == []
+    assert lint(done.sidecar, load_target(target), {}) == []
+    assert {found.layer for found in lint(done.sidecar, load_target("cmsis-nn"), {})} == {"h_node", "g_node", "y_node"}
     onnx.checker.check_model(onnx.load(done.model), full_check=True)
     fresh = {"x": samples(200, LOUD, seed=5)}
     expected, found = (Runner(path).run(fresh)["y"] for path in (tmp_path / "m.onnx", done.model))
