@@ -37,12 +37,13 @@ if __package__ in {None, ""}:  # run as a file: its folder stands on the path in
 
 from benchmarks.bed import as_feeds, bed_folder, entries, interleaved, load_bed, machine
 from calibration import statistics as statistics_file
-from calibration.collect import Shortcut, Work, collect, computed, pilot_of
+from calibration.collect import Work, collect, pilot_of
 from calibration.histogram import Histogram
 from calibration.hooks.onnxruntime import Runner
 from calibration.lanes import Lanes
 from calibration.observers import Counting, TensorStatistics
 from calibration.ranges import Grid, parse_range, range_of
+from calibration.shortcut import Shortcut, computed
 from quantcli import Recipe, convert
 from quantcli.fold import fold
 from quantcli.load import load

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from calibration.errors import DataError
 from calibration.lanes import ONE_BY_ONE, Lanes, in_line
 from calibration.layout import Layout
 from calibration.observers import TensorStatistics, glance
+from calibration.shortcut import Light, computed
 from calibration.together import Frames
 
 if TYPE_CHECKING:
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from calibration.datasets.dataset import Dataset, InputSpec
-    from calibration.layout import Frame
+    from calibration.datasets.dataset import Dataset
+    from calibration.layout import Frame, Hook
     from calibration.observers import Counting
+    from calibration.shortcut import Shortcut
 
     Batch = tuple["Span", dict[str, NDArray[Any]]]
     Computed = tuple["Light | Frame | None", dict[str, NDArray[Any]]]
@@ -37,43 +39,6 @@ PILOT_SAMPLES, PILOT_PART = 8, 1 / 16
 LITTLE = 1 << 17
 
 Span = tuple[int, int]
-
-
-class Hook(Protocol):
-    """A float model that runs a batch and hands out the asked tensors."""
-
-    @property
-    def inputs(self) -> tuple[InputSpec, ...]:
-        """The model's inputs."""
-        ...
-
-    def run(self, feeds: dict[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-        """Run one batch and return the asked tensors by name; from several threads at once where `Lanes` compute several."""
-        ...
-
-    def rest(self) -> None:
-        """Let go of what can be loaded again when it is needed again."""
-        ...
-
-    def frame(self, layout: Layout) -> Frame | None:
-        """Return a buffer that batches can be run into; None where the runtime hands out arrays of its own."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class Shortcut:
-    """How the extremes of tensors with a known lowest value can be had without handing the tensors out.
-
-    Attributes:
-        pooled: The tensors that it can serve, once their minimum is settled: only the highest value is of interest then.
-        limit: As long as no value is larger in magnitude, no operator of the model can make one that is not finite.
-        build: Return, for some of the tensors, a hook that gives their highest values; and by tensor, in the order in which they
-            stand there, the output that holds them along axis 1, and how many they are.
-    """
-
-    pooled: frozenset[str]
-    limit: float
-    build: Callable[[list[str]], tuple[Hook, dict[str, tuple[str, int]]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,12 +242,6 @@ def prepare(hook: Hook, seen: Seen, work: Work) -> None:
         seen.tensors[name].prepare_from(sizes[name], first[1] - first[0], work.counting, glances[name])
 
 
-def computed(hook: Hook, names: Sequence[str], feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Return tensors of one batch; inputs among them are what was fed."""
-    found = hook.run(feeds, [name for name in names if name not in feeds])
-    return {name: found[name] if name in found else feeds[name] for name in names}
-
-
 def is_little(made: Computed) -> bool:
     """Tell whether what a batch gave is so little that it is counted at once."""
     return sum(values.size for values in made[1].values()) < LITTLE
@@ -311,7 +270,7 @@ class Counter:
     def take(self, shortcut: Shortcut, feeds: dict[str, NDArray[Any]]) -> None:
         """Take a shortcut, as far as the first sample of a batch shows that it serves."""
         sample = feeds if self.work.whole else {name: values[:1] for name, values in feeds.items()}
-        self.light = Light.of(shortcut, self.hook, self.seen, sample)
+        self.light = Light.of(shortcut, self.hook, self.seen.tensors, sample)
 
     def compute(self, batch: Batch) -> Computed:
         """Run a batch; return the shortcut that was taken or the frame that it is in, and what the model gave."""
@@ -327,7 +286,7 @@ class Counter:
         """Count a batch; the whole tensors, where a value was too large for the shortcut, which is given up then."""
         (span, feeds), (way, found) = batch, made
         if isinstance(way, Light):
-            if way.count(found, span):
+            if way.count(found, span[1] - span[0]):
                 return
             self.light, found, way = None, computed(self.hook, list(self.seen.tensors), feeds), None
         if way is not None and self.frames is not None:
@@ -366,74 +325,3 @@ def count(found: dict[str, NDArray[Any]], tensors: dict[str, TensorStatistics], 
                 f"tensor '{name}', samples {span[0]} to {span[1] - 1}: {error.what}",
                 "look for a division by zero or an overflow in the model, or clean the data, or --allow-non-finite",
             ) from error
-
-
-@dataclass(frozen=True, eq=False)
-class Light:
-    """The shortcut at work.
-
-    Attributes:
-        hook: Gives the highest values of the settled tensors, and the others whole.
-        places: Where the highest values stand, by tensor.
-        sizes: How many elements a sample has in each tensor.
-        limit: Beyond which a value is too large for the shortcut.
-        seen: What was counted so far.
-    """
-
-    hook: Hook
-    places: dict[str, tuple[str, int]]
-    sizes: dict[str, int]
-    limit: float
-    seen: Seen
-
-    @classmethod
-    def of(cls, shortcut: Shortcut, whole: Hook, seen: Seen, feeds: dict[str, NDArray[Any]]) -> Light | None:
-        """Return the shortcut for the tensors that hold their floor in some samples; None where there are none.
-
-        A tensor without elements has no extremes: then there is none either.
-        """
-        found = computed(whole, list(seen.tensors), feeds)
-        settled = [
-            name
-            for name, held in seen.tensors.items()
-            if name in shortcut.pooled and found[name].size and found[name].min() == held.floor
-        ]
-        if not settled or not all(values.size for values in found.values()):
-            return None
-        whole.rest()
-        hook, places = shortcut.build(settled)
-        rows = len(next(iter(feeds.values())))
-        sizes = {name: values.size // rows for name, values in found.items()}
-        return cls(hook, places, sizes, shortcut.limit, seen)
-
-    def run(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run a batch and return the outputs that hold highest values, and the other tensors whole."""
-        whole = [name for name in self.seen.tensors if name not in self.places]
-        together = list(dict.fromkeys(output for output, _ in self.places.values()))
-        found = self.hook.run(feeds, [name for name in whole if name not in feeds] + together)
-        return {name: feeds[name] if name in feeds else found[name] for name in whole + together}
-
-    def count(self, found: dict[str, NDArray[Any]], span: Span) -> bool:
-        """Count a batch and return whether every value was small enough. If not, nothing is counted."""
-        extremes = {
-            name: (float(np.minimum.reduce(values, axis=None)), float(np.maximum.reduce(values, axis=None)))
-            for name, values in found.items()
-            if name in self.seen.tensors
-        }
-        for name, highest in self.highest(found).items():
-            extremes[name] = self.seen.tensors[name].floor or 0.0, highest
-        if not all(highest <= self.limit and lowest >= -self.limit for lowest, highest in extremes.values()):
-            return False  # so it is for NaN, too
-        for name, (lowest, highest) in extremes.items():
-            self.seen.tensors[name].count_extremes(lowest, highest, self.sizes[name] * (span[1] - span[0]))
-        return True
-
-    def highest(self, found: dict[str, NDArray[Any]]) -> dict[str, float]:
-        """Return the highest value of every settled tensor."""
-        values: dict[str, float] = {}
-        for output in {output for output, _ in self.places.values()}:
-            sizes = {name: size for name, (where, size) in self.places.items() if where == output}
-            peaks = found[output].reshape(len(found[output]), -1).max(axis=0)
-            starts = np.cumsum([0, *sizes.values()])[:-1]
-            values.update(zip(sizes, np.maximum.reduceat(peaks, starts).tolist(), strict=True))
-        return values

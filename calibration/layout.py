@@ -1,4 +1,4 @@
-"""How a batch's tensors lie side by side in one buffer, so that all of them can be looked at together."""
+"""What runs a model for a calibration, and how a batch's tensors lie side by side in one buffer, to be looked at together."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
+
+    from calibration.datasets.dataset import InputSpec
 
 # Every tensor begins at a multiple of so many elements: 64 bytes.
 ALIGNED = 16
@@ -66,4 +68,25 @@ class Frame(Protocol):
 
     def run(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run one batch and return its tensors by name; they stay until the next one is run."""
+        ...
+
+
+class Hook(Protocol):
+    """A float model that runs a batch and hands out the asked tensors."""
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """The model's inputs."""
+        ...
+
+    def run(self, feeds: dict[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+        """Run one batch and return the asked tensors by name; from several threads at once where `Lanes` compute several."""
+        ...
+
+    def rest(self) -> None:
+        """Let go of what can be loaded again when it is needed again."""
+        ...
+
+    def frame(self, layout: Layout) -> Frame | None:
+        """Return a buffer that batches can be run into; None where the runtime hands out arrays of its own."""
         ...

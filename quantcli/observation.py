@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibration import statistics as statistics_file
-from calibration.collect import Checkpoint, Seen, Shortcut, Work, collect, computed, pilot_of
+from calibration.collect import Checkpoint, Seen, Work, collect, pilot_of
 from calibration.datasets import boundaries, first_samples, fitted_batch, fixes_batch, open_dataset, select
 from calibration.errors import DataError, StatisticsError
 from calibration.hooks.onnxruntime import Runner
 from calibration.lanes import Lanes
 from calibration.observers import OBSERVERS, Counting, TensorStatistics
 from calibration.ranges import observer_for, parse_range
+from calibration.shortcut import Shortcut, computed
 from calibration.statistics import Part, Statistics
 from quantcli.errors import UsageError
 from quantcli.files import staged
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-    from calibration.collect import Hook
     from calibration.datasets import Dataset, Preprocess
+    from calibration.layout import Hook
     from quantcli.load import Example, LoadedModel
     from quantcli.placement import Placement
     from quantcli.progress import Progress

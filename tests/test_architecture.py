@@ -18,7 +18,7 @@ ORDER = [
     {"calibration.datasets"},
     {"calibration.hooks", "calibration.histogram", "calibration.lanes", "calibration.layout"},
     {"calibration.observers"},
-    {"calibration.statistics", "calibration.together", "calibration.ranges"},
+    {"calibration.statistics", "calibration.together", "calibration.shortcut", "calibration.ranges"},
     {"calibration.collect"},
     {"calibration"},
     {"quantcli.errors"},

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.collect import CHECK_SAMPLES, Checkpoint, Seen, Shortcut, Work, collect, pilot_of
+from calibration.collect import CHECK_SAMPLES, Checkpoint, Seen, Work, collect, pilot_of
 from calibration.datasets import InputSpec
 from calibration.errors import DataError, RunError
 from calibration.hooks.onnxruntime import Runner
@@ -25,6 +25,7 @@ from calibration.hooks.torch import ModuleHook, ProgramHook
 from calibration.lanes import Lanes, in_line
 from calibration.layout import ALIGNED, Frame, Layout
 from calibration.observers import Counting, TensorStatistics
+from calibration.shortcut import Shortcut
 
 Array = NDArray[Any]
 ROWS = np.random.default_rng(4).normal(size=(10, 3)).astype(np.float32)
