@@ -19,8 +19,10 @@ from quantcli.integer.held import Held
 from quantcli.integer.verify import verify as compare_integers
 from quantcli.integer.weights import verify_weights as compare_weights
 from quantcli.probe import LARGEST_MODEL, model_bytes, split, weight_bytes
+from quantcli.recipe import resolve_target
 from quantcli.sidecar import FileEntry
-from quantcli.tune.search import FLOAT, STORED, WIDE, WIDEST, Width
+from quantcli.tune.search import AROUND, FLOAT, STORED, WIDE, WIDEST, Width
+from quantcli.tune.wide import may_widen
 from quantcli.write import WRITERS
 from quantcli.write.onnx_stored import fold_at_load
 
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
     from quantcli.quantize import QuantizedModel
     from quantcli.recipe import Recipe
     from quantcli.sidecar import Sidecar
-    from quantcli.targets import Target
 
 
 # Forms that are C, beside the ONNX model that computes the same.
@@ -122,10 +123,13 @@ def rendered(quantized: QuantizedModel, form: str, output: Path, source: LoadedM
     return Delivery(model_bytes(model), as_program(model, source) if output.suffix == ".pt2" else None)
 
 
-def widths_for(target: Target, form: str, output: Path) -> tuple[Width, ...]:
-    """Return the widths that a search may raise weights to: 8 bits, 16 where form and target have them, and float but for C."""
+def widths_for(recipe: Recipe, form: str, output: Path) -> tuple[Width, ...]:
+    """Return the widths that a search may raise layers to: 8 bits, 16 where form and target have them, and float but for C."""
+    target = resolve_target(recipe)
     if form in C_FORMS:
         return (WIDE,)
+    if may_widen(recipe) and recipe.tune.widen is not False:  # which `for_form` makes it for other forms
+        return (WIDE, AROUND, FLOAT)
     wider = target.weight.widest == WIDEST.bits and form == "qdq" and output.suffix == ".onnx"
     return (WIDE, WIDEST, STORED, FLOAT) if wider else (WIDE, FLOAT)
 

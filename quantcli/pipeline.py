@@ -235,7 +235,7 @@ def convert(
         if log is not None and not run.resume:
             log.unlink(missing_ok=True)
         judged = Data(Path(validate), path_or_none(labels), validate_split) if validate is not None else None
-        widths = widths_for(target, form, outputs.model)
+        widths = widths_for(recipe, form, outputs.model)
         decision = decided(source, folded, statistics, places, recipe, run, writer, judged, log, widths, progress)
         found, tuned = decision.statistics, decision.tuned
         final, plan = tuned.model, tuned.plan

@@ -25,6 +25,7 @@ from quantcli.tune.candidates import Samples, equalized, grids_of
 from quantcli.tune.equalize import Grids, Met, equalize
 from quantcli.tune.noise import CONSIDERED, Noise, Tensor, reaching
 from quantcli.tune.noise import Weight as RoundedWeight
+from quantcli.tuning import UNTUNED
 from tests.graphs import data_for, node, normal, residual_net, save
 
 Array = NDArray[np.float64]
@@ -277,7 +278,7 @@ def test_the_equalized_models_statistics_are_what_is_seen_of_it(uneven: Path, tm
         return calibrate(path, data, recipe=counting if channels else recipe)
 
     samples = Samples(({"x": np.load(data)["x"][:16]},), ({"x": np.load(data)["x"][16:]},))
-    candidate = equalized(model, seen, recipe, samples, observe, {})
+    candidate = equalized(model, seen, recipe, samples, observe, UNTUNED)
     assert candidate is not None
     assert asked == ([True, False] if observer else [True])  # the extremes of channels tell those of the changed model
     after = observe(candidate.model)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -15,6 +16,7 @@ from calibration.hooks.onnxruntime import Runner
 from quantcli import Conversion, Recipe, calibrate, convert, verify
 from quantcli.arithmetic.affine import IntegerType
 from quantcli.cli import cli
+from quantcli.delivery import for_form, widths_for
 from quantcli.evaluation.check import LOW_SQNR
 from quantcli.fold import fold, lifted
 from quantcli.load import load
@@ -23,6 +25,7 @@ from quantcli.recipe import Activation, Tune, Weight
 from quantcli.review import lint
 from quantcli.targets import ActivationFormat, load_target
 from quantcli.tune.ranges import Grid
+from quantcli.tune.search import AROUND, FLOAT, WIDE, Search, Step, Width
 from quantcli.tune.values import values_in_parts
 from quantcli.tune.wide import ENOUGH, Lost, left_of, may_widen
 from tests.graphs import Array, node, normal, save
@@ -222,3 +225,67 @@ def test_a_model_is_lifted_under_its_names(tmp_path: Path) -> None:
     assert copy.opset_imports[""] == 21
     assert model.opset_imports[""] == 17
     assert [value.name for value in copy.graph.node(1).outputs] == ["g"]
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """Samples whose labels are what the float model says."""
+    x = samples(360, 12.0, seed=21)
+    np.savez(tmp_path / "l.npz", x=x, labels=Runner(outlying(tmp_path / "m.onnx")).run({"x": x})["y"].argmax(axis=1))
+    return tmp_path / "l.npz"
+
+
+def searching(max_drop: float, **more: Any) -> Recipe:
+    return Recipe(target="npu-int8", tune=Tune(max_drop=max_drop, **more))
+
+
+def test_a_search_widens_activations_before_it_makes_layers_float(tmp_path: Path, labelled: Path) -> None:
+    done = converted(tmp_path, searching(3.0), loud=12.0, validate=labelled, verified=True)
+    kept = next(one for one in done.attempts if one.kept)
+    assert kept.score.worst <= 3.0
+    assert kept.steps > 0
+    assert next(one for one in done.attempts if one.steps == kept.steps - 1).score.worst > 3.0
+    assert [found.operator for found in done.plan.floats] == ["LayerNormalization"]
+    assert "int16" in types_of(done).values()
+    assert kept.weight_bytes == 12 * 16 + 16 * 6
+
+
+def test_a_search_without_wide_activations_has_float_layers(tmp_path: Path, labelled: Path) -> None:
+    done = converted(tmp_path, searching(3.0, widen=False), loud=12.0, validate=labelled)
+    assert "Gemm" in [found.operator for found in done.plan.floats]
+    assert set(types_of(done).values()) == {"int8"}
+
+
+def test_a_layers_steps_end_in_float_and_those_come_last(
+    tmp_path: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orders: list[list[Step]] = []
+    ordered = Search.ordered
+
+    def kept(self: Search) -> list[Step]:
+        orders.append(ordered(self))
+        return orders[-1]
+
+    monkeypatch.setattr(Search, "ordered", kept)
+    recipe = msgspec.structs.replace(searching(20.0), weight=Weight(bits=4))
+    converted(tmp_path, recipe, loud=12.0, validate=labelled)
+    passed = {name: [one for one in orders[0] if one.layer == name] for name in ("h_node", "y_node")}
+    assert all([one.width for one in steps] == [WIDE, AROUND, FLOAT] for steps in passed.values())
+    # Weights of 4 bits to 8; x, h and g, and n and y, of 8 to 16; and weights to float.
+    assert [one.cost for one in passed["h_node"]] == [12 * 16 / 2, 12 + 16 + 16, 12 * 16 * 3]
+    assert [one.cost for one in passed["y_node"]] == [16 * 6 / 2, 16 + 6, 16 * 6 * 3]
+    assert [one.width for one in orders[0]][-2:] == [FLOAT, FLOAT]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "form", "widths"),
+    [
+        (NPU, "qdq", (WIDE, AROUND, FLOAT)),
+        (NPU, "c", (WIDE,)),
+        (NPU, "qoperator", (WIDE, FLOAT)),
+        (searching(1.0, widen=False), "qdq", (WIDE, FLOAT)),
+        (Recipe(target="npu-int16"), "qdq", (WIDE, FLOAT)),
+    ],
+)
+def test_which_widths_a_search_has(recipe: Recipe, form: str, widths: tuple[Width, ...]) -> None:
+    assert widths_for(for_form(recipe, form), form, Path("q.onnx")) == widths

@@ -252,6 +252,12 @@ def lost_less(terminal: Terminal, done: Conversion) -> None:
     if done.attempts:
         widths(terminal, done)
     tuning(terminal, done.tuned)
+    if wide := wide_activations(done.plan):
+        shown = ", ".join(f"'{name}'" for name in wide[:4]) + (", …" if len(wide) > 4 else "")
+        terminal.say(
+            f"activations of 16 bits: {len(wide)}, of which 8 would leave too little: {shown} "
+            "(widen = false in the recipe's [tune] keeps 8)"
+        )
     if done.tuned.smoothed and not terminal.verbose:
         readers = sum(len(even.layers) for even in done.tuned.smoothed)
         terminal.say(f"smoothed: the columns of {len(done.tuned.smoothed)} tensors that {readers} layers read")
@@ -312,13 +318,6 @@ def tuning(terminal: Terminal, tuned: Tuned) -> None:
         f"tuned: SQNR {before.sqnr:.1f} → {kept.sqnr:.1f} dB on samples held back"
         + (f" (error of the layers, on average: {steps})" if steps else ": nothing that was tried does better")
     )
-    wide = wide_activations(tuned.plan)
-    if wide:
-        shown = ", ".join(f"'{name}'" for name in wide[:4]) + (", …" if len(wide) > 4 else "")
-        terminal.say(
-            f"activations of 16 bits: {len(wide)}, of which 8 would leave too little: {shown} "
-            "(widen = false in the recipe's [tune] keeps 8)"
-        )
     if tuned.equalized is not None:
         done = tuned.equalized
         terminal.say(

@@ -103,7 +103,7 @@ def equalized(
     recipe: Recipe,
     samples: Samples,
     observe: Observe,
-    bits: dict[str, int],
+    tuning: Tuning,
 ) -> Candidate | None:
     """Return the equalized model with statistics of its own; None where nothing changed.
 
@@ -112,7 +112,7 @@ def equalized(
     """
     whole = observe(model, channels=True)
     extremes = {name: seen.channels for name, seen in whole.tensors.items() if seen.channels is not None}
-    grids = grids_of(model, statistics, recipe, bits)
+    grids = grids_of(model, statistics, recipe, tuning.bits)
     changed, done = equalize(model, samples.swept, grids, extremes)
     if not done.layers and not done.absorbed:
         return None
@@ -129,7 +129,7 @@ def equalized(
             tensors[name] = TensorStatistics(*ends, seen.elements, seen.nan, seen.infinite, derived=True)
         after = replace(statistics, tensors=tensors)
     final, seen_after, evened = smooth(changed, after, recipe)
-    return Candidate(final, seen_after, evened, Tuning(bits=bits, moved=done.moved), done)
+    return Candidate(final, seen_after, evened, replace(tuning, moved=done.moved), done)
 
 
 def moved_by(what: Moved, values: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -183,6 +183,7 @@ def tune(
     observe: Observe | None,
     progress: Progress,
     bits: dict[str, int] | None = None,
+    grids: Mapping[str, int] | None = None,
 ) -> Tuned:
     """Try what the recipe's effort says, and return the best.
 
@@ -194,11 +195,12 @@ def tune(
         observe: Calibrates another folded model on the same data, for equalization; None where that cannot be had.
         progress: Called with the stage, the nodes done and their total.
         bits: The widths of weights that differ from the target's, by name.
+        grids: The widths of activations that do.
     """
     bits = bits or {}
     judge = Judge(model, samples.judging, recipe)
     final, seen, evened = smooth(model, statistics, recipe)
-    start = Candidate(final, seen, evened, Tuning(bits=bits))
+    start = Candidate(final, seen, evened, Tuning(bits=bits, grids=grids or {}))
     found: list[tuple[Try, Candidate]] = [(Try(UNTOUCHED, judge.sqnr(start), 0.0, {}), start)]
     if not tunable(final, seen, recipe):
         plan = make_plan(final, seen, recipe, start.tuning)
@@ -352,9 +354,9 @@ class Trying:
         begun = time.perf_counter()
         base, steps = self.start, choice.steps
         if choice.equalize and self.observe is not None:
-            bits = dict(self.start.tuning.bits)
             model, seen = self.judge.model, self.statistics
-            self.equal = self.equal or equalized(model, seen, self.recipe, self.samples, self.observe, bits)
+            tuning = self.start.tuning
+            self.equal = self.equal or equalized(model, seen, self.recipe, self.samples, self.observe, tuning)
             if self.equal is None:
                 return
             base = self.equal

@@ -1,7 +1,8 @@
 """Precision search: the cheapest widths of the layers' weights that keep a metric within a given drop.
 
 Every layer begins at the recipe's width, and can be raised to 8 bits and to float; where the target has weights of 16 bits, to
-those in between, first with integers around it, then computing in float from stored weights. What a layer's width costs the
+those in between, first with integers around it, then computing in float from stored weights; where it has activations of 16 bits
+beside those of 8, to those around the layer. What a layer's width costs the
 outputs is measured layer by layer (as in HAWQ, Dong et al. 2019, arXiv 1905.03696, with the noise at the outputs in
 place of the Hessian's eigenvalue): the noise of a model that is wider everywhere else. Noise of different layers adds up, so steps
 are ordered by how much noise they take away per byte that they cost, and the shortest beginning of that order that keeps the metric
@@ -23,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from quantcli.cost import values_of
 from quantcli.errors import PlanError
-from quantcli.fold import lifted
+from quantcli.fold import constant, lifted
 from quantcli.modes import float_plan, with_stored
 from quantcli.placement import place
 from quantcli.plan import unresolvable
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from calibration.statistics import Statistics
+    from quantcli.placement import Placement
     from quantcli.progress import Progress
     from quantcli.recipe import Recipe
     from quantcli.tune.candidates import Samples
@@ -64,13 +67,16 @@ class Width:
     Attributes:
         bits: The bits of its weight; 32 for float32.
         real: Whether it computes in float.
+        around: The bits of the activations around it (`Search.around`), where the target has several.
     """
 
     bits: int
     real: bool = False
+    around: int = 8
 
 
 WIDE, WIDEST, STORED, FLOAT = Width(8), Width(16), Width(16, real=True), Width(32, real=True)
+AROUND = Width(8, around=16)
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,8 @@ class Step:
         weight: Its weight's name.
         width: Its width then.
         noise: By how much it lowers the outputs' noise, as a part of their signal.
-        cost: By how many bytes the weight grows; of a layer that is to compute in float, as if its weight became float.
+        cost: By how many bytes its weight grows, and the activations around it for a sample; of a layer that is to compute in
+            float, as if its weight became float.
     """
 
     layer: str
@@ -235,11 +242,36 @@ class Search:
         """Return how many of all steps may be taken: where the last ones make weights float, one has to stay integer."""
         return count - 1 if FLOAT in self.widths else count
 
+    @functools.cached_property
+    def placement(self) -> Placement:
+        """Which operators are integer layers."""
+        return place(self.model, self.recipe, unresolvable(self.statistics.tensors))
+
+    def around(self, layers: Collection[str]) -> dict[str, int]:
+        """Return the width of the activations around some layers, by name, where they are wide.
+
+        They are what the layers read and make, and what integer layers without a weight make of that.
+        """
+        owner, fixed = self.placement.owner, self.placement.fixed
+        by_node = {layer.node: layer for layer in self.placement.layers}
+        weights = {layer for layer, _, _ in self.weighted()}
+        pending = [layer for layer in self.placement.layers if layer.node.name in layers]
+        values = [value for layer in pending for _, value, kind in layer.operands() if kind is Operand.OWN]
+        seen = {layer.node for layer in pending}
+        while pending:
+            made = pending.pop().outputs
+            values += made
+            for reader in (reader for value in made for reader in value.consumers() if reader not in seen):
+                seen.add(reader)
+                if reader in by_node and str(reader.name) not in weights:
+                    pending.append(by_node[reader])
+        names = [owner[str(value.name)] for value in values if str(value.name) in owner and constant(value) is None]
+        return {name: AROUND.around for name in names if name not in fixed}
+
     def weighted(self) -> list[tuple[str, str, int]]:
         """Return name, weight's name and weight's elements of every layer that accumulates with a weight of its own."""
-        placement = place(self.model, self.recipe, unresolvable(self.statistics.tensors))
         found = []
-        for layer in placement.layers:
+        for layer in self.placement.layers:
             weight = next((value for _, value, kind in layer.operands() if kind is Operand.WEIGHT), None)
             if layer.rule.arithmetic is Arithmetic.ACCUMULATE and weight is not None and len(weight.uses()) == 1:
                 size = weight.shape.numpy() if weight.shape is not None else ()
@@ -250,6 +282,7 @@ class Search:
         """Return the steps, those that take away the most noise per byte first; a layer's in the order of their widths.
 
         Where weights can be stored in 16 bits, those that make weights float come last: beside layers in integers they are nothing.
+        So do they where activations can have 16 bits: hardware that has those need not have float.
         """
         layers = self.weighted()
         judge = Judge(self.model, self.judging, self.recipe)
@@ -260,34 +293,43 @@ class Search:
         for number, (layer, weight, size) in enumerate(layers):
             self.progress("sensitivity", number, len(layers))
             noises = {WIDE: base}
+            around = self.around([layer])
             for width in passed:
                 if not width.real and width not in noises:
-                    noises[width] = judge.noise(self.candidate({**wide, weight: width.bits}, ()))
+                    grids = around if width == AROUND else {}
+                    noises[width] = judge.noise(self.candidate({**wide, weight: width.bits}, (), grids))
             real = judge.noise(self.candidate(wide, (layer,))) if len(layers) > 1 else 0.0
             # What rounding to 16 bits leaves is too little to be seen beside the other layers: 2^-16 of that to 8 bits.
             rounded = max(base - noises.get(WIDEST, base), 0.0) / 4.0 ** (WIDEST.bits - WIDE.bits)
             noises |= {STORED: real, FLOAT: real - rounded if STORED in passed else real}
-            steps += steps_of(layer, weight, size, passed, noises)
-        last = FLOAT if STORED in passed else None
+            steps += steps_of(layer, weight, (size, sum(self.sizes.get(name, 0) for name in around)), passed, noises)
+        last = FLOAT if {STORED, AROUND} & {*passed} else None
         return sorted(steps, key=lambda step: (step.width == last, -rate(step), step.layer, passed.index(step.width)))
 
     def passed(self) -> list[Width]:
         """Return the widths that a layer passes through, from the recipe's on."""
         target = resolve_target(self.recipe).weight.bits
-        wider = [width for width in self.widths if width.real or width.bits > target]
-        has_widest = self.with_widest is not None
-        return [Width(target), *(width for width in wider if width.bits != WIDEST.bits or has_widest)]
+        wider = [width for width in self.widths if width.real or width == AROUND or width.bits > target]
+        if self.with_widest is None:
+            wider = [width for width in wider if width != AROUND and width.bits != WIDEST.bits]
+        return [Width(target), *wider]
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        """How many values a tensor has for a sample, as far as is known."""
+        values = [*self.model.graph.inputs, *(value for node in self.model.graph for value in node.outputs)]
+        return {str(value.name): values_of(value) or 0 for value in values}
 
     @functools.cached_property
     def with_widest(self) -> ir.Model | None:
-        """The model in an operator set that has weights of 16 bits; None where it cannot be had."""
+        """The model in an operator set that has integers of 16 bits; None where it cannot be had."""
         found = lifted(self.model, WIDEST_OPSET)
         if found is None:
-            logger.info("no weight is raised to %d bits", WIDEST.bits)
+            logger.info("nothing is raised to %d bits", WIDEST.bits)
         return found
 
     def model_for(self, bits: Collection[int]) -> ir.Model:
-        """Return the model that can hold weights of some widths."""
+        """Return the model that can hold integers of some widths."""
         wide = self.with_widest if WIDEST.bits in bits else None
         return self.model if wide is None else wide
 
@@ -296,11 +338,13 @@ class Search:
         """The samples that say how much noise there is."""
         return self.samples.judging if self.samples is not None else [self.statistics.check_inputs]
 
-    def candidate(self, bits: dict[str, int], floats: tuple[str, ...]) -> tuple[Candidate, Recipe]:
-        """Return an untuned candidate of some widths, and the recipe with the layers that stay float."""
-        recipe = keeping(self.recipe, floats)
-        final, seen, evened = smooth(self.model_for(bits.values()), self.statistics, recipe)
-        return Candidate(final, seen, evened, Tuning(bits=bits)), recipe
+    def candidate(
+        self, bits: dict[str, int], floats: tuple[str, ...], grids: Mapping[str, int] | None = None
+    ) -> tuple[Candidate, Recipe]:
+        """Return an untuned candidate of some widths of weights and activations, and the recipe with the layers that stay float."""
+        recipe, grids = keeping(self.recipe, floats), grids or {}
+        final, seen, evened = smooth(self.model_for({*bits.values(), *grids.values()}), self.statistics, recipe)
+        return Candidate(final, seen, evened, Tuning(bits=bits, grids=grids)), recipe
 
     def tuned(self, steps: Sequence[Step]) -> Tuned:
         """Return the tuned model of an assignment."""
@@ -309,13 +353,14 @@ class Search:
         stored = [step.layer for step in raised.values() if step.width == STORED]
         bits = {weight: step.width.bits for weight, step in raised.items() if not step.width.real}
         recipe = keeping(self.recipe, reals)
-        model = self.model_for([step.width.bits for step in raised.values()])
+        grids = self.around({step.layer for step in raised.values() if step.width == AROUND})
+        model = self.model_for({*grids.values(), *(step.width.bits for step in raised.values())})
         if not self.has_integers(model, recipe):
             found = Tuned(model, float_plan(model, recipe, "the metric needs it"), (), why_not="no layer is integer")
         elif self.samples is None:
-            found = untuned(model, self.statistics, recipe, "effort fast", Tuning(bits=bits))
+            found = untuned(model, self.statistics, recipe, "effort fast", Tuning(bits=bits, grids=grids))
         else:
-            found = tune(model, self.statistics, recipe, self.samples, self.observe, lambda *_: None, bits)
+            found = tune(model, self.statistics, recipe, self.samples, self.observe, lambda *_: None, bits, grids)
         return replace(found, plan=with_stored(found.plan, found.model, stored, STORED.bits))
 
     def has_integers(self, model: ir.Model, recipe: Recipe) -> bool:
@@ -334,7 +379,7 @@ class Search:
 
     def digest(self, steps: Sequence[Step]) -> str:
         """Return what names an assignment among all tries."""
-        widths = sorted((weight, step.width.bits, step.width.real) for weight, step in raised_by(steps).items())
+        widths = sorted((weight, *asdict(step.width).values()) for weight, step in raised_by(steps).items())
         return hashlib.sha256(json.dumps([self.key, widths]).encode()).hexdigest()
 
     def remembered(self) -> dict[str, Attempt]:
@@ -362,27 +407,37 @@ def raised_by(steps: Sequence[Step]) -> dict[str, Step]:
     return {step.weight: step for step in steps}
 
 
-def steps_of(layer: str, weight: str, size: int, passed: Sequence[Width], noises: Mapping[Width, float]) -> list[Step]:
+def steps_of(
+    layer: str, weight: str, sizes: tuple[int, int], passed: Sequence[Width], noises: Mapping[Width, float]
+) -> list[Step]:
     """Return one layer's steps from width to width, each with the noise that it takes away and the bytes that it costs.
 
-    16 bits are left out where they take away less per byte than what comes behind them.
+    Weights of 16 bits are left out where they take away less per byte than what comes behind them.
+
+    Args:
+        layer: Its name.
+        weight: Its weight's name.
+        sizes: How many values the weight has, and the activations around it for a sample.
+        passed: The widths.
+        noises: What each leaves.
     """
     steps = [
-        Step(layer, weight, after, max(noises[before] - noises[after], 0.0), size * cost_of(before, after))
+        Step(layer, weight, after, max(noises[before] - noises[after], 0.0), cost_of(before, after, sizes))
         for before, after in itertools.pairwise(passed)
     ]
     for one, other in itertools.pairwise(steps):
         if one.width == WIDEST and rate(one) < rate(other):
-            return steps_of(layer, weight, size, [width for width in passed if width != WIDEST], noises)
+            return steps_of(layer, weight, sizes, [width for width in passed if width != WIDEST], noises)
     for number in range(1, len(steps)):  # what comes second must not come first
         second = steps[number]
         steps[number] = replace(second, noise=min(second.noise, rate(steps[number - 1]) * second.cost * 0.999))
     return steps
 
 
-def cost_of(before: Width, after: Width) -> float:
-    """Return what a value of a weight costs more at a width than at another, in bytes (`Step.cost`)."""
-    return ((FLOAT.bits if after.real else after.bits) - before.bits) / 8
+def cost_of(before: Width, after: Width, sizes: tuple[int, int]) -> float:
+    """Return what a layer's weight and the activations around it cost more at a width than at another, in bytes (`Step.cost`)."""
+    stored = (FLOAT.bits if after.real else after.bits) - before.bits
+    return (sizes[0] * stored + sizes[1] * max(after.around - before.around, 0)) / 8
 
 
 def rate(step: Step) -> float:

@@ -62,7 +62,9 @@ def widened(base: Candidate, recipe: Recipe, feeds: Sequence[dict[str, NDArray[A
     left = left_of(base.model, plan, feeds)
     poor = {name: WIDE for name, decibels in left.items() if decibels < ENOUGH}
     model = lifted(base.model, OPSET) if poor else None
-    return replace(base, model=model, tuning=replace(base.tuning, grids=poor)) if model is not None else None
+    if model is None:
+        return None
+    return replace(base, model=model, tuning=replace(base.tuning, grids={**base.tuning.grids, **poor}))
 
 
 @dataclass
