@@ -298,8 +298,8 @@ class Counter:
         layout = Layout.of(found) if alone and not self.begun else None
         count(found, self.seen.tensors, span, self.work)
         self.begun = True
-        if layout is not None:
-            self.frames = Frames.of(layout, feeds, span[1] - span[0], self.seen.tensors, self.hook.frame)
+        if layout is not None and Frames.pay(layout, self.seen.tensors):
+            self.frames = Frames(layout, feeds, span[1] - span[0], self.seen.tensors, self.hook.frame)
 
     def settle(self) -> None:
         """Put into the statistics what was counted together."""

@@ -234,19 +234,11 @@ class Frames:
         self.spare: list[Frame] = []
         self.serve = True
 
-    @classmethod
-    def of(
-        cls,
-        layout: Layout,
-        feeds: Mapping[str, NDArray[Any]],
-        rows: int,
-        tensors: Mapping[str, TensorStatistics],
-        make: Callable[[Layout], Frame | None],
-    ) -> Frames | None:
-        """Return frames where tensors are small enough for them to pay, and every extreme is known; None elsewhere."""
+    @staticmethod
+    def pay(layout: Layout, tensors: Mapping[str, TensorStatistics]) -> bool:
+        """Tell whether tensors are small enough for frames to pay, and every extreme is known."""
         small = layout.size <= SMALL * len(layout.shapes) and 2 * len(layout.shapes) <= MOST_SIDES
-        known = all(seen.elements for seen in tensors.values())
-        return cls(layout, feeds, rows, tensors, make) if small and known else None
+        return small and all(seen.elements for seen in tensors.values())
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> tuple[Frame, dict[str, NDArray[Any]]] | None:
         """Run a batch; return the frame that it is in, and its tensors; None where it has to be run elsewhere.

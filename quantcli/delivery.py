@@ -128,7 +128,7 @@ def widths_for(recipe: Recipe, form: str, output: Path) -> tuple[Width, ...]:
     target = resolve_target(recipe)
     if form in C_FORMS:
         return (WIDE,)
-    if may_widen(recipe) and recipe.tune.widen is not False:  # which `for_form` makes it for other forms
+    if may_widen(recipe):
         return (WIDE, AROUND, FLOAT)
     wider = target.weight.widest == WIDEST.bits and form == "qdq" and output.suffix == ".onnx"
     return (WIDE, WIDEST, STORED, FLOAT) if wider else (WIDE, FLOAT)

@@ -57,7 +57,7 @@ def tensor_reasons(layer: LayerEntry, sidecar: Sidecar, target: Target) -> Itera
         if tensor.role == "weight":
             yield from weight_reasons(name, tensor, target)
         elif tensor.role != "bias":
-            wide = tensor.dtype == "int16" and target.activation.may_widen
+            wide = tensor.dtype == "int16" and target.activation.takes_both
             if tensor.dtype != target.activation.dtype and not wide:
                 yield f"'{name}' is {tensor.dtype}, the target takes {target.activation.dtype}"
             if target.activation.symmetric and any(tensor.zero_point):

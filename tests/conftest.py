@@ -8,6 +8,7 @@ import pytest
 
 from quantcli import Conversion, Recipe, convert
 from quantcli.recipe import Tune
+from quantcli.tune.search import Search, Step
 from tests.graphs import data_for, residual_net
 
 
@@ -23,6 +24,20 @@ def residual(tmp_path_factory: pytest.TempPathFactory) -> Conversion:
     folder = tmp_path_factory.mktemp("residual")
     model, data = residual_net(folder / "net.onnx"), data_for(folder / "data.npz")
     return convert(model, folder / "net.int8.onnx", data=data, recipe=Recipe(tune=Tune(effort="fast")))
+
+
+@pytest.fixture
+def orders(monkeypatch: pytest.MonkeyPatch) -> list[list[Step]]:
+    """The orders of steps that searches find, as they find them."""
+    found: list[list[Step]] = []
+    ordered = Search.ordered
+
+    def kept(self: Search) -> list[Step]:
+        found.append(ordered(self))
+        return found[-1]
+
+    monkeypatch.setattr(Search, "ordered", kept)
+    return found
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from quantcli.recipe import Tune, Weight
 from quantcli.review import lint
 from quantcli.targets import load_target
 from quantcli.tune.score import Score
-from quantcli.tune.search import FLOAT, STORED, WIDE, WIDEST, WIDEST_OPSET, Search, Step, Width
+from quantcli.tune.search import FLOAT, STORED, WIDE, WIDEST, Search, Step, Width
+from quantcli.tune.wide import OPSET
 from tests.graphs import data_for, node, normal, residual_net, save
 
 
@@ -243,7 +244,7 @@ def test_a_model_that_cannot_have_such_weights_has_a_float_layer(
     lift = fold.lift_opset
 
     def only_to_the_widest(model: ir.Model, needed: int) -> None:
-        (lifted if needed == WIDEST_OPSET else lift)(model, needed)
+        (lifted if needed == OPSET else lift)(model, needed)
 
     monkeypatch.setattr("quantcli.fold.lift_opset", only_to_the_widest)
     done = convert(uneven, tmp_path / "q.onnx", data=uneven_data, recipe=of_one_scale("ort-x86"), verified=True)
@@ -263,16 +264,8 @@ def test_c_source_has_integers_alone_and_so_has_its_search(tmp_path: Path, model
 
 
 def test_every_layer_passes_its_widths_in_order(
-    tmp_path: Path, uneven: Path, uneven_data: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, uneven: Path, uneven_data: Path, orders: list[list[Step]]
 ) -> None:
-    orders: list[list[Step]] = []
-    ordered = Search.ordered
-
-    def kept(self: Search) -> list[Step]:
-        orders.append(ordered(self))
-        return orders[-1]
-
-    monkeypatch.setattr(Search, "ordered", kept)
     convert(uneven, tmp_path / "q.onnx", data=uneven_data, recipe=of_one_scale("ort-x86", bits=4))
     passed: dict[str, list[Width]] = {}
     for step in orders[0]:

@@ -17,15 +17,16 @@ from quantcli import Conversion, Recipe, calibrate, convert, verify
 from quantcli.arithmetic.affine import IntegerType
 from quantcli.cli import cli
 from quantcli.delivery import for_form, widths_for
+from quantcli.errors import RecipeError
 from quantcli.evaluation.check import LOW_SQNR
 from quantcli.fold import fold, lifted
 from quantcli.load import load
 from quantcli.plan import make_plan
 from quantcli.recipe import Activation, Tune, Weight
 from quantcli.review import lint
-from quantcli.targets import ActivationFormat, load_target
+from quantcli.targets import FOLDER, ActivationFormat, load_target
 from quantcli.tune.ranges import Grid
-from quantcli.tune.search import AROUND, FLOAT, WIDE, Search, Step, Width
+from quantcli.tune.search import AROUND, FLOAT, WIDE, Step, Width
 from quantcli.tune.values import values_in_parts
 from quantcli.tune.wide import ENOUGH, Lost, left_of, may_widen
 from tests.graphs import Array, node, normal, save
@@ -209,10 +210,11 @@ def test_large_tensors_are_looked_at_in_parts(tmp_path: Path, monkeypatch: pytes
 def test_grids_of_other_widths() -> None:
     narrow = ActivationFormat("int8", True)
     assert [narrow.grid_of(bits) for bits in (4, 8, 16)] == ["int4", "int8", "int8"]
-    assert not narrow.may_widen
+    assert not narrow.takes_both
+    assert not ActivationFormat("int8", True, bits=4).takes_both
     both = load_target("npu-int8").activation
     assert [both.grid_of(bits) for bits in (4, 8, 16)] == ["int4", "int8", "int16"]
-    assert both.may_widen
+    assert both.takes_both
     assert may_widen(NPU)
     assert not may_widen(Recipe(target="npu-int16"))
     assert not may_widen(Recipe(target="ort-x86"))
@@ -257,16 +259,8 @@ def test_a_search_without_wide_activations_has_float_layers(tmp_path: Path, labe
 
 
 def test_a_layers_steps_end_in_float_and_those_come_last(
-    tmp_path: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, labelled: Path, orders: list[list[Step]]
 ) -> None:
-    orders: list[list[Step]] = []
-    ordered = Search.ordered
-
-    def kept(self: Search) -> list[Step]:
-        orders.append(ordered(self))
-        return orders[-1]
-
-    monkeypatch.setattr(Search, "ordered", kept)
     recipe = msgspec.structs.replace(searching(20.0), weight=Weight(bits=4))
     converted(tmp_path, recipe, loud=12.0, validate=labelled)
     passed = {name: [one for one in orders[0] if one.layer == name] for name in ("h_node", "y_node")}
@@ -289,3 +283,10 @@ def test_a_layers_steps_end_in_float_and_those_come_last(
 )
 def test_which_widths_a_search_has(recipe: Recipe, form: str, widths: tuple[Width, ...]) -> None:
     assert widths_for(for_form(recipe, form), form, Path("q.onnx")) == widths
+
+
+def test_a_target_with_a_width_that_it_cannot_have_is_refused(tmp_path: Path) -> None:
+    text = (FOLDER / "ort-x86.toml").read_text().replace("symmetric = false\n", "symmetric = false\nwidest = 16\n", 1)
+    (tmp_path / "own.toml").write_text(text)
+    with pytest.raises(RecipeError, match="uint8 and widest = 16"):
+        load_target(str(tmp_path / "own.toml"))

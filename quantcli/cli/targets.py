@@ -22,7 +22,7 @@ def targets(context: click.Context, /) -> None:
         (
             target.name,
             target.activation.dtype
-            + (" or int16" if target.activation.may_widen else "")
+            + (" or int16" if target.activation.takes_both else "")
             + (" symmetric" if target.activation.symmetric else " affine")
             + (", 2^k" if target.activation.power_of_two else ""),
             f"int{target.weight.bits} {'per channel' if target.weight.per_channel else 'per tensor'}"

@@ -43,9 +43,9 @@ class ActivationFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"{'u' if self.dtype == 'uint8' else ''}int{min(bits, stored)}"
 
     @property
-    def may_widen(self) -> bool:
-        """Whether single activations can have a wider grid than the others."""
-        return self.widest > self.width and self.dtype == "int8"
+    def takes_both(self) -> bool:
+        """Whether it takes int16 beside what most activations have, so that single ones can be wider."""
+        return self.widest == 16 and self.dtype == "int8"
 
     @property
     def width(self) -> int:
@@ -140,7 +140,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Where activations of 8 and 16 bits stand side by side, it is 16 at most behind products of ``wide`` operands, of more than 8
         bits: their accumulator has 48 bits, and its product with M0 is to fit 64.
         """
-        return min(self.multiplier.bits, 16) if wide and self.activation.may_widen else self.multiplier.bits
+        return min(self.multiplier.bits, 16) if wide and self.activation.takes_both else self.multiplier.bits
 
     @property
     def weights_are_coarser(self) -> bool:
@@ -163,6 +163,12 @@ def load_target(name: str) -> Target:
     if not file.is_file() or (not name.endswith(".toml") and name not in known()):
         raise RecipeError(f"there is no target '{name}'", f"known: {', '.join(known())}; or give a .toml file")
     try:
-        return msgspec.toml.decode(file.read_bytes(), type=Target)
+        target = msgspec.toml.decode(file.read_bytes(), type=Target)
     except (msgspec.DecodeError, OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file} does not describe a target ({error})", "compare it with docs/recipes.md") from error
+    if target.activation.widest == 16 and not target.activation.takes_both:
+        raise RecipeError(
+            f"{file} has activations of {target.activation.dtype} and widest = 16",
+            "int8 alone has int16 beside it: leave widest out",
+        )
+    return target

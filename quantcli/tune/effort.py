@@ -46,7 +46,7 @@ from quantcli.tune.candidates import Candidate, Gained, Observe, Samples, aligne
 from quantcli.tune.outputs import TRIES, logarithms
 from quantcli.tune.smooth import Smoothed, smooth
 from quantcli.tune.sweep import Steps
-from quantcli.tune.wide import WIDE, may_widen, widened
+from quantcli.tune.wide import WIDE_BITS, may_widen, widened
 from quantcli.tuning import UNTUNED, Tuning
 from quantcli.write import WRITERS
 
@@ -235,19 +235,23 @@ def wide(trying: Trying, sqnr: float) -> list[tuple[Try, Candidate]]:
     None where they are not wanted: unless the recipe says so, where the others leave enough, or where these leave hardly more.
     """
     wished = trying.recipe.tune.widen
-    if not may_widen(trying.recipe) or wished is False or (wished is None and sqnr >= LOW_SQNR):
+    if not may_widen(trying.recipe) or (not wished and sqnr >= LOW_SQNR):
         return []
     begun = time.perf_counter()
     base = widened(trying.start, trying.recipe, trying.samples.swept)
     if base is None:
         return []
-    name = f"{len(base.tuning.grids)} activations of {WIDE} bits"
+    name = f"{len(base.tuning.grids)} activations of {WIDE_BITS} bits"
     found = [(Try(name, trying.judge.sqnr(base), time.perf_counter() - begun, {}), base)]
     again = replace(trying, start=base, observe=None, found=[], choices=[], learned={}, prepared={})
     for choice in first_choices(trying.recipe, (False,), again.batches):
         again.attempt(choice)
     found += [(replace(one, name=f"{name}, {one.name}"), candidate) for one, candidate in again.found]
-    return found if wished or max(one.sqnr for one, _ in found) >= sqnr + WORTH_WIDENING else []
+    most = max(one.sqnr for one, _ in found)
+    if not wished and most < sqnr + WORTH_WIDENING:
+        logger.info("%s leave %.1f dB, which is not worth it", name, most)
+        return []
+    return found
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from quantcli.tune.candidates import Candidate, Observe
 from quantcli.tune.effort import Judge, Tuned, tune, untuned
 from quantcli.tune.score import Score  # noqa: TC001 - msgspec reads the types of an Attempt
 from quantcli.tune.smooth import smooth
+from quantcli.tune.wide import OPSET, WIDE_BITS
 from quantcli.tuning import Tuning
 from quantcli.write import WRITERS
 
@@ -56,9 +57,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The operator set from which DequantizeLinear knows int16.
-WIDEST_OPSET = 21
-
 
 @dataclass(frozen=True)
 class Width:
@@ -76,7 +74,7 @@ class Width:
 
 
 WIDE, WIDEST, STORED, FLOAT = Width(8), Width(16), Width(16, real=True), Width(32, real=True)
-AROUND = Width(8, around=16)
+AROUND = Width(8, around=WIDE_BITS)
 
 
 @dataclass(frozen=True)
@@ -254,7 +252,7 @@ class Search:
         """
         owner, fixed = self.placement.owner, self.placement.fixed
         by_node = {layer.node: layer for layer in self.placement.layers}
-        weights = {layer for layer, _, _ in self.weighted()}
+        weights = {layer for layer, _, _ in self.weighted}
         pending = [layer for layer in self.placement.layers if layer.node.name in layers]
         values = [value for layer in pending for _, value, kind in layer.operands() if kind is Operand.OWN]
         seen = {layer.node for layer in pending}
@@ -268,8 +266,9 @@ class Search:
         names = [owner[str(value.name)] for value in values if str(value.name) in owner and constant(value) is None]
         return {name: AROUND.around for name in names if name not in fixed}
 
+    @functools.cached_property
     def weighted(self) -> list[tuple[str, str, int]]:
-        """Return name, weight's name and weight's elements of every layer that accumulates with a weight of its own."""
+        """Name, weight's name and weight's elements of every layer that accumulates with a weight of its own."""
         found = []
         for layer in self.placement.layers:
             weight = next((value for _, value, kind in layer.operands() if kind is Operand.WEIGHT), None)
@@ -284,7 +283,7 @@ class Search:
         Where weights can be stored in 16 bits, those that make weights float come last: beside layers in integers they are nothing.
         So do they where activations can have 16 bits: hardware that has those need not have float.
         """
-        layers = self.weighted()
+        layers = self.weighted
         judge = Judge(self.model, self.judging, self.recipe)
         wide = {weight: WIDE.bits for _, weight, _ in layers}
         base = judge.noise(self.candidate(wide, ()))
@@ -323,7 +322,7 @@ class Search:
     @functools.cached_property
     def with_widest(self) -> ir.Model | None:
         """The model in an operator set that has integers of 16 bits; None where it cannot be had."""
-        found = lifted(self.model, WIDEST_OPSET)
+        found = lifted(self.model, OPSET)
         if found is None:
             logger.info("nothing is raised to %d bits", WIDEST.bits)
         return found
@@ -374,7 +373,7 @@ class Search:
     def bytes_of(self, steps: Sequence[Step]) -> int:
         """Return what the weights take at their widths."""
         raised, target = raised_by(steps), Width(resolve_target(self.recipe).weight.bits)
-        widths = [(size, raised[weight].width if weight in raised else target) for _, weight, size in self.weighted()]
+        widths = [(size, raised[weight].width if weight in raised else target) for _, weight, size in self.weighted]
         return math.ceil(sum(size * width.bits / 8 for size, width in widths))
 
     def digest(self, steps: Sequence[Step]) -> str:

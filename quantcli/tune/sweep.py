@@ -349,7 +349,7 @@ class Sweep:
         for position, value in enumerate(outputs):
             self.real[value], self.made[value] = real[position], made[position]
         for follower in layer.absorbed:
-            self.bound(follower)
+            self.clamp(follower)
         self.done.update((node, *layer.absorbed))
         if layer.real:
             return
@@ -361,8 +361,8 @@ class Sweep:
             self.made[value] = [grid.round(array, array if mine else None) for array in self.made[value]]
             self.integers.add(str(value.name))
 
-    def bound(self, node: ir.Node) -> None:
-        """Bound what a layer gives by the Relu or Clip that it absorbs, in its own arrays: nobody else reads them."""
+    def clamp(self, node: ir.Node) -> None:
+        """Clamp what a layer gives by the Relu or Clip that it absorbs, in its own arrays: nobody else reads them."""
         before, after = node.inputs[0], node.outputs[0]
         if before is None or before not in self.real or any(a.dtype != np.float32 for a in self.real[before]):
             self.pass_node(node)

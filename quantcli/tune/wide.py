@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # An activation of whose channels or rows the narrow grid leaves less than this, in dB, gets the wide one.
 ENOUGH = 20.0
 # How wide that is, and the operator set from which QuantizeLinear knows it.
-WIDE, OPSET = 16, 21
+WIDE_BITS, OPSET = 16, 21
 # So many samples tell.
 SAMPLES = 16
 TINY = 1e-30
@@ -45,9 +45,10 @@ CHANNELS_FIRST = frozenset({
 
 
 def may_widen(recipe: Recipe) -> bool:
-    """Tell whether activations may become wider: the target has both widths, and the recipe asks for neither of them."""
+    """Tell whether activations may become wider: the target takes both widths, and the recipe leaves it open."""
     wishes = recipe.activation
-    return resolve_target(recipe).activation.may_widen and wishes.bits is None and wishes.dtype is None
+    asked = wishes.bits is not None or wishes.dtype is not None
+    return resolve_target(recipe).activation.takes_both and not asked and recipe.tune.widen is not False
 
 
 def widened(base: Candidate, recipe: Recipe, feeds: Sequence[dict[str, NDArray[Any]]]) -> Candidate | None:
@@ -60,7 +61,7 @@ def widened(base: Candidate, recipe: Recipe, feeds: Sequence[dict[str, NDArray[A
     """
     plan = make_plan(base.model, base.statistics, recipe, base.tuning)
     left = left_of(base.model, plan, feeds)
-    poor = {name: WIDE for name, decibels in left.items() if decibels < ENOUGH}
+    poor = {name: WIDE_BITS for name, decibels in left.items() if decibels < ENOUGH}
     model = lifted(base.model, OPSET) if poor else None
     if model is None:
         return None
