@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 Batch = TypeVar("Batch")
 Computed = TypeVar("Computed")
 
+# How many batches that gave little may wait to be counted, for each thread that computes.
+WAITING = 2
+
 
 @dataclass(frozen=True)
 class Lanes:
@@ -67,10 +70,10 @@ def in_line(
         compute: Computes one; in several threads at once where lanes compute several.
         count: Counts what was computed; one at a time.
         after: Called once a batch was counted, before the next one is; may raise, and then nothing more is counted.
-        soon: Whether what was computed is counted sooner than another thread would begin to.
+        soon: Whether what was computed is counted sooner than another thread would begin to, or wake.
     """
     if lanes.computing > 1:
-        Abreast(batches, compute, count, after).run(lanes.workers)
+        Abreast(batches, compute, count, after, soon).run(lanes.workers)
         return
     with ThreadPoolExecutor(1) if lanes.workers > 1 else contextlib.nullcontext() as apart:
         pending: tuple[Future[None], Batch] | None = None
@@ -97,11 +100,14 @@ def finish(pending: tuple[Future[None], Batch] | None, after: Callable[[Batch], 
 class Abreast(Generic[Batch, Computed]):
     """Threads that each take the next batch, compute it, and count it when those before it were counted.
 
+    Where a batch gave little, its thread does not wait for that: whoever counts the one before it counts it, too.
+
     Args:
         batches: The batches.
         compute: Computes one.
         count: Counts what was computed.
         after: Called once a batch was counted.
+        soon: Whether what was computed is little.
     """
 
     def __init__(
@@ -110,14 +116,17 @@ class Abreast(Generic[Batch, Computed]):
         compute: Callable[[Batch], Computed],
         count: Callable[[Batch, Computed], None],
         after: Callable[[Batch], None],
+        soon: Callable[[Computed], bool],
     ) -> None:
-        self.batches, self.compute, self.count, self.after = batches, compute, count, after
+        self.batches, self.compute, self.count, self.after, self.soon = batches, compute, count, after, soon
         self.taking, self.turn = threading.Lock(), threading.Condition()
-        self.taken, self.counted = 0, 0
+        self.taken, self.counted, self.room, self.counting = 0, 0, 0, False
+        self.ready: dict[int, tuple[Batch, Computed]] = {}
         self.failure: tuple[int, BaseException] | None = None
 
     def run(self, workers: int) -> None:
         """Work until no batch is left; what went wrong with the first batch that could not be counted is raised here."""
+        self.room = WAITING * workers
         others = [threading.Thread(target=self.work) for _ in range(workers - 1)]
         for thread in others:
             thread.start()
@@ -138,26 +147,52 @@ class Abreast(Generic[Batch, Computed]):
                     self.taken += 1
                 if batch is None:
                     return
-                found = self.compute(batch)
-                if not self.wait(number):
-                    return
-                self.count(batch, found)
-                self.after(batch)
-                with self.turn:
-                    self.counted += 1
-                    self.turn.notify_all()
+                self.hand_in(number, batch, self.compute(batch))
+                self.count_ready()
+                self.wait(lambda: len(self.ready) < self.room)
         except BaseException as error:  # noqa: BLE001 - raised where the threads are waited for
+            self.fail(number, error)
+
+    def hand_in(self, number: int, batch: Batch, found: Computed) -> None:
+        """Let a batch be counted, much of it only at its turn, so that no more of it is held than threads compute."""
+        if not self.soon(found):
+            self.wait(lambda: self.counted == number)
+        with self.turn:
+            self.ready[number] = batch, found
+
+    def count_ready(self) -> None:
+        """Count what is ready and at its turn, unless another thread does."""
+        while (ready := self.next_ready()) is not None:
+            try:
+                self.count(*ready)
+                self.after(ready[0])
+            except BaseException as error:  # noqa: BLE001 - raised where the threads are waited for
+                self.fail(self.counted, error)
             with self.turn:
-                if self.failure is None or number < self.failure[0]:
-                    self.failure = number, error
+                self.counted, self.counting = self.counted + 1, False
                 self.turn.notify_all()
 
-    def wait(self, number: int) -> bool:
-        """Wait for a batch's turn to be counted; return whether it comes, which it does not if one before it failed."""
+    def next_ready(self) -> tuple[Batch, Computed] | None:
+        """Return what this thread is to count now."""
         with self.turn:
-            self.turn.wait_for(lambda: self.counted == number or self.stopped(number))
-            return not self.stopped(number)
+            if self.counting or self.counted not in self.ready or self.stopped:
+                return None
+            self.counting = True
+            return self.ready.pop(self.counted)
 
-    def stopped(self, number: int) -> bool:
-        """Whether a batch before this one failed."""
-        return self.failure is not None and self.failure[0] < number
+    def wait(self, until: Callable[[], bool]) -> None:
+        """Wait for something, or for a failure after which it may not come."""
+        with self.turn:
+            self.turn.wait_for(lambda: until() or self.stopped)
+
+    def fail(self, number: int, error: BaseException) -> None:
+        """Keep what went wrong with a batch, unless one before it failed."""
+        with self.turn:
+            if self.failure is None or number < self.failure[0]:
+                self.failure = number, error
+            self.turn.notify_all()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether all batches before one that failed were counted; nothing more is."""
+        return self.failure is not None and self.failure[0] <= self.counted

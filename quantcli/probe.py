@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 LARGEST_MODEL = 2**31 - 1
 # Of a model above that, weights of more bytes stay outside the message.
 LARGE_WEIGHT = 1 << 20
+# ONNX Runtime computes convolutions on blocks of so many channels, or of half as many.
+BLOCK = 16
 # What is mapped into memory begins at a multiple of this.
 PAGE = 4096
 
@@ -131,7 +133,8 @@ def with_highest(
     """Return the bytes of a model that gives the named tensors, but of the settled ones only their highest values.
 
     GlobalMaxPool finds them, one per sample and channel: ONNX Runtime runs it on the layout in which convolutions leave their
-    results, while handing a tensor out means copying it to another one. Those of all tensors are handed out together.
+    results, while handing a tensor out means copying it to another one. They are put together before they are handed out,
+    those that are in that layout and the others.
 
     Args:
         model: The folded model.
@@ -150,16 +153,24 @@ def with_highest(
     pooled, wanted = set(settled), [name for name in names if name in values]
     graph.outputs.extend(values[name] for name in wanted if name not in pooled and name not in held)
     places: dict[str, tuple[str, int]] = {}
-    by_rank: dict[int, list[ir.Value]] = {}
+    alike: dict[tuple[int, bool], list[ir.Value]] = {}
     for name in wanted:
         if name in pooled:
-            by_rank.setdefault(len(values[name].shape or ()), []).append(values[name])
-    for rank, group in by_rank.items():
-        together = unused(f"highest_{rank}", taken)
+            alike.setdefault((len(values[name].shape or ()), is_blocked(values[name])), []).append(values[name])
+    for number, group in enumerate(alike.values()):
+        together = unused(f"highest_{number}", taken)
         parts = [added(graph, "GlobalMaxPool", [value], unused(f"{value.name}_highest", taken)) for value in group]
         graph.outputs.append(added(graph, "Concat", parts, together, axis=1))
         places.update((str(value.name), (together, channels(value))) for value in group)
     return runnable(probed), places
+
+
+def is_blocked(value: ir.Value) -> bool:
+    """Tell whether ONNX Runtime leaves a tensor in blocks of channels: what a convolution gives, in whole blocks."""
+    producer = value.producer()
+    while producer is not None and producer.op_type in {"Relu", "Clip"} and producer.inputs[0] is not None:
+        producer = producer.inputs[0].producer()
+    return producer is not None and producer.op_type == "Conv" and channels(value) % BLOCK == 0
 
 
 def added(graph: ir.Graph, operator: str, inputs: list[ir.Value], name: str, **attributes: int) -> ir.Value:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from calibration.datasets import InputSpec
 from calibration.errors import DataError, RunError
 from calibration.hooks.onnxruntime import Runner
 from calibration.hooks.torch import ModuleHook, ProgramHook
-from calibration.lanes import Lanes, in_line
+from calibration.lanes import WAITING, Lanes, in_line
 from calibration.layout import ALIGNED, Frame, Layout
 from calibration.observers import Counting, TensorStatistics
 from calibration.shortcut import Shortcut
@@ -215,6 +215,70 @@ def test_what_is_counted_soon_is_not_handed_on() -> None:
     assert after == [0, 1, 2, 3, 4]
 
 
+def test_batches_that_gave_little_wait_for_a_slow_one_and_their_thread_does_not() -> None:
+    room = 2 * WAITING
+    others, counted = threading.Event(), []
+
+    def compute(batch: int) -> int:
+        if batch == 0:
+            assert others.wait(10)
+        if batch == room:
+            others.set()
+        return batch
+
+    in_line(
+        Lanes(1, 2, 2), iter(range(20)), compute, lambda _, found: counted.append(found), lambda _: None, lambda _: True
+    )
+    assert counted == list(range(20))
+
+
+def test_much_waits_with_its_thread() -> None:
+    begun: list[int] = []
+    counted: list[int] = []
+
+    def compute(batch: int) -> int:
+        begun.append(batch)
+        if batch == 0:
+            time.sleep(0.2)
+            assert len(begun) == 2
+        return batch
+
+    in_line(Lanes(1, 2, 2), iter(range(20)), compute, lambda _, found: counted.append(found), lambda _: None)
+    assert counted == list(range(20))
+
+
+@pytest.mark.parametrize("little", [True, False])
+@pytest.mark.parametrize("where", ["reading", "computing", "counting", "after"])
+def test_what_goes_wrong_ends_the_run_once_all_before_it_are_counted(where: str, little: bool) -> None:
+    counted: list[int] = []
+
+    def stumble(what: str, batch: int) -> int:
+        if (what, batch) == (where, 7):
+            raise ArithmeticError(what)
+        return batch
+
+    def batches() -> Iterator[int]:
+        for batch in range(20):
+            yield stumble("reading", batch)
+
+    def count(batch: int, _: int) -> None:
+        counted.append(stumble("counting", batch))
+
+    def after(batch: int) -> None:
+        stumble("after", batch)
+
+    with pytest.raises(ArithmeticError, match=where):
+        in_line(
+            Lanes(1, 3, 3),
+            batches(),
+            lambda batch: stumble("computing", batch),
+            count,
+            after,
+            lambda _: little,
+        )
+    assert counted == list(range(8 if where == "after" else 7))
+
+
 class Counted(Around):
     """Can be interrupted at one of its runs."""
 
@@ -241,7 +305,8 @@ def test_an_interruption_keeps_whole_batches_and_the_run_goes_on(observer: str, 
         collect(hook, names, work(ROWS, 2, counting, lanes), checkpoint=Checkpoint(save=saved.append))
     (seen,) = saved
     # Some are counted while others are computed; and what was told to another thread is heard here a little later.
-    assert stop - lanes.workers < seen.done <= (stop if lanes.computing == 1 else 5)
+    held = lanes.workers if lanes.computing == 1 else (1 + WAITING) * lanes.workers
+    assert stop - held < seen.done <= (stop if lanes.computing == 1 else 5)
     again = collect(Counted(model("n")), names, work(ROWS, 2, counting), seen)
     assert again.samples == 10
     for name in names:
@@ -372,7 +437,7 @@ def test_tensors_counted_together_are_counted_alike(observer: str, spoilt: bool,
     together = collect(framed, WIDE, work(rows, 4, counting, lanes), None, FLOORS)
     alone = collect(Around(wide_model(columns)), WIDE, work(rows, 4, counting), None, FLOORS)
     # All whole batches but those that were begun before the first was counted.
-    assert 37 - lanes.workers <= framed.framed <= 36
+    assert 37 - (1 + WAITING) * lanes.workers <= framed.framed <= 36
     assert counted(together) == counted(alone)
     assert alone.tensors["x"].histogram is not None
     assert (alone.tensors["x"].histogram.stride > 1) == (columns > 5)

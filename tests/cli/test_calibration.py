@@ -84,10 +84,10 @@ def test_ranges_do_not_depend_on_the_batch_or_the_shortcut(capsys: pytest.Captur
 
 
 def test_highest_values_of_several_ranks_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
-    """Convolutions in one and two dimensions, of several widths: their highest values leave the model side by side."""
+    """Convolutions in one and two dimensions, of whole blocks of channels and not: their highest values leave the model side by side."""
     constants = {
-        "w": normal(8, 3, 3, 3, seed=1),
-        "v": normal(5, 8, 1, 1, seed=2),
+        "w": normal(16, 3, 3, 3, seed=1),
+        "v": normal(5, 16, 1, 1, seed=2),
         "shape": np.array([0, 5, -1]),
         "u": normal(4, 5, 3, seed=3),
     }
