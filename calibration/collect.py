@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     Batch = tuple["Span", dict[str, NDArray[Any]]]
     Computed = tuple["Light | Frame | None", dict[str, NDArray[Any]]]
 
-# How many samples are kept for self-checks: enough for a number that means something, few enough to be small.
-CHECK_SAMPLES = 4
+# How many samples are kept for self-checks: enough for a number that means something, few enough to be small. Where some are not
+# finite, so many are looked at for others.
+CHECK_SAMPLES, LOOKED_AT = 4, 32
 # So many samples tell where the tails of tensors begin, but no more than this part of all batches: they are run once more.
 PILOT_SAMPLES, PILOT_PART = 8, 1 / 16
 # Fewer values are counted sooner than another thread would begin to.
@@ -54,6 +55,7 @@ class Work:
         whole: Whether a batch is kept whole for self-checks, since the model fixes its batch size.
         columns: The tensors of which the extremes of every column are counted.
         lanes: How many batches are in work at once.
+        checks: How many samples are kept for self-checks otherwise.
     """
 
     dataset: Dataset
@@ -64,21 +66,24 @@ class Work:
     whole: bool = False
     columns: frozenset[str] = frozenset()
     lanes: Lanes = ONE_BY_ONE
+    checks: int = CHECK_SAMPLES
 
     def feeds(self, span: Span) -> dict[str, NDArray[Any]]:
         """Return a batch."""
         return self.dataset.read(self.indices[span[0] : span[1]])
 
-    def kept(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Return what is kept of the first batch: samples that are finite, where there are any."""
+    def kept(self) -> dict[str, NDArray[Any]]:
+        """Return what is kept for self-checks: of the samples that have the first one's shape the first finite ones, or others."""
         if self.whole:
-            return feeds
-        rows = len(next(iter(feeds.values())))
-        finite = np.ones(rows, dtype=bool)
-        for values in feeds.values():
-            if values.dtype.kind == "f":
-                finite &= np.isfinite(values.reshape(rows, -1)).all(axis=1)
-        chosen = np.flatnonzero(finite if finite.any() else ~finite)[:CHECK_SAMPLES]
+            return self.feeds(self.spans[0])
+        left = self.indices[self.spans[0][0] : self.spans[-1][1]][:LOOKED_AT]
+        shape = self.dataset.shape_of(int(left[0]))
+        alike = np.array([index for index in left.tolist() if self.dataset.shape_of(index) == shape], dtype=left.dtype)
+        feeds = self.dataset.read(alike[: self.checks])
+        if not finite_rows(feeds).all():
+            feeds = self.dataset.read(alike)
+        finite = finite_rows(feeds)
+        chosen = np.flatnonzero(finite if finite.any() else ~finite)[: self.checks]
         return {name: values[chosen] for name, values in feeds.items()}
 
 
@@ -154,6 +159,8 @@ def collect(
     for name, floor in (floors or {}).items():
         if name in seen.tensors:
             seen.tensors[name].floor = floor
+    if not seen.kept and work.spans:
+        seen.kept = work.kept()
     if not seen.done:
         prepare(hook, seen, work)
     checkpoint = checkpoint or Checkpoint()
@@ -163,8 +170,6 @@ def collect(
         def batches() -> Iterator[Batch]:
             for span in left:
                 feeds = work.feeds(span)
-                if not seen.kept:
-                    seen.kept = work.kept(feeds)
                 if shortcut is not None and span is left[0] and not counting.parts:
                     counter.take(shortcut, feeds)
                 yield span, feeds
@@ -240,6 +245,16 @@ def prepare(hook: Hook, seen: Seen, work: Work) -> None:
     in_line(work.lanes, iter(work.pilot), lambda span: computed(hook, names, work.feeds(span)), look, lambda _: None)
     for name in names:
         seen.tensors[name].prepare_from(sizes[name], first[1] - first[0], work.counting, glances[name])
+
+
+def finite_rows(feeds: dict[str, NDArray[Any]]) -> NDArray[np.bool_]:
+    """Tell of each sample of a batch whether all of it is finite."""
+    rows = len(next(iter(feeds.values())))
+    finite = np.ones(rows, dtype=bool)
+    for values in feeds.values():
+        if values.dtype.kind == "f":
+            finite &= np.isfinite(values.reshape(rows, -1)).all(axis=1)
+    return finite
 
 
 def is_little(made: Computed) -> bool:

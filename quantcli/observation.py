@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibration import statistics as statistics_file
-from calibration.collect import Checkpoint, Seen, Work, collect, pilot_of
+from calibration.collect import CHECK_SAMPLES, Checkpoint, Seen, Work, collect, pilot_of
 from calibration.datasets import boundaries, first_samples, fitted_batch, fixes_batch, open_dataset, select
 from calibration.errors import DataError, StatisticsError
 from calibration.hooks.onnxruntime import Runner
@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 # Activations of a batch that stay in the caches of a core cost least to look at; above so many samples nothing is gained.
 BATCH_BYTES = 4 << 20
 LARGEST_BATCH = 32
+# What the activations of the samples for self-checks may take, where a batch does not take more.
+CHECK_BYTES = 64 << 20
 # A run below so many batches is over before a second session is loaded.
 WORTH_A_SHORTCUT = 4
 CHECKPOINT_SECONDS = 30.0
@@ -176,8 +178,8 @@ class Observation:
             allow_non_finite=self.recipe.calibration.allow_non_finite,
         )
         indices = select(len(dataset), self.recipe.calibration.selection)
-        batch, lanes = self.batch(hook, names, dataset, indices)
-        work, part = self.work(hook, dataset, indices, batch, lanes)
+        batch, lanes, checks = self.batch(hook, names, dataset, indices)
+        work, part = self.work(hook, dataset, indices, batch, lanes, checks)
         blank = self.blank(dataset, len(indices), batch, part)
         seen = self.resumed(blank)
         if self.finished:
@@ -232,8 +234,10 @@ class Observation:
                 found.update({name: reshaped[0]} if reshaped else {})
         return found
 
-    def batch(self, hook: Hook, names: Sequence[str], dataset: Dataset, indices: NDArray[np.intp]) -> tuple[int, Lanes]:
-        """Return the batch size, and how many are in work at once.
+    def batch(
+        self, hook: Hook, names: Sequence[str], dataset: Dataset, indices: NDArray[np.intp]
+    ) -> tuple[int, Lanes, int]:
+        """Return the batch size, how many batches are in work at once, and how many samples are kept for self-checks.
 
         The size is the model's or the user's, or what fits into the caches; where memory is short, less, and one at a time.
 
@@ -255,6 +259,7 @@ class Observation:
         if not fixed and wanted is None:
             batch = max(1, min(LARGEST_BATCH, BATCH_BYTES // max(sample, 1)))
         held, lanes = resident_bytes(), self.run.lanes
+        checks = min(CHECK_SAMPLES, max(batch, CHECK_BYTES // max(sample, 1)))
         if self.run.max_memory is not None:
             room = (self.run.max_memory - held) // max(sample * 2, 1)  # twice: inputs of operators, and what is counted
             if room < (batch if fixed else 1):
@@ -263,7 +268,7 @@ class Observation:
                     f"and each sample {mebibytes(sample * 2)}",
                     "raise --max-memory",
                 )
-            batch = batch if fixed else min(batch, room)
+            batch, checks = batch if fixed else min(batch, room), min(checks, room)
             if room < batch * lanes.workers:
                 lanes = Lanes(lanes.threads)
         logger.info(
@@ -273,10 +278,10 @@ class Observation:
             batch,
             mebibytes(held + 2 * sample * batch * lanes.workers),
         )
-        return batch, lanes
+        return batch, lanes, checks
 
     def work(
-        self, hook: Hook, dataset: Dataset, indices: NDArray[np.intp], batch: int, lanes: Lanes
+        self, hook: Hook, dataset: Dataset, indices: NDArray[np.intp], batch: int, lanes: Lanes, checks: int
     ) -> tuple[Work, Part]:
         """Return the batches of this run, and which samples they hold.
 
@@ -306,7 +311,7 @@ class Observation:
         )
         part = Part(dataset.digest, usable, mine[0][0], mine[-1][1])
         columns = columns_needed(self.folded, self.recipe)
-        return Work(dataset, indices, mine, pilot_of(spans), counting, fixed, columns, lanes), part
+        return Work(dataset, indices, mine, pilot_of(spans), counting, fixed, columns, lanes, checks), part
 
     def blank(self, dataset: Dataset, chosen: int, batch: int, part: Part) -> Statistics:
         """Return the statistics with everything but what is counted."""

@@ -24,7 +24,7 @@ from quantcli.cli.options import (
     sample_options,
     torch_options,
 )
-from quantcli.cli.terminal import Terminal, output_options, terminal_of
+from quantcli.cli.terminal import Terminal, output_options, samples, terminal_of
 
 if TYPE_CHECKING:
     from calibration.statistics import Statistics
@@ -84,7 +84,7 @@ def show(terminal: Terminal, found: Statistics, output: Path) -> None:
         terminal.table("Ranges", ("tensor", ">lowest", ">highest"), rows)
     if found.synthetic:
         terminal.warn("the samples were made up: the ranges are for trying out, not for use")
-    terminal.say(f"{output}: {len(found.tensors)} tensors over {found.samples} samples")
+    terminal.say(f"{output}: {len(found.tensors)} tensors over {samples(found.samples)}")
     terminal.result(
         {
             "statistics": str(output),

@@ -25,7 +25,7 @@ from quantcli.cli.options import (
     sample_options,
     torch_options,
 )
-from quantcli.cli.terminal import Terminal, output_options, terminal_of
+from quantcli.cli.terminal import Terminal, output_options, samples, terminal_of
 
 if TYPE_CHECKING:
     from quantcli.embedded.deliver import Source
@@ -210,9 +210,9 @@ def show(terminal: Terminal, done: Conversion) -> None:
     terminal.say(f"{done.model}: {', '.join(counts)}")
     terminal.say(f"size: {sizes[0]:,} → {sizes[1]:,} bytes ({sizes[1] / sizes[0]:.0%})")
     if done.check.speed is not None and here:
-        terminal.say(f"speed: about {done.check.speed:.2f} times float's over {done.check.samples} samples at once")
+        terminal.say(f"speed: about {done.check.speed:.2f} times float's, {samples(done.check.samples)} at once")
     for name, value in done.check.sqnr.items():
-        terminal.say(f"self-check: output '{name}' SQNR {value:.1f} dB over {done.check.samples} samples")
+        terminal.say(f"self-check: output '{name}' SQNR {value:.1f} dB over {samples(done.check.samples)}")
     terminal.say(f"{done.sidecar_path}: the sidecar")
     if done.embedded is not None:
         source_in_c(terminal, done.embedded, done.model.parent)

@@ -21,7 +21,7 @@ from quantcli.cli.options import (
     sample_options,
     torch_options,
 )
-from quantcli.cli.terminal import Terminal, output_options, terminal_of
+from quantcli.cli.terminal import Terminal, output_options, samples, terminal_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -176,7 +176,7 @@ def show(terminal: Terminal, found: Evaluation) -> None:
             ("memory (MB, first batch)", f"{before / 1e6:.1f}", f"{after / 1e6:.1f}", f"{after / max(before, 1):.0%}")
         )
     rows.extend((f"SQNR of '{name}' (dB)", "", f"{value:.2f}", "") for name, value in found.sqnr.items())
-    terminal.table(f"{found.samples} samples", ("", ">float", ">quantized", ">"), rows)
+    terminal.table(samples(found.samples), ("", ">float", ">quantized", ">"), rows)
     show_kernels(terminal, found)
     if found.layers:
         terminal.table(

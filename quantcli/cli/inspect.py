@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantcli.cli.options import EXISTING_FILE, Range
-from quantcli.cli.terminal import output_options, terminal_of
+from quantcli.cli.terminal import output_options, samples, terminal_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,7 +73,7 @@ def inspect(context: click.Context, /, statistics: Path, range_: str | None, sym
     if found.synthetic:
         terminal.warn("the samples were made up")
     parts = ", ".join(f"{part.start} to {part.stop - 1} of {part.chosen}" for part in found.parts)
-    terminal.say(f"{len(found.tensors)} tensors over {found.samples} samples ({parts or 'unknown'})")
+    terminal.say(f"{len(found.tensors)} tensors over {samples(found.samples)} ({parts or 'unknown'})")
     terminal.say(f"model {found.model_sha256[:12]}…, data {found.data_sha256[:12]}…, run by {found.runtime}")
     terminal.result(
         {

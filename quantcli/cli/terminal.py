@@ -132,6 +132,11 @@ def console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, width=None if stream.isatty() else 120)
 
 
+def samples(count: int) -> str:
+    """Write a number of samples."""
+    return f"{count} sample" if count == 1 else f"{count} samples"
+
+
 def plain(text: str) -> str:
     """Return text in which rich sees no markup."""
     from rich.markup import escape

@@ -18,7 +18,7 @@ from quantcli.cli.options import (
     recipe_option,
     sample_options,
 )
-from quantcli.cli.terminal import output_options, terminal_of
+from quantcli.cli.terminal import output_options, samples, terminal_of
 
 if TYPE_CHECKING:
     from calibration.datasets import Selection
@@ -131,5 +131,5 @@ def verify_source(
         {"compiler": found.compiler, "samples": found.samples, "outputs": found.values, "differences": found.wrong}
     )
     terminal.say(
-        f"{found.values:,} outputs of {found.samples} samples, compiled by {found.compiler}, are the executor's"
+        f"{found.values:,} outputs of {samples(found.samples)}, compiled by {found.compiler}, are the executor's"
     )

@@ -84,7 +84,7 @@ def test_ranges_do_not_depend_on_the_batch_or_the_shortcut(capsys: pytest.Captur
 
 
 def test_highest_values_of_several_ranks_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
-    """Convolutions in one and two dimensions, of whole blocks of channels and not: their highest values leave the model side by side."""
+    """Convolutions in one and two dimensions, in whole blocks of channels and not: their highest values leave it together."""
     constants = {
         "w": normal(16, 3, 3, 3, seed=1),
         "v": normal(5, 16, 1, 1, seed=2),
@@ -251,6 +251,23 @@ def test_a_batch_fits_between_what_is_held_and_what_is_allowed(
     monkeypatch.setattr("quantcli.observation.resident_bytes", lambda: 100 << 20)
     whole = told(capsys, "calibrate m.onnx --data d.npz --max-memory 100.2MB -o s.stats")
     assert 1 < whole["batch"] < 32
+
+
+def test_samples_for_self_checks_are_as_many_whatever_the_batch_unless_they_are_large(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept(batch: int) -> int:
+        told(capsys, f"calibrate m.onnx --data d.npz --batch {batch} -o s.stats")
+        return len(statistics.load(Path("s.stats")).check_inputs["x"])
+
+    assert [kept(batch) for batch in (1, 2, 32)] == [4, 4, 4]
+    monkeypatch.setattr("quantcli.observation.CHECK_BYTES", 1)
+    assert [kept(batch) for batch in (1, 2, 32)] == [1, 2, 4]
+    assert run(["convert", "m.onnx", "--stats", "s.stats", "-o", "q.onnx"]) == 0
+    assert "over 4 samples" in capsys.readouterr().out
+    told(capsys, "calibrate m.onnx --data d.npz --batch 1 -o s.stats")
+    assert run(["convert", "m.onnx", "--stats", "s.stats", "-o", "q.onnx"]) == 0
+    assert "over 1 sample\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
