@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from calibration.datasets import Dataset, Preprocess
+    from calibration.datasets.dataset import InputSpec
     from calibration.layout import Hook
     from quantcli.load import Example, LoadedModel
     from quantcli.placement import Placement
@@ -67,6 +68,7 @@ class Data:
         split: Keep only the CSV's rows of this split.
         function: A Python callable, ``module:function``, that yields batches.
         synthetic: How many random samples are made up.
+        held: The data set that was opened last, and for what: a conversion asks for it several times.
     """
 
     path: Path | None = None
@@ -74,6 +76,30 @@ class Data:
     split: str | None = None
     function: str | None = None
     synthetic: int | None = None
+    held: list[tuple[object, Dataset]] = field(default_factory=list, compare=False, repr=False)
+
+    def opened(self, inputs: tuple[InputSpec, ...], recipe: Recipe) -> Dataset:
+        """Return the data set for a model's inputs.
+
+        Raises:
+            DataError: If the data cannot be read or does not fit the model.
+        """
+        seed, allowed = recipe.calibration.seed, recipe.calibration.allow_non_finite
+        asked = inputs, recipe.preprocess, seed, allowed
+        if not self.held or self.held[0][0] != asked:
+            found = open_dataset(
+                self.path,
+                inputs,
+                recipe.preprocess,
+                self.labels,
+                self.split,
+                function=self.function,
+                synthetic=self.synthetic,
+                seed=seed,
+                allow_non_finite=allowed,
+            )
+            self.held[:] = [(asked, found)]
+        return self.held[0][1]
 
     def example(self, preprocess: Preprocess | None) -> Example:
         """Return what shows a model's inputs: the first samples."""
@@ -166,17 +192,7 @@ class Observation:
         """Calibrate, in more than one pass where a first one shows that the plan stands elsewhere."""
         names = place(self.folded, self.recipe).observed()
         hook = self.hook(names)
-        dataset = open_dataset(
-            self.data.path,
-            hook.inputs,
-            self.recipe.preprocess,
-            self.data.labels,
-            self.data.split,
-            function=self.data.function,
-            synthetic=self.data.synthetic,
-            seed=self.recipe.calibration.seed,
-            allow_non_finite=self.recipe.calibration.allow_non_finite,
-        )
+        dataset = self.data.opened(hook.inputs, self.recipe)
         indices = select(len(dataset), self.recipe.calibration.selection)
         batch, lanes, checks = self.batch(hook, names, dataset, indices)
         work, part = self.work(hook, dataset, indices, batch, lanes, checks)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calibration.datasets import boundaries, fitted_batch, fixes_batch, open_dataset, select
+from calibration.datasets import boundaries, fitted_batch, fixes_batch, select
 from calibration.errors import DataError
 from calibration.hooks.onnxruntime import Runner
 from quantcli.evaluation.evaluate import run_padded
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from calibration.datasets import Dataset
-    from calibration.datasets.dataset import InputSpec
     from quantcli.load import LoadedModel
     from quantcli.observation import Data
     from quantcli.recipe import Recipe
@@ -36,24 +35,10 @@ BATCH = 32
 HELD_BACK = 3
 
 
-def opened(data: Data, inputs: tuple[InputSpec, ...], recipe: Recipe) -> Dataset:
-    """Return a data set for a model's inputs."""
-    return open_dataset(
-        data.path,
-        inputs,
-        recipe.preprocess,
-        data.labels,
-        data.split,
-        function=data.function,
-        seed=recipe.calibration.seed,
-        allow_non_finite=recipe.calibration.allow_non_finite,
-    )
-
-
 def tuning_samples(source: LoadedModel, folded: ir.Model, data: Data, recipe: Recipe) -> Samples | None:
     """Return calibration samples for tuning, drawn evenly: some for sweeps and others to judge; None where there are too few."""
     inputs = Runner(source.runnable, what=source.name).inputs
-    dataset = opened(data, inputs, recipe)
+    dataset = data.opened(inputs, recipe)
     indices = select(len(dataset), recipe.calibration.selection)
     fixed = fixes_batch(inputs)
     size = fitted_batch(inputs, None) if fixed else min(BATCH, fitted_batch(inputs, recipe.calibration.batch))
@@ -77,7 +62,7 @@ def scorer(source: LoadedModel, data: Data, recipe: Recipe) -> tuple[Callable[[b
         DataError: If the data has no labels, or too few samples for the drop that is asked for.
     """
     runner = Runner(source.runnable, what=source.name)
-    dataset = opened(data, runner.inputs, recipe)
+    dataset = data.opened(runner.inputs, recipe)
     if dataset.labels is None:
         raise DataError("--max-drop needs labels and the data has none", "give --validate with labelled data")
     held = np.arange(len(dataset)) % HELD_BACK == HELD_BACK - 1

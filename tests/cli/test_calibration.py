@@ -217,6 +217,18 @@ def test_a_function_gives_batches(here: Path, capsys: pytest.CaptureFixture[str]
     assert run(["calibrate", "m.onnx", "--data-function", "my_data:batches", "--data", "d.npz", "-o", "g.stats"]) == 2
 
 
+def test_a_conversion_opens_its_data_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For calibration, for the samples that tuning runs, and for what equalization observes."""
+    (here / "told.py").write_text(
+        "import numpy as np\n\ndef batches():\n    with open('calls', 'a') as file:\n        file.write('.')\n"
+        "    yield {'x': np.load('d.npz')['x']}\n"
+    )
+    (here / "r.toml").write_text("[tune]\nequalize = true\n")
+    found = told(capsys, "convert m.onnx --data-function told:batches --recipe r.toml -o q.onnx")
+    assert (here / "calls").read_text() == "."
+    assert found["sha256"] == told(capsys, "convert m.onnx --data d.npz --recipe r.toml -o p.onnx")["sha256"]
+
+
 def test_non_finite_values_are_counted_where_allowed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nodes = [node("Conv", ["x", "w"], ["c"]), node("Sqrt", ["c"], ["s"]), node("Conv", ["s", "v"], ["y"])]
     constants = {"w": normal(4, 3, 1, 1, seed=1), "v": normal(2, 4, 1, 1, seed=2)}
