@@ -273,7 +273,7 @@ class Equalization:
             inputs = columns.reshape(power.shape)
             weights.append(Weight.of(rows, inputs, largest, power, self.grids.weights[str(weight.name)]))
         grids = self.grids
-        return Noise(tuple(tensors), tuple(weights), grids.steps, grids.symmetric, grids.shared, len(used)), used
+        return Noise(tensors, weights, grids.steps, grids.symmetric, grids.shared, len(used)), used
 
     def met(self, wanted: set[str]) -> dict[str, Met]:
         """Return what is met in the channels of tensors, over some of the samples, and at the ends of all that were seen."""

@@ -18,9 +18,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 Array = NDArray[np.float64]
 Sets = NDArray[np.intp]
@@ -94,21 +98,124 @@ class Weight:
             columns = np.take_along_axis(columns, places, axis=1)
         return cls(rows, columns, largest, inputs, power, limit)
 
-    def by_group(self, values: Array) -> Array:
-        """Return the sum of the rows' values in each group."""
-        sums: Array = values.reshape(len(self.inputs), -1).sum(axis=1)
-        return sums
-
-    def by_row(self, values: Array) -> Array:
-        """Return each group's value for each of its rows."""
-        return np.repeat(values, len(self.rows) // len(self.inputs))
-
 
 @dataclass(frozen=True, eq=False)
+class Parts:
+    """Values that stand one after the other, part by part.
+
+    Attributes:
+        starts: Where each part begins; none is empty.
+        of: The part that each value belongs to.
+    """
+
+    starts: Sets
+    of: Sets
+
+    @classmethod
+    def of_lengths(cls, lengths: Iterable[int]) -> Parts:
+        """Return parts of so many values each."""
+        each = np.fromiter(lengths, dtype=np.intp)
+        return cls(np.cumsum(each) - each, np.repeat(np.arange(len(each)), each))
+
+    def sums(self, values: Array) -> Array:
+        """Return the sum of each part."""
+        found: Array = np.add.reduceat(values, self.starts)
+        return found
+
+    def peaks(self, values: Array) -> tuple[Array, Array]:
+        """Return about the largest of each part's values above zero (their norm of order 16), and each one's share in its slope."""
+        furthest = np.maximum.reduceat(values, self.starts)
+        largest = np.maximum(furthest, TINY)
+        powers = np.square(np.square(np.square(np.square(values / largest[self.of]))))
+        totals = np.maximum(self.sums(powers), TINY)
+        return np.where(furthest > 0, largest * totals ** (1 / 16), 0.0), powers / totals[self.of]
+
+
+class Tensors:
+    """Tensors, their channels one after the other.
+
+    Args:
+        tensors: One or more.
+        steps: How many steps a grid has: from end to end, or from zero to its end where it is symmetric.
+        symmetric: Whether grids are symmetric about zero.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], steps: int, symmetric: bool) -> None:
+        self.steps, self.symmetric = steps, symmetric
+        self.parts = Parts.of_lengths(len(tensor.sets) for tensor in tensors)
+        self.sets = np.concatenate([tensor.sets for tensor in tensors])
+        self.low, self.high = (np.concatenate([getattr(one, name) for one in tensors]) for name in ("low", "high"))
+        self.gain, self.power = (np.concatenate([getattr(one, name) for one in tensors]) for name in ("gain", "power"))
+
+    def at(self, factors: Array) -> tuple[float, Array]:
+        """Return their noise, and its slope by the logarithm of each set's factor."""
+        own, of = factors[self.sets], self.parts.of
+        if self.symmetric:
+            spans, share = self.parts.peaks(np.maximum(self.low, self.high) / own)
+            change = -spans[of] * share
+        else:
+            (high, above), (low, below) = (self.parts.peaks(end / own) for end in (self.high, self.low))
+            spans, change = high + low, -high[of] * above - low[of] * below
+        rounding = np.square(own * (spans / self.steps)[of]) / 12
+        both = rounding + self.power + TINY
+        noise = self.gain * rounding * self.power / both
+        direct = 2 * noise * self.power / both
+        through = self.parts.sums(direct) / np.where(spans > 0, spans, 1.0)
+        slope = np.bincount(self.sets, direct + through[of] * change, len(factors)).astype(np.float64, copy=False)
+        return float(noise.sum()), slope
+
+
+class Weights:
+    """Weights: their rows, the elements of those, and the columns of their groups, each one after the other.
+
+    Args:
+        weights: One or more.
+        shared: Whether all rows of a weight have one scale.
+    """
+
+    def __init__(self, weights: Sequence[Weight], shared: bool) -> None:
+        self.shared = shared
+        self.elements_of_rows = Parts.of_lengths(w.columns.shape[1] for w in weights for _ in w.rows)
+        self.elements_of_weights = Parts.of_lengths(w.columns.size for w in weights)
+        self.rows_of_weights = Parts.of_lengths(len(w.rows) for w in weights)
+        self.rows_of_groups = Parts.of_lengths(len(w.rows) // len(w.inputs) for w in weights for _ in w.inputs)
+        self.inputs_of_groups = Parts.of_lengths(w.inputs.shape[1] for w in weights for _ in w.inputs)
+        self.rows = np.concatenate([w.rows for w in weights])
+        self.limits = np.array([w.limit for w in weights], dtype=np.float64)[self.rows_of_weights.of]
+        self.columns, self.inputs = (
+            np.concatenate([getattr(w, name).reshape(-1) for w in weights]) for name in ("columns", "inputs")
+        )
+        self.largest, self.power = (
+            np.concatenate([getattr(w, name).reshape(-1) for w in weights]) for name in ("largest", "power")
+        )
+
+    def at(self, factors: Array) -> tuple[float, Array]:
+        """Return their noise, and its slope by the logarithm of each set's factor."""
+        count, elements, rows = len(factors), self.elements_of_rows, self.rows_of_groups
+        own = factors[self.rows] if self.shared else np.ones(len(self.rows))
+        scaled = self.largest * factors[self.columns] / own[elements.of]
+        end, share = (self.elements_of_weights if self.shared else elements).peaks(scaled)
+        if self.shared:
+            end = end[self.rows_of_weights.of]
+        step = ROUNDED / 12 * np.square(end / self.limits) * np.square(own)
+        met = self.power / np.square(factors[self.inputs])
+        noise = step * self.inputs_of_groups.sums(met)[rows.of]
+        # A larger element means a larger step: of its row, or of all rows.
+        if self.shared:
+            pulls = 2 * self.rows_of_weights.sums(noise)[self.elements_of_weights.of] * share
+        else:
+            pulls = 2 * noise[elements.of] * share
+        slope = np.bincount(self.columns, pulls, count).astype(np.float64, copy=False)
+        slope -= np.bincount(self.inputs, 2 * rows.sums(step)[self.inputs_of_groups.of] * met, count)
+        if self.shared:
+            slope += np.bincount(self.rows, 2 * noise - elements.sums(pulls), count)
+        return float(noise.sum()), slope
+
+
 class Noise:
     """Everything that is rounded.
 
-    Attributes:
+    Args:
         tensors: The tensors.
         weights: The weights.
         steps: How many steps a tensor's grid has: from end to end, or from zero to its end where it is symmetric.
@@ -117,58 +224,30 @@ class Noise:
         count: How many sets of channels there are.
     """
 
-    tensors: tuple[Tensor, ...]
-    weights: tuple[Weight, ...]
-    steps: int
-    symmetric: bool
-    shared: bool
-    count: int
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        weights: Sequence[Weight],
+        steps: int,
+        symmetric: bool,
+        shared: bool,
+        count: int,
+    ) -> None:
+        self.count = count
+        self.parts: list[Tensors | Weights] = []
+        if some := [tensor for tensor in tensors if tensor.sets.size]:
+            self.parts.append(Tensors(some, steps, symmetric))
+        if others := [weight for weight in weights if weight.columns.size and weight.inputs.size]:
+            self.parts.append(Weights(others, shared))
 
     def at(self, logs: Array) -> tuple[float, Array]:
         """Return the noise at the logarithms of the sets' factors, and its slope."""
         factors = np.exp(logs)
         total, slope = 0.0, np.zeros(self.count)
-        for tensor in self.tensors:
-            total += self.of_tensor(tensor, factors, slope)
-        for weight in self.weights:
-            total += self.of_weight(weight, factors, slope)
+        for part in self.parts:
+            noise, own = part.at(factors)
+            total, slope = total + noise, slope + own
         return total, slope
-
-    def of_tensor(self, tensor: Tensor, factors: Array, slope: Array) -> float:
-        """Return a tensor's noise, and add its slope by the logarithm of each set's factor to the others'."""
-        own = factors[tensor.sets]
-        if self.symmetric:
-            end, share = peak(np.maximum(tensor.low, tensor.high) / own, 0)
-            span, change = float(end), -end * share
-        else:
-            (high, above), (low, below) = peak(tensor.high / own, 0), peak(tensor.low / own, 0)
-            span, change = float(high + low), -high * above - low * below
-        if span <= 0:
-            return 0.0
-        rounding = np.square(own * (span / self.steps)) / 12
-        both = rounding + tensor.power + TINY
-        noise = tensor.gain * rounding * tensor.power / both
-        direct = 2 * noise * tensor.power / both
-        slope += np.bincount(tensor.sets, direct + direct.sum() * change / span, self.count)
-        return float(noise.sum())
-
-    def of_weight(self, weight: Weight, factors: Array, slope: Array) -> float:
-        """Return a weight's noise, and add its slope by the logarithm of each set's factor to the others'."""
-        rows = factors[weight.rows] if self.shared else np.ones(len(weight.rows))
-        scaled = weight.largest * factors[weight.columns] / rows[:, None]
-        end, share = peak(scaled.reshape(-1), 0) if self.shared else peak(scaled, 1)
-        step = ROUNDED / 12 * np.square(end.reshape(-1) / weight.limit) * np.square(rows)
-        met = weight.power / np.square(factors[weight.inputs])
-        noise = step * weight.by_row(met.sum(axis=1))
-        # A larger element means a larger step: of its row, or of all rows.
-        pulls = 2 * (noise.sum() * share.reshape(scaled.shape) if self.shared else noise[:, None] * share)
-        slope += np.bincount(weight.columns.reshape(-1), pulls.reshape(-1), self.count)
-        slope -= np.bincount(
-            weight.inputs.reshape(-1), 2 * (weight.by_group(step)[:, None] * met).reshape(-1), self.count
-        )
-        if self.shared:
-            slope += np.bincount(weight.rows, 2 * noise - pulls.sum(axis=1), self.count)
-        return float(noise.sum())
 
     def least(self, free: NDArray[np.bool_], lowest: Array, steps: int = STEPS) -> tuple[Array, float]:
         """Return the logarithms of the factors for which noise is least, and by how many dB that lowers it.
@@ -195,16 +274,6 @@ class Noise:
             moved = logs - pace * mean / (np.sqrt(square / (1 - DECAYS[1] ** turn)) + 1e-12)
             logs = np.where(free, np.clip(moved, np.maximum(lowest, -FURTHEST), FURTHEST), 0.0)
         return best, 10 * math.log10(before / least) if least > 0 else 0.0
-
-
-def peak(values: Array, axis: int) -> tuple[Array, Array]:
-    """Return about the largest of values above zero along an axis (their norm of order 16), and each one's share in its slope."""
-    furthest = values.max(axis=axis, keepdims=True)
-    largest = np.maximum(furthest, TINY)
-    powers = np.square(np.square(np.square(np.square(values / largest))))
-    total = np.maximum(powers.sum(axis=axis, keepdims=True), TINY)
-    end: Array = np.where(furthest > 0, largest * total ** (1 / 16), 0.0)
-    return end if values.ndim > 1 else end[0], powers / total
 
 
 def reaching(low: Array, high: Array) -> tuple[Array, Array]:
