@@ -100,6 +100,8 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``equalize`` channels so that rounding costs least, ``centre`` what is never negative on symmetric grids, ``align`` tensors with
     grids of powers of two, ``compensation`` of what the layers before have changed, weight ``scales`` and ``rounding`` by output
     error, ``bias`` correction, regard to what ``activations`` cut, and ``adaround``: rounding learned by all layers at once.
+    ``vary`` lets sweeps run shifted and mirrored copies of images, too, and ``refit`` sweeps what is kept once more, over the
+    samples that judged it as well.
 
     With ``max_drop`` widths are searched that keep ``metric`` within so many points of float's (`quantcli.tune.search`).
     ``widen`` gives activations 16 bits that 8 hold worst, where the target has both (`quantcli.tune.wide`): None does so where
@@ -122,6 +124,8 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bias: bool | None = None
     activations: bool | None = None
     adaround: bool | None = None
+    vary: bool | None = None
+    refit: bool | None = None
     widen: bool | None = None
     optimize: Literal["latency"] | None = None
     smooth: bool | None = None

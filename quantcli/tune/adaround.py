@@ -25,6 +25,7 @@ from quantcli.placement import place
 from quantcli.plan import make_plan, unresolvable
 from quantcli.recipe import resolve_target
 from quantcli.rules import Arithmetic, Operand
+from quantcli.tune.vary import varied
 from quantcli.write.torch_operators import Stored, computed, operators
 
 if TYPE_CHECKING:
@@ -48,8 +49,6 @@ WORK = 4 * 10**12
 RATES = {"weight": 0.01, "scale": 0.002, "bias": 0.001}
 # How far an integer may move.
 FURTHEST = 1.49
-# By what part of an image it is shifted at most.
-SHIFT = 1 / 8
 TINY = 1e-12
 
 
@@ -355,17 +354,4 @@ def drawn(whole: Mapping[str, NDArray[Any]], generator: np.random.Generator) -> 
         shaped = part.reshape(-1, *[1] * (values.ndim - 1))
         mixed: NDArray[np.float32] = values[ours] * shaped + values[others] * (np.float32(1) - shaped)
         found[name] = varied(mixed, generator)
-    return found
-
-
-def varied(values: NDArray[np.float32], generator: np.random.Generator) -> NDArray[np.float32]:
-    """Return images that are shifted by up to an eighth and mirrored, each by itself; what is no image stays."""
-    if values.ndim != 4 or min(values.shape[2:]) < 8:
-        return values
-    found = values.copy()
-    for number, image in enumerate(values):
-        turned = image[:, :, ::-1] if generator.random() < 0.5 else image
-        reach = [int(size * SHIFT) for size in image.shape[1:]]
-        moves = [int(generator.integers(-most, most + 1)) for most in reach]
-        found[number] = np.roll(turned, moves, axis=(1, 2))
     return found

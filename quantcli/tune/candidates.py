@@ -23,7 +23,7 @@ from quantcli.tune.sweep import Steps, Sweep
 from quantcli.tuning import UNTUNED, Moved, Tuning
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -203,7 +203,7 @@ def swept(
     recipe: Recipe,
     target: Target,
     steps: Steps,
-    samples: Samples,
+    batches: Sequence[Feeds],
     progress: Callable[[int, int], None],
 ) -> tuple[Candidate, Gained]:
     """Sweep a copy of a model as for a target, and return it with the steps' gains."""
@@ -212,7 +212,7 @@ def swept(
     plan = make_plan(base.model, base.statistics, recipe, base.tuning)
     ranges = ranges_of(plan)
     bits, widths = dict(base.tuning.bits), base.tuning.grids
-    sweep = Sweep(changed, placement, target, ranges, bits, widths, steps, samples.swept)
+    sweep = Sweep(changed, placement, target, ranges, bits, widths, steps, batches)
     tuning = sweep.run(progress)
     gains = {step: (sweep.gains.layers[step], sweep.gains.mean(step)) for step in sweep.gains.layers}
     tuning = replace(tuning, ranges={**base.tuning.ranges, **tuning.ranges}, moved=base.tuning.moved)

@@ -13,7 +13,8 @@ default  one sweep over 64 samples, 256 for coarse weights: ranges and weight sc
          the outputs, with 16 bits for the activations that 8 hold worst, on targets that have both
 best     sweeps over 256 samples: the above, with the outputs' error of larger models, too; and then each of the two errors,
          compensation, ranges by error, regard to activations, equalization, centring and alignment the other way, kept where
-         that is better; where weights have less than 8 bits, rounding learned from there
+         that is better; where weights have less than 8 bits, the same on shifted and mirrored copies of images, too, rounding
+         learned from there, and what is kept swept once more over all samples, those that judged it among them
 ======== ================================================================================================================
 """
 
@@ -46,6 +47,7 @@ from quantcli.tune.candidates import Candidate, Gained, Observe, Samples, aligne
 from quantcli.tune.outputs import TRIES, logarithms
 from quantcli.tune.smooth import Smoothed, smooth
 from quantcli.tune.sweep import Steps
+from quantcli.tune.vary import is_image, with_copies
 from quantcli.tune.wide import WIDE_BITS, may_widen, widened
 from quantcli.tuning import UNTUNED, Tuning
 from quantcli.write import WRITERS
@@ -71,6 +73,8 @@ logger = logging.getLogger(__name__)
 # How many samples a sweep runs: more where weights are coarse, which is where it has most to choose; and how many others judge.
 SAMPLES, COARSE_SAMPLES = {"default": 64, "best": 256}, 256
 JUDGES = 64
+# How many varied copies of each sample there are at most.
+COPIES = 3
 # What the tensors between a sweep's layers may take, in bytes; fewer samples are run where they would take more.
 ROOM = 1 << 30
 # Of a model with more weights, a copy to work on would be too much.
@@ -156,8 +160,12 @@ def wanted_samples(model: ir.Model, recipe: Recipe) -> int:
         return recipe.tune.samples
     weight = resolve_target(recipe).weight
     wished = COARSE_SAMPLES if weight.bits < 8 or not weight.per_channel else SAMPLES[recipe.tune.effort]
-    held = 8 * most_held(model)
-    return max(4, min(wished, ROOM // max(held, 1)))
+    return max(4, min(wished, room_for(model)))
+
+
+def room_for(model: ir.Model) -> int:
+    """Return how many samples there is room for between a sweep's layers."""
+    return ROOM // max(8 * most_held(model), 1)
 
 
 def most_held(model: ir.Model) -> int:
@@ -206,13 +214,13 @@ def tune(
         plan = make_plan(final, seen, recipe, start.tuning)
         return Tuned(final, plan, evened, why_not="no layer has a weight to tune")
     trying = Trying(start, statistics, recipe, samples, observe, progress, judge)
-    for choice in first_choices(recipe, trying.equalizing, trying.batches):
+    for choice in first_choices(recipe, trying.equalizing, trying.batches, trying.images):
         trying.attempt(choice)
         if choice.equalize and not trying.found:  # there was nothing to scale
             trying.attempt(choice.toggled("equalize"))
     if trying.found and recipe.tune.compensation is None and is_coarse(resolve_target(recipe)):
         trying.attempt(trying.best.toggled("compensation"))
-    again = open_steps(recipe, observe is not None) if recipe.tune.effort == "best" else []
+    again = open_steps(recipe, observe is not None, trying.images) if recipe.tune.effort == "best" else []
     if not again and recipe.tune.ranges is None and all(one.sqnr <= found[0][0].sqnr for one, _ in trying.found):
         again = ["ranges"]
     for step in again if trying.found else []:
@@ -223,7 +231,7 @@ def tune(
     found += wide(trying, max(one.sqnr for one, _ in found))
     best = max(range(len(found)), key=lambda place: (round(found[place][0].sqnr / MARGIN), -place))
     tries = tuple(replace(one, kept=place == best) for place, (one, _) in enumerate(found))
-    kept = found[best][1]
+    kept = trying.refitted(*found[best])
     return Tuned(
         kept.model, make_plan(kept.model, kept.statistics, recipe, kept.tuning), kept.smoothed, kept.equalized, tries
     )
@@ -244,7 +252,7 @@ def wide(trying: Trying, sqnr: float) -> list[tuple[Try, Candidate]]:
     name = f"{len(base.tuning.grids)} activations of {WIDE_BITS} bits"
     found = [(Try(name, trying.judge.sqnr(base), time.perf_counter() - begun, {}), base)]
     again = replace(trying, start=base, observe=None, found=[], choices=[], learned={}, prepared={})
-    for choice in first_choices(trying.recipe, (False,), again.batches):
+    for choice in first_choices(trying.recipe, (False,), again.batches, again.images):
         again.attempt(choice)
     found += [(replace(one, name=f"{name}, {one.name}"), candidate) for one, candidate in again.found]
     most = max(one.sqnr for one, _ in found)
@@ -263,16 +271,18 @@ class Choice:
         centre: Whether its one-sided tensors were moved to both sides of zero.
         align: Whether its tensors were scaled to where grids of powers of two end.
         steps: The steps of the sweep.
+        vary: Whether it runs varied copies of the samples, too.
     """
 
     equalize: bool
     centre: bool
     align: bool
     steps: Steps
+    vary: bool = False
 
     def toggled(self, step: str) -> Choice:
         """Return the choice with one step the other way."""
-        if step in {"equalize", "centre", "align"}:
+        if step in {"equalize", "centre", "align", "vary"}:
             other: dict[str, Any] = {step: not getattr(self, step)}
             return replace(self, **other)
         if step == "outputs":  # of the two ways to choose ranges, the one that costs less
@@ -288,6 +298,7 @@ class Choice:
         parts += ["ranges by outputs" if self.steps.outputs else "ranges"] if self.steps.ranges else []
         parts += [step for step in ("compensation", "scales", "rounding", "bias") if getattr(self.steps, step)]
         parts += ["activations"] if self.steps.activations else []
+        parts += ["varied samples"] if self.vary else []
         return ", ".join(parts) or "nothing"
 
 
@@ -347,6 +358,11 @@ class Trying:
         return (gain >= WORTH_EQUALIZING,)
 
     @property
+    def images(self) -> bool:
+        """Whether there is something to shift and to mirror."""
+        return any(is_image(values) for values in self.samples.swept[0].values())
+
+    @property
     def best(self) -> Choice:
         """The best choice so far."""
         return self.choices[max(range(len(self.found)), key=lambda place: (self.found[place][0].sqnr, -place))]
@@ -356,25 +372,15 @@ class Trying:
         if choice in self.choices:
             return
         begun = time.perf_counter()
-        base, steps = self.start, choice.steps
+        steps = choice.steps
         if choice.equalize and self.observe is not None:
             model, seen = self.judge.model, self.statistics
             tuning = self.start.tuning
             self.equal = self.equal or equalized(model, seen, self.recipe, self.samples, self.observe, tuning)
             if self.equal is None:
                 return
-            base = self.equal
-        target = resolve_target(self.recipe)
-        earlier: Gained = {}
-        progress = functools.partial(self.progress, f"tune {len(self.choices) + 1}")
         try:
-            if choice.centre or choice.align:
-                base, earlier = self.prepare(base, choice, target, progress)
-            elif steps.ranges and steps.outputs and choice.equalize in self.learned:
-                # Found once, ranges by what they do to the outputs hold for other choices, too.
-                base = replace(base, tuning=replace(base.tuning, ranges=self.learned[choice.equalize]))
-                steps = replace(steps, ranges=False)
-            candidate, gains = swept(base, self.recipe, target, steps, self.samples, progress)
+            candidate, gains = self.made(choice, self.samples.swept)
             worth = self.judge.sqnr(candidate)
         except Exception as error:  # noqa: BLE001 - the plan as calibrated is there in any case
             logger.warning("tuning (%s) failed and is left out: %s", choice.name, first_line(error))
@@ -382,7 +388,54 @@ class Trying:
         if steps.ranges and steps.outputs and not (choice.centre or choice.align):
             self.learned[choice.equalize] = candidate.tuning.ranges
         self.choices.append(choice)
-        self.found.append((Try(choice.name, worth, time.perf_counter() - begun, {**earlier, **gains}), candidate))
+        self.found.append((Try(choice.name, worth, time.perf_counter() - begun, gains), candidate))
+
+    def made(self, choice: Choice, batches: Sequence[Feeds]) -> tuple[Candidate, Gained]:
+        """Return what a choice makes of some samples, and what its steps have gained."""
+        base, steps, target = self.start, choice.steps, resolve_target(self.recipe)
+        if choice.equalize and self.equal is not None:
+            base = self.equal
+        earlier: Gained = {}
+        progress = functools.partial(self.progress, f"tune {len(self.choices) + 1}")
+        if choice.centre or choice.align:
+            base, earlier = self.prepare(base, choice, target, progress)
+        elif steps.ranges and steps.outputs and choice.equalize in self.learned:
+            # Found once, ranges by what they do to the outputs hold for other choices, too.
+            base = replace(base, tuning=replace(base.tuning, ranges=self.learned[choice.equalize]))
+            steps = replace(steps, ranges=False)
+        if choice.vary:
+            batches = with_copies(batches, COPIES, room_for(self.judge.model), steps.seed)
+        candidate, gains = swept(base, self.recipe, target, steps, tuple(batches), progress)
+        return candidate, {**earlier, **gains}
+
+    def refitted(self, kept: Try, candidate: Candidate) -> Candidate:
+        """Return what the same steps make of all samples, where that is wanted; those that judged it tell nothing more of it then.
+
+        What was not swept alone stays as it is, as does what these samples show to be better.
+        """
+        wished = self.recipe.tune.refit
+        coarse = self.recipe.tune.effort == "best" and resolve_target(self.recipe).weight.bits < 8
+        places = [place for place, (_, other) in enumerate(self.found) if other is candidate]
+        if not (coarse if wished is None else wished) or not places or places[0] >= len(self.choices):
+            return candidate
+        every = (*self.samples.swept, *self.samples.judging)
+        if sum(len(next(iter(feeds.values()))) for feeds in every) > room_for(self.judge.model):
+            return candidate
+        begun = time.perf_counter()
+        try:
+            found, _ = self.made(self.choices[places[0]], every)
+            worth = self.judge.sqnr(found)
+        except Exception as error:  # noqa: BLE001 - what was found before is there in any case
+            logger.warning("sweeping over all samples failed and is left out: %s", first_line(error))
+            return candidate
+        logger.info(
+            "'%s' swept over all samples in %.1f s: %.2f dB on those that had judged it, %.2f before",
+            kept.name,
+            time.perf_counter() - begun,
+            worth,
+            kept.sqnr,
+        )
+        return found if worth > kept.sqnr else candidate
 
     def learn(self) -> None:
         """Let the best candidate's weights be learned, and judge what comes of it."""
@@ -417,7 +470,7 @@ class Trying:
             free = freed(target, power_of_two=False, **({"symmetric": False} if choice.centre else {}))
             gains: Gained = {}
             if steps.ranges:
-                found, gains = swept(base, self.recipe, free, steps, self.samples, progress)
+                found, gains = swept(base, self.recipe, free, steps, self.samples.swept, progress)
                 base = replace(base, tuning=found.tuning)
             if choice.centre:
                 base, gained = centred(base, self.recipe)
@@ -439,7 +492,7 @@ def freed(target: Target, **changes: bool) -> Target:
     return msgspec.structs.replace(target, activation=msgspec.structs.replace(target.activation, **changes))
 
 
-def first_choices(recipe: Recipe, equalizing: Sequence[bool], outputs: int) -> list[Choice]:
+def first_choices(recipe: Recipe, equalizing: Sequence[bool], outputs: int, images: bool) -> list[Choice]:
     """Return what is tried in any case; ranges by what they do to the outputs over so many batches, to their readers if 0."""
     wishes, target = recipe.tune, resolve_target(recipe)
     narrow = target.weight.bits < 8
@@ -456,7 +509,7 @@ def first_choices(recipe: Recipe, equalizing: Sequence[bool], outputs: int) -> l
     shifting = target.activation.power_of_two
     centre = centrable(target) and (shifting if wishes.centre is None else wishes.centre)
     align = shifting and wishes.align is not False
-    return [Choice(even, centre, align, steps) for even in equalizing]
+    return [Choice(even, centre, align, steps, wishes.vary is True and images) for even in equalizing]
 
 
 def learns(recipe: Recipe) -> bool:
@@ -470,11 +523,12 @@ def is_coarse(target: Target) -> bool:
     return target.weight.bits >= 8 and (not target.weight.per_channel or target.weight.power_of_two)
 
 
-def open_steps(recipe: Recipe, may_equalize: bool) -> list[str]:
+def open_steps(recipe: Recipe, may_equalize: bool, images: bool) -> list[str]:
     """Return the steps that are tried both ways, as far as the recipe leaves them open."""
     names = ["compensation", "ranges", "activations", *(["equalize"] if may_equalize else [])]
     target = resolve_target(recipe)
     names += [name for name, may in (("centre", centrable(target)), ("align", target.activation.power_of_two)) if may]
+    names += ["vary"] if images and target.weight.bits < 8 else []
     both = ["outputs"] if recipe.tune.ranges is None else []
     return both + [name for name in names if getattr(recipe.tune, name) is None]
 
