@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe, convert, verify
 from quantcli.recipe import Tune, Weight
 from quantcli.tune import candidates, effort
-from quantcli.tune.vary import SHIFT, is_image, varied, with_copies
+from quantcli.tune.vary import SHIFT, image_axes, varied, with_copies
 from tests.graphs import data_for, node, normal, residual_net, save
 
 Feeds = dict[str, Any]
@@ -25,14 +26,18 @@ Feeds = dict[str, Any]
     channels=st.integers(1, 3),
     height=st.integers(8, 20),
     width=st.integers(8, 20),
+    last=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_a_varied_image_is_shifted_and_perhaps_mirrored(
-    count: int, channels: int, height: int, width: int, seed: int
+    count: int, channels: int, height: int, width: int, last: bool, seed: int
 ) -> None:
     images = normal(count, channels, height, width, seed=seed)
-    found = varied(images, np.random.default_rng(seed))
-    assert found is not images
+    given = images.transpose(0, 2, 3, 1) if last else images
+    found = varied(given, np.random.default_rng(seed))
+    assert found is not given
+    assert found.shape == given.shape
+    found = found.transpose(0, 3, 1, 2) if last else found
     for image, one in zip(images, found, strict=True):
         down, right = int(height * SHIFT), int(width * SHIFT)
         moves = [(y, x) for y in range(-down, down + 1) for x in range(-right, right + 1)]
@@ -45,7 +50,7 @@ def test_a_varied_image_is_shifted_and_perhaps_mirrored(
     [normal(5, 3, 7, 9, seed=1), normal(5, 40, seed=2), normal(5, 8, 16, seed=3), np.zeros((5, 3, 9, 9), np.int64)],
 )
 def test_what_is_no_image_stays(values: NDArray[Any]) -> None:
-    assert not is_image(values)
+    assert image_axes(values) is None
     assert varied(values, np.random.default_rng(0)) is values
     batches = ({"x": values},)
     assert with_copies(batches, 3, 1000, seed=0) == batches
@@ -67,7 +72,7 @@ def test_copies_follow_the_samples_as_far_as_there_is_room() -> None:
 
 def converted(tmp_path: Path, name: str, **wishes: Any) -> Any:
     model, data = residual_net(tmp_path / "net.onnx"), data_for(tmp_path / "d.npz", samples=48)
-    recipe = Recipe(weight=Weight(bits=wishes.pop("bits", 4)), tune=Tune(**wishes))
+    recipe = Recipe(weight=Weight(bits=wishes.pop("bits", 4)), tune=Tune(**{"refit": False, **wishes}))
     return convert(model, tmp_path / name, data=data, recipe=recipe, verified=True)
 
 
@@ -86,7 +91,7 @@ def swept_over(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_sweeps_run_copies_where_that_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = swept_over(monkeypatch)
-    done = converted(tmp_path, "a.onnx", vary=True, refit=False)
+    done = converted(tmp_path, "a.onnx", vary=True)
     assert counts == [4 * 32]  # of 48 samples, 16 judge
     assert [one.name.endswith("varied samples") for one in done.tuned.tries] == [False, True]
     plain = converted(tmp_path, "b.onnx")
@@ -131,6 +136,29 @@ def test_nothing_is_swept_again_without_room_or_gain(tmp_path: Path, monkeypatch
     monkeypatch.setattr(effort.Judge, "sqnr", falling)
     assert converted(tmp_path, "c.onnx", refit=True).model.read_bytes() == plain
     assert len(worths) == 3
+
+
+@pytest.mark.parametrize(
+    ("bits", "refit", "again"), [(4, None, True), (4, False, False), (8, None, False), (8, True, True)]
+)
+def test_narrow_weights_are_swept_again_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, refit: bool | None, again: bool
+) -> None:
+    counts = swept_over(monkeypatch)
+    converted(tmp_path, "a.onnx", bits=bits, refit=refit)
+    assert (48 in counts) == again
+
+
+def test_tries_of_a_search_are_not_swept_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the recipe says so: the metric judges them, and each takes its time."""
+    model, samples = residual_net(tmp_path / "net.onnx"), normal(96, 3, 8, 8, seed=1)
+    labels = Runner(model).run({"x": samples})["y"].argmax(axis=1)
+    np.savez(tmp_path / "labelled.npz", x=samples, labels=labels)
+    counts = swept_over(monkeypatch)
+    for refit in (None, True):
+        recipe = Recipe(weight=Weight(bits=4), tune=Tune(max_drop=60.0, refit=refit))
+        convert(model, tmp_path / "q.onnx", data=tmp_path / "labelled.npz", recipe=recipe)
+    assert counts == [64, 64, 96]
 
 
 @pytest.mark.parametrize(("bits", "wanted"), [(4, True), (8, False)])

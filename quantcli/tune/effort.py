@@ -6,15 +6,16 @@ plan is always one of them, so that tuning never makes a model worse by that mea
 ======== ================================================================================================================
 fast     nothing: ranges as calibration gives them, weights rounded to nearest
 default  one sweep over 64 samples, 256 for coarse weights: ranges and weight scales by error, rounding by second moments, bias;
-         compensation where weights have less than 8 bits; on the equalized model where that is predicted to pay, and on both with
-         one scale per tensor; with scales of powers of two on the centred and aligned one; where weights are coarse the best one
-         with compensation, too; without ranges by error, where that was no better than nothing. The error of a range is that of
-         the model's outputs where the model is small, and that of the tensor's readers elsewhere. Where next to nothing is left of
-         the outputs, with 16 bits for the activations that 8 hold worst, on targets that have both
+         compensation where weights have less than 8 bits, and what is kept swept once more over all samples; on the equalized
+         model where that is predicted to pay, and on both with one scale per tensor; with scales of powers of two on the centred
+         and aligned one; where weights are coarse the best one with compensation, too; without ranges by error, where that was no
+         better than nothing. The error of a range is that of the model's outputs where the model is small, and that of the
+         tensor's readers elsewhere. Where next to nothing is left of the outputs, with 16 bits for the activations that 8 hold
+         worst, on targets that have both
 best     sweeps over 256 samples: the above, with the outputs' error of larger models, too; and then each of the two errors,
          compensation, ranges by error, regard to activations, equalization, centring and alignment the other way, kept where
-         that is better; where weights have less than 8 bits, the same on shifted and mirrored copies of images, too, rounding
-         learned from there, and what is kept swept once more over all samples, those that judged it among them
+         that is better; where weights have less than 8 bits, the same on shifted and mirrored copies of images, too, and rounding
+         learned from there
 ======== ================================================================================================================
 """
 
@@ -47,7 +48,7 @@ from quantcli.tune.candidates import Candidate, Gained, Observe, Samples, aligne
 from quantcli.tune.outputs import TRIES, logarithms
 from quantcli.tune.smooth import Smoothed, smooth
 from quantcli.tune.sweep import Steps
-from quantcli.tune.vary import is_image, with_copies
+from quantcli.tune.vary import has_images, with_copies
 from quantcli.tune.wide import WIDE_BITS, may_widen, widened
 from quantcli.tuning import UNTUNED, Tuning
 from quantcli.write import WRITERS
@@ -360,7 +361,7 @@ class Trying:
     @property
     def images(self) -> bool:
         """Whether there is something to shift and to mirror."""
-        return any(is_image(values) for values in self.samples.swept[0].values())
+        return has_images(self.samples.swept[0])
 
     @property
     def best(self) -> Choice:
@@ -414,9 +415,9 @@ class Trying:
         What was not swept alone stays as it is, as does what these samples show to be better.
         """
         wished = self.recipe.tune.refit
-        coarse = self.recipe.tune.effort == "best" and resolve_target(self.recipe).weight.bits < 8
+        narrow = resolve_target(self.recipe).weight.bits < 8
         places = [place for place, (_, other) in enumerate(self.found) if other is candidate]
-        if not (coarse if wished is None else wished) or not places or places[0] >= len(self.choices):
+        if not (narrow if wished is None else wished) or not places or places[0] >= len(self.choices):
             return candidate
         every = (*self.samples.swept, *self.samples.judging)
         if sum(len(next(iter(feeds.values()))) for feeds in every) > room_for(self.judge.model):

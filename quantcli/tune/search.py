@@ -359,7 +359,7 @@ class Search:
         elif self.samples is None:
             found = untuned(model, self.statistics, recipe, "effort fast", Tuning(bits=bits, grids=grids))
         else:
-            found = tune(model, self.statistics, recipe, self.samples, self.observe, lambda *_: None, bits, grids)
+            found = tune(model, self.statistics, once(recipe), self.samples, self.observe, lambda *_: None, bits, grids)
         return replace(found, plan=with_stored(found.plan, found.model, stored, STORED.bits))
 
     def has_integers(self, model: ir.Model, recipe: Recipe) -> bool:
@@ -447,3 +447,10 @@ def rate(step: Step) -> float:
 def written(tuned: Tuned) -> bytes:
     """Return a tuned model's bytes."""
     return model_bytes(WRITERS["qdq"](quantize(tuned.model, tuned.plan)))
+
+
+def once(recipe: Recipe) -> Recipe:
+    """Return a recipe whose tries are not swept once more over all samples unless it says so: the metric judges them."""
+    if recipe.tune.refit is not None:
+        return recipe
+    return msgspec.structs.replace(recipe, tune=msgspec.structs.replace(recipe.tune, refit=False))

@@ -20,26 +20,36 @@ if TYPE_CHECKING:
 
 # By what part of an image it is shifted at most.
 SHIFT = 1 / 8
-# An image has at least so many rows and columns.
-SMALLEST = 8
+# An image has at least so many rows and columns, and with the channels last at most so many of those.
+SMALLEST, MOST_CHANNELS = 8, 4
 
 
-def is_image(values: NDArray[Any]) -> bool:
-    """Tell whether samples are what can be shifted and mirrored: reals, (samples, channels, rows, columns)."""
-    return values.dtype == np.float32 and values.ndim == 4 and min(values.shape[2:]) >= SMALLEST
+def image_axes(values: NDArray[Any]) -> tuple[int, int] | None:
+    """Return the axes of rows and columns of samples that can be shifted and mirrored; None where there are none."""
+    if values.dtype != np.float32 or values.ndim != 4:
+        return None
+    axes = (1, 2) if values.shape[3] <= MOST_CHANNELS else (2, 3)
+    return axes if min(values.shape[axis] for axis in axes) >= SMALLEST else None
 
 
 def varied(values: NDArray[np.float32], generator: np.random.Generator) -> NDArray[np.float32]:
     """Return images that are shifted by up to an eighth and mirrored, each by itself; what is no image stays."""
-    if not is_image(values):
+    axes = image_axes(values)
+    if axes is None:
         return values
     found = values.copy()
+    rows, columns = (axis - 1 for axis in axes)
     for number, image in enumerate(values):
-        turned = image[:, :, ::-1] if generator.random() < 0.5 else image
-        reach = [int(size * SHIFT) for size in image.shape[1:]]
+        turned = np.flip(image, columns) if generator.random() < 0.5 else image
+        reach = [int(image.shape[axis] * SHIFT) for axis in (rows, columns)]
         moves = [int(generator.integers(-most, most + 1)) for most in reach]
-        found[number] = np.roll(turned, moves, axis=(1, 2))
+        found[number] = np.roll(turned, moves, axis=(rows, columns))
     return found
+
+
+def has_images(feeds: Feeds) -> bool:
+    """Tell whether a batch holds something to shift and to mirror."""
+    return any(image_axes(values) is not None for values in feeds.values())
 
 
 def with_copies(batches: Sequence[Feeds], rounds: int, most: int, seed: int) -> tuple[Feeds, ...]:
@@ -53,7 +63,7 @@ def with_copies(batches: Sequence[Feeds], rounds: int, most: int, seed: int) -> 
     """
     found = list(batches)
     total = sum(len(next(iter(feeds.values()))) for feeds in found)
-    if not any(is_image(values) for feeds in batches for values in feeds.values()):
+    if not any(map(has_images, batches)):
         return tuple(found)
     generator = np.random.default_rng(seed)
     for feeds in list(batches) * rounds:
