@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe, convert, verify
-from quantcli.recipe import Tune, Weight
+from quantcli.recipe import Activation, Tune, Weight
 from quantcli.tune import candidates, effort
 from quantcli.tune.vary import SHIFT, image_axes, varied, with_copies
 from tests.graphs import data_for, node, normal, residual_net, save
@@ -183,3 +183,10 @@ def test_vectors_are_not_varied(tmp_path: Path) -> None:
     recipe = Recipe(weight=Weight(bits=4), tune=Tune(effort="best", vary=True, adaround=False))
     done = convert(source, tmp_path / "q.onnx", data=tmp_path / "v.npz", recipe=recipe)
     assert not any("varied samples" in one.name for one in done.tuned.tries)
+
+
+def test_narrow_activations_are_not_swept_again_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = residual_net(tmp_path / "net.onnx"), data_for(tmp_path / "d.npz", samples=48)
+    counts = swept_over(monkeypatch)
+    convert(model, tmp_path / "q.onnx", data=data, recipe=Recipe(weight=Weight(bits=4), activation=Activation(bits=4)))
+    assert 48 not in counts

@@ -6,12 +6,12 @@ plan is always one of them, so that tuning never makes a model worse by that mea
 ======== ================================================================================================================
 fast     nothing: ranges as calibration gives them, weights rounded to nearest
 default  one sweep over 64 samples, 256 for coarse weights: ranges and weight scales by error, rounding by second moments, bias;
-         compensation where weights have less than 8 bits, and what is kept swept once more over all samples; on the equalized
-         model where that is predicted to pay, and on both with one scale per tensor; with scales of powers of two on the centred
-         and aligned one; where weights are coarse the best one with compensation, too; without ranges by error, where that was no
-         better than nothing. The error of a range is that of the model's outputs where the model is small, and that of the
-         tensor's readers elsewhere. Where next to nothing is left of the outputs, with 16 bits for the activations that 8 hold
-         worst, on targets that have both
+         compensation where weights have less than 8 bits, and, unless activations do, what is kept swept once more over all
+         samples; on the equalized model where that is predicted to pay, and on both with one scale per tensor; with scales of
+         powers of two on the centred and aligned one; where weights are coarse the best one with compensation, too; without
+         ranges by error, where that was no better than nothing. The error of a range is that of the model's outputs where the
+         model is small, and that of the tensor's readers elsewhere. Where next to nothing is left of the outputs, with 16 bits
+         for the activations that 8 hold worst, on targets that have both
 best     sweeps over 256 samples: the above, with the outputs' error of larger models, too; and then each of the two errors,
          compensation, ranges by error, regard to activations, equalization, centring and alignment the other way, kept where
          that is better; where weights have less than 8 bits, the same on shifted and mirrored copies of images, too, and rounding
@@ -414,8 +414,9 @@ class Trying:
 
         What was not swept alone stays as it is, as does what these samples show to be better.
         """
-        wished = self.recipe.tune.refit
-        narrow = resolve_target(self.recipe).weight.bits < 8
+        wished, target = self.recipe.tune.refit, resolve_target(self.recipe)
+        # Ranges of narrow activations are what matters most there, and more samples make them no better.
+        narrow = target.weight.bits < 8 <= target.activation.width
         places = [place for place, (_, other) in enumerate(self.found) if other is candidate]
         if not (narrow if wished is None else wished) or not places or places[0] >= len(self.choices):
             return candidate
@@ -424,7 +425,8 @@ class Trying:
             return candidate
         begun = time.perf_counter()
         try:
-            found, _ = self.made(self.choices[places[0]], every)
+            afresh = replace(self, learned={}, prepared={})
+            found, _ = afresh.made(self.choices[places[0]], every)
             worth = self.judge.sqnr(found)
         except Exception as error:  # noqa: BLE001 - what was found before is there in any case
             logger.warning("sweeping over all samples failed and is left out: %s", first_line(error))
