@@ -76,7 +76,7 @@ class Data:
     split: str | None = None
     function: str | None = None
     synthetic: int | None = None
-    held: list[tuple[object, Dataset]] = field(default_factory=list, compare=False, repr=False)
+    held: list[tuple[object, Dataset]] = field(default_factory=list, init=False, compare=False, repr=False)
 
     def opened(self, inputs: tuple[InputSpec, ...], recipe: Recipe) -> Dataset:
         """Return the data set for a model's inputs.
