@@ -93,7 +93,7 @@ class Seen:
 
     Attributes:
         tensors: By tensor name.
-        kept: The first samples, by input name.
+        kept: Samples for self-checks, by input name; none before the end.
         done: How many batches were run.
         samples: How many samples they held.
     """
@@ -159,8 +159,6 @@ def collect(
     for name, floor in (floors or {}).items():
         if name in seen.tensors:
             seen.tensors[name].floor = floor
-    if not seen.kept and work.spans:
-        seen.kept = work.kept()
     if not seen.done:
         prepare(hook, seen, work)
     checkpoint = checkpoint or Checkpoint()
@@ -192,6 +190,8 @@ def collect(
     for held in seen.tensors.values():
         if held.histogram is not None:
             held.histogram.flush()
+    if not seen.kept and work.spans:  # at the end, when no batch is held any more
+        seen.kept = work.kept()
     return seen
 
 
