@@ -241,7 +241,7 @@ def test_much_waits_with_its_thread() -> None:
         begun.append(batch)
         if batch == 0:
             time.sleep(0.2)
-            assert len(begun) == 2
+            assert len(begun) <= 2
         return batch
 
     in_line(Lanes(1, 2, 2), iter(range(20)), compute, lambda _, found: counted.append(found), lambda _: None)

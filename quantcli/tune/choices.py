@@ -1,0 +1,109 @@
+"""Choices: what a candidate is made by, and which of them a recipe has tried in any case or both ways."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from quantcli.arithmetic.affine import IntegerType
+from quantcli.recipe import resolve_target
+from quantcli.tune.sweep import Steps
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from quantcli.recipe import Recipe
+    from quantcli.targets import Target
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a candidate is made by.
+
+    Attributes:
+        equalize: Whether it is the equalized model.
+        centre: Whether its one-sided tensors were moved to both sides of zero.
+        align: Whether its tensors were scaled to where grids of powers of two end.
+        steps: The steps of the sweep.
+        vary: Whether it runs varied copies of the samples, too.
+    """
+
+    equalize: bool
+    centre: bool
+    align: bool
+    steps: Steps
+    vary: bool = False
+
+    def toggled(self, step: str) -> Choice:
+        """Return the choice with one step the other way."""
+        if step in {"equalize", "centre", "align", "vary"}:
+            other: dict[str, Any] = {step: not getattr(self, step)}
+            return replace(self, **other)
+        if step == "outputs":  # of the two ways to choose ranges, the one that costs less
+            return replace(self, steps=replace(self.steps, outputs=0))
+        return replace(self, steps=replace(self.steps, **{step: not getattr(self.steps, step)}))
+
+    @property
+    def name(self) -> str:
+        """What was done, in words."""
+        parts = ["equalization"] if self.equalize else []
+        parts += ["centring"] if self.centre else []
+        parts += ["alignment"] if self.align else []
+        parts += ["ranges by outputs" if self.steps.outputs else "ranges"] if self.steps.ranges else []
+        parts += [step for step in ("compensation", "scales", "rounding", "bias") if getattr(self.steps, step)]
+        parts += ["activations"] if self.steps.activations else []
+        parts += ["varied samples"] if self.vary else []
+        return ", ".join(parts) or "nothing"
+
+
+def centrable(target: Target) -> bool:
+    """Tell whether activations have no zero point, and too few integers to leave half of them unused."""
+    return target.activation.symmetric and IntegerType(target.activation.grid).bits <= 8
+
+
+def freed(target: Target, **changes: bool) -> Target:
+    """Return a target whose activations can do more."""
+    return msgspec.structs.replace(target, activation=msgspec.structs.replace(target.activation, **changes))
+
+
+def first_choices(recipe: Recipe, equalizing: Sequence[bool], outputs: int, images: bool) -> list[Choice]:
+    """Return what is tried in any case; ranges by what they do to the outputs over so many batches, to their readers if 0."""
+    wishes, target = recipe.tune, resolve_target(recipe)
+    narrow = target.weight.bits < 8
+    steps = Steps(
+        ranges=wishes.ranges is not False,
+        outputs=outputs,
+        compensation=narrow if wishes.compensation is None else wishes.compensation,
+        scales=wishes.scales is not False,
+        rounding=wishes.rounding is not False,
+        bias=wishes.bias is not False,
+        activations=wishes.activations is True,
+        seed=recipe.calibration.seed,
+    )
+    shifting = target.activation.power_of_two
+    centre = centrable(target) and (shifting if wishes.centre is None else wishes.centre)
+    align = shifting and wishes.align is not False
+    return [Choice(even, centre, align, steps, wishes.vary is True and images) for even in equalizing]
+
+
+def learns(recipe: Recipe) -> bool:
+    """Tell whether rounding is learned: where the recipe says so, or the effort is best and weights have less than 8 bits."""
+    wished = recipe.tune.adaround
+    return recipe.tune.effort == "best" and resolve_target(recipe).weight.bits < 8 if wished is None else wished
+
+
+def is_coarse(target: Target) -> bool:
+    """Tell whether weights have 8 bits whose grid is coarse: compensation helps some models then, and others not."""
+    return target.weight.bits >= 8 and (not target.weight.per_channel or target.weight.power_of_two)
+
+
+def open_steps(recipe: Recipe, may_equalize: bool, images: bool) -> list[str]:
+    """Return the steps that are tried both ways, as far as the recipe leaves them open."""
+    names = ["compensation", "ranges", "activations", *(["equalize"] if may_equalize else [])]
+    target = resolve_target(recipe)
+    names += [name for name, may in (("centre", centrable(target)), ("align", target.activation.power_of_two)) if may]
+    names += ["vary"] if images and target.weight.bits < 8 else []
+    both = ["outputs"] if recipe.tune.ranges is None else []
+    return both + [name for name in names if getattr(recipe.tune, name) is None]
