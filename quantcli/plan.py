@@ -297,7 +297,7 @@ def plan_weights(
         largest = np.maximum(-lo, hi)
         del values, channels
         unmapped(users[0][1])
-        integer = IntegerType(f"int{tuning.bits.get(name, target.weight.bits)}", narrow=True)
+        integer = weight_grid(target, tuning.bits.get(name))
         scales = tuning.scales[name] if name in tuning.scales else symmetric_scales(largest, integer)
         for layer, _ in users:
             if (bias := bias_of(layer)) is not None:
@@ -317,6 +317,12 @@ def plan_weights(
             dead=tuple(int(i) for i in np.flatnonzero(largest == 0)),
         )
     return tensors
+
+
+def weight_grid(target: Target, bits: int | None = None) -> IntegerType:
+    """Return the integers of a weight of so many bits; by default of as many as the target's weights have."""
+    width = target.weight.bits if bits is None else bits
+    return IntegerType(f"int{width}", narrow=target.weight.is_narrow(width))
 
 
 def plan_biases(placement: Placement, tensors: dict[str, TensorPlan]) -> dict[str, TensorPlan]:

@@ -73,6 +73,8 @@ def weight_reasons(name: str, tensor: TensorEntry, target: Target) -> Iterator[s
     has_wide = tensor.dtype == "int16" and target.weight.widest == 16
     if tensor.qmax >= 1 << (target.weight.bits - 1) and not has_wide:
         yield f"'{name}' reaches {tensor.qmax}, the target's weights have {target.weight.bits} bits"
+    if tensor.qmin < -tensor.qmax and target.weight.is_narrow(tensor.qmax.bit_length() + 1):
+        yield f"'{name}' reaches {tensor.qmin}, the target's weights {-tensor.qmax}"
     if target.weight.power_of_two and not all(is_power_of_two(scale) for scale in tensor.scale):
         yield f"a scale of '{name}' is no power of two"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from quantcli import Conversion, Recipe, convert
+from quantcli import Conversion, Recipe, convert, verify
 from quantcli.cli import run
-from quantcli.recipe import Layers
+from quantcli.recipe import Layers, Weight
 from quantcli.review import diff, lint
 from quantcli.sidecar import read, stored_weights
 from quantcli.targets import known, load_target
@@ -46,6 +46,23 @@ def test_another_is_told_why_not(made: Callable[[str, Recipe], Conversion], targ
     done = made("q", Recipe())
     found = lint(done.sidecar, load_target(target), stored_weights(done.sidecar, done.model))
     assert [f for f in found if f.layer == "c1_node" and reason in f.reason]
+
+
+@pytest.mark.parametrize(
+    ("bits", "name", "lowest"), [(4, "ort-x86", -8), (2, "npu-int8", -2), (4, "tflite", -7), (7, "ort-x86", -63)]
+)
+def test_coarse_grids_use_their_lowest_integer(
+    made: Callable[[str, Recipe], Conversion], bits: int, name: str, lowest: int
+) -> None:
+    done = made("q", Recipe(target=name, weight=Weight(bits=bits)))
+    held = stored_weights(done.sidecar, done.model)
+    weights = {tensor for tensor, entry in done.sidecar.tensors.items() if entry.role == "weight"}
+    assert {done.sidecar.tensors[tensor].qmin for tensor in weights} == {lowest}
+    assert min(int(held[tensor].min()) for tensor in weights) == lowest
+    assert verify(done.sidecar_path, data=done.sidecar_path.parent / "d.npz").findings == []
+    reasons = {f.reason for f in lint(done.sidecar, load_target("tflite"), held)}
+    reaching = {f"'{tensor}' reaches {lowest}, the target's weights {lowest + 1}" for tensor in weights}
+    assert reaching <= reasons if lowest in {-8, -2} else not reaching & reasons
 
 
 def test_one_scale_per_tensor(made: Callable[[str, Recipe], Conversion], tmp_path: Path) -> None:

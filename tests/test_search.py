@@ -85,7 +85,7 @@ def test_it_goes_on_where_it_was(
     tmp_path: Path, model: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = spread_data(tmp_path / "d.npz", 32)
-    command = f"convert {model} --data {data} --weight-bits 2 --max-drop 8 --validate {labelled} --json"
+    command = f"convert {model} --data {data} --weight-bits 2 --max-drop 4 --validate {labelled} --json"
 
     def run(*more: str) -> int:
         with pytest.raises(SystemExit) as end:

@@ -42,6 +42,7 @@ from quantcli.tune.rounding import (
 from tests.graphs import data_for, node, normal, residual_net, save
 
 small = st.integers(1, 4)
+grids = st.builds(IntegerType, st.integers(2, 8).map(lambda bits: f"int{bits}"), st.booleans())
 
 
 def loaded(path: Path) -> ir.Model:
@@ -55,21 +56,22 @@ def rows(groups: int, count: int, inputs: int, seed: int) -> NDArray[np.float32]
     return (generator.normal(size=(groups, count, inputs)) @ mixed).astype(np.float32)
 
 
-@given(groups=small, outputs=small, inputs=st.integers(1, 90), bits=st.integers(2, 8), seed=st.integers(0, 99))
-def test_columns_are_rounded_as_gptq_rounds_them(groups: int, outputs: int, inputs: int, bits: int, seed: int) -> None:
+@given(groups=small, outputs=small, inputs=st.integers(1, 90), integer=grids, seed=st.integers(0, 99))
+def test_columns_are_rounded_as_gptq_rounds_them(
+    groups: int, outputs: int, inputs: int, integer: IntegerType, seed: int
+) -> None:
     moments = damped(moments_of(None, rows(groups, 40, inputs, seed), centred=False).covariance)
     weights = np.random.default_rng(seed).normal(size=(groups, outputs, inputs))
-    limit = 2 ** (bits - 1) - 1
-    scales = np.abs(weights).max(axis=2) / limit
-    found = propagated(weights, scales, moments, limit)
+    scales = np.abs(weights).max(axis=2) / integer.qmax
+    found = propagated(weights, scales, moments, integer.ends)
     order = np.argsort(-np.einsum("gii->gi", moments).mean(axis=0), kind="stable")
     for group in range(groups):
         # GPTQ, equations 2 and 3: the error of a column is carried on by H⁻¹, which then loses the column's row and column.
         left, inverse = weights[group].copy(), np.linalg.inv(moments[group])
         for column in order:
-            integer = np.clip(np.rint(left[:, column] / scales[group]), -limit, limit)
-            assert (found[group, :, column] == integer).all()
-            error = (left[:, column] - integer * scales[group]) / inverse[column, column]
+            chosen = np.clip(np.rint(left[:, column] / scales[group]), *integer.ends)
+            assert (found[group, :, column] == chosen).all()
+            error = (left[:, column] - chosen * scales[group]) / inverse[column, column]
             left -= error[:, None] * inverse[column]
             inverse -= np.outer(inverse[:, column], inverse[column]) / inverse[column, column]
 
@@ -92,29 +94,31 @@ def test_coarse_weights_are_tuned_over_more_samples(tmp_path: Path) -> None:
     assert wanted_samples(model, Recipe(weight=Weight(bits=4), tune=Tune(samples=10))) == 10
 
 
-@given(groups=small, outputs=small, inputs=st.integers(1, 90), bits=st.integers(2, 8), seed=st.integers(0, 99))
-def test_rounding_is_never_worse_than_nearest(groups: int, outputs: int, inputs: int, bits: int, seed: int) -> None:
+@given(groups=small, outputs=small, inputs=st.integers(1, 90), integer=grids, seed=st.integers(0, 99))
+def test_rounding_is_never_worse_than_nearest(
+    groups: int, outputs: int, inputs: int, integer: IntegerType, seed: int
+) -> None:
     moments = moments_of(None, rows(groups, 40, inputs, seed), centred=False).covariance
     weights = np.random.default_rng(seed).normal(size=(groups, outputs, inputs))
-    limit = 2 ** (bits - 1) - 1
-    scales = np.abs(weights).max(axis=2) / limit
-    found = rounded(weights, scales, moments, limit)
-    assert (np.abs(found) <= limit).all()
+    scales = np.abs(weights).max(axis=2) / integer.qmax
+    found = rounded(weights, scales, moments, integer.ends)
+    assert (found >= integer.qmin).all()
+    assert (found <= integer.qmax).all()
     assert (found == np.rint(found)).all()
     stable, step = damped(moments), scales[..., None]
-    plain = output_error(nearest(weights, scales, limit) * step - weights, stable)
+    plain = output_error(nearest(weights, scales, integer.ends) * step - weights, stable)
     assert (output_error(found * step - weights, stable) <= plain).all()
 
 
 @given(inputs=st.integers(1, 5), seed=st.integers(0, 99))
 def test_coordinate_descent_ends_where_no_single_integer_can_move(inputs: int, seed: int) -> None:
     moments = damped(moments_of(None, rows(1, 30, inputs, seed), centred=False).covariance)
-    weights, limit = np.random.default_rng(seed).normal(size=(1, 1, inputs)), 3
-    scales = np.abs(weights).max(axis=2) / limit
-    found = descended(weights, nearest(weights, scales, limit), scales, moments, limit, passes=100)
+    weights, ends = np.random.default_rng(seed).normal(size=(1, 1, inputs)), (-4, 3)
+    scales = np.abs(weights).max(axis=2) / ends[1]
+    found = descended(weights, nearest(weights, scales, ends), scales, moments, ends, passes=100)
     least = output_error(found * scales[..., None] - weights, moments)
     for place in range(inputs):
-        for value in range(-limit, limit + 1):
+        for value in range(ends[0], ends[1] + 1):
             other = found.copy()
             other[0, 0, place] = value
             error = output_error(other * scales[..., None] - weights, moments)
@@ -145,13 +149,13 @@ def test_scales_are_parts_of_the_widest_and_lower_the_error() -> None:
     widest = np.abs(weights).max(axis=2) / 7
 
     def error(scales: NDArray[Any]) -> NDArray[np.float64]:
-        return output_error(nearest(weights, scales, 7) * scales[..., None] - weights, moments)
+        return output_error(nearest(weights, scales, (-8, 7)) * scales[..., None] - weights, moments)
 
-    found = best_scales(weights, widest, moments, 7, shared=False).astype(np.float64)
+    found = best_scales(weights, widest, moments, (-8, 7), shared=False).astype(np.float64)
     assert (found <= widest.astype(np.float32)).all()
     assert (error(found) <= error(widest.astype(np.float32).astype(np.float64))).all()
     assert (found < widest.astype(np.float32)).any()
-    powers = best_scales(weights, np.full((1, 5), 0.5), moments, 7, shared=True, power_of_two=True)
+    powers = best_scales(weights, np.full((1, 5), 0.5), moments, (-8, 7), shared=True, power_of_two=True)
     assert np.isin(powers, [0.5, 0.25, 0.125]).all()
     assert len(np.unique(powers)) == 1
 

@@ -68,6 +68,11 @@ class IntegerType:
         """The highest value of the grid."""
         return (1 << (self.bits - 1 if self.signed else self.bits)) - 1
 
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The lowest and the highest value of the grid."""
+        return self.qmin, self.qmax
+
 
 def affine_parameters(lo: float, hi: float, integer: IntegerType) -> tuple[np.float32, int]:
     """Return scale and zero point that map the range [lo, hi] onto the grid (equations 2 and 3).

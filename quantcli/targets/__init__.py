@@ -11,6 +11,8 @@ from quantcli.errors import RecipeError
 
 FOLDER = Path(__file__).parent
 DEFAULT_TARGET = "ort-x86"
+# Grids of weights of so many bits and more are symmetric by default.
+SYMMETRIC_BITS = 7
 
 ActivationType = Literal["uint8", "int8", "int16"]
 Rounding = Literal["single", "double", "half_even", "floor"]
@@ -60,8 +62,10 @@ class ActivationFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WeightFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How weights are quantized: symmetric, stored as int8, narrow range (−127 … 127 with 8 bits, −63 … 63 with 7).
+    """How weights are quantized: symmetric, stored as int8.
 
+    ``narrow`` tells whether the lowest integer stays unused, so that grids end at ±n. By default that is so of 7 bits and more
+    (−127 … 127, −63 … 63), and not of fewer (−8 … 7), to which one integer more is worth 1 dB of 2 bits and a third of 4.
     ``pair_bits`` is 16 where the runtime adds two products in 16 bits, saturating, before it widens them. ``widest`` is 16 where it
     takes int16 weights as well: a search for widths may raise single layers to them.
     """
@@ -70,9 +74,14 @@ class WeightFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     symmetric: Literal[True]
     per_channel: bool
     bits: Annotated[int, msgspec.Meta(ge=2, le=8)] = 8
+    narrow: bool | None = None
     power_of_two: bool = False
     pair_bits: Literal[16] | None = None
     widest: Literal[8, 16] = 8
+
+    def is_narrow(self, bits: int) -> bool:
+        """Tell whether a grid of so many bits leaves its lowest integer unused."""
+        return bits >= SYMMETRIC_BITS if self.narrow is None else self.narrow
 
 
 class MultiplierFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

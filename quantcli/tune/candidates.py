@@ -12,7 +12,7 @@ from calibration.observers import OBSERVERS, TensorStatistics
 from quantcli.arithmetic.affine import IntegerType
 from quantcli.observation import observer_of
 from quantcli.placement import place
-from quantcli.plan import activation_parameters, make_plan, unresolvable
+from quantcli.plan import activation_parameters, make_plan, unresolvable, weight_grid
 from quantcli.recipe import resolve_target
 from quantcli.rules import Operand
 from quantcli.tune.align import align
@@ -75,7 +75,7 @@ def grids_of(model: ir.Model, statistics: Statistics, recipe: Recipe, bits: Mapp
     placement = place(model, recipe, unresolvable(statistics.tensors))
     activation = IntegerType(target.activation.grid)
     weights = {
-        str(value.name): IntegerType(f"int{bits.get(str(value.name), target.weight.bits)}", narrow=True).qmax
+        str(value.name): weight_grid(target, bits.get(str(value.name))).qmax
         for layer in placement.layers
         for _, value, kind in layer.operands()
         if kind is Operand.WEIGHT

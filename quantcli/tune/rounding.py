@@ -71,14 +71,14 @@ def output_error(change: NDArray[np.float64], moments: NDArray[np.float64]) -> N
     return error
 
 
-def nearest(weights: NDArray[np.float64], scales: NDArray[np.float64], limit: int) -> NDArray[np.float64]:
+def nearest(weights: NDArray[np.float64], scales: NDArray[np.float64], ends: tuple[int, int]) -> NDArray[np.float64]:
     """Return the nearest integers, (groups, outputs, inputs), of scales (groups, outputs)."""
-    return limited(np.rint(weights / scales[..., None]), limit)
+    return limited(np.rint(weights / scales[..., None]), ends)
 
 
-def limited(values: NDArray[np.float64], limit: int) -> NDArray[np.float64]:
-    """Return values within ±limit. Of short columns, `numpy.clip` takes as long to begin as these to end."""
-    within: NDArray[np.float64] = np.minimum(np.maximum(values, -limit), limit)
+def limited(values: NDArray[np.float64], ends: tuple[int, int]) -> NDArray[np.float64]:
+    """Return values within the ends of a grid. Of short columns, `numpy.clip` takes as long to begin as these to end."""
+    within: NDArray[np.float64] = np.minimum(np.maximum(values, ends[0]), ends[1])
     return within
 
 
@@ -86,7 +86,7 @@ def best_scales(
     weights: NDArray[np.float64],
     scales: NDArray[np.float64],
     moments: NDArray[np.float64],
-    limit: int,
+    ends: tuple[int, int],
     shared: bool,
     power_of_two: bool = False,
 ) -> NDArray[np.float32]:
@@ -96,17 +96,17 @@ def best_scales(
         weights: (groups, outputs, inputs).
         scales: What covers the largest weights, (groups, outputs).
         moments: H, (groups, inputs, inputs).
-        limit: The largest integer.
+        ends: The lowest and the highest integer.
         shared: Whether all outputs share one scale.
         power_of_two: Whether the scales are powers of two, and stay so.
     """
     best = scales.astype(np.float32)
     lowest: NDArray[np.float64] | None = None
-    shares = HALVES if power_of_two else FINE_SHARES if limit >= FINE else SHARES
+    shares = HALVES if power_of_two else FINE_SHARES if ends[1] >= FINE else SHARES
     for share in shares:
         tried = (scales * share).astype(np.float32)
         used = tried.astype(np.float64)
-        error = output_error(nearest(weights, used, limit) * used[..., None] - weights, moments)
+        error = output_error(nearest(weights, used, ends) * used[..., None] - weights, moments)
         if shared:
             error = np.full_like(error, error.sum())
         if lowest is None:
@@ -118,7 +118,7 @@ def best_scales(
 
 
 def rounded(
-    weights: NDArray[np.float64], scales: NDArray[np.float64], moments: NDArray[np.float64], limit: int
+    weights: NDArray[np.float64], scales: NDArray[np.float64], moments: NDArray[np.float64], ends: tuple[int, int]
 ) -> NDArray[np.float64]:
     """Return integers, (groups, outputs, inputs), for which tr(Δ·H·Δᵀ) is small: steps 2 and 3 above.
 
@@ -126,18 +126,18 @@ def rounded(
         weights: The weights that are to be met.
         scales: (groups, outputs).
         moments: H, not damped.
-        limit: The largest integer.
+        ends: The lowest and the highest integer.
     """
     stable = damped(moments)
-    plain = nearest(weights, scales, limit)
-    found = descended(weights, propagated(weights, scales, stable, limit), scales, stable, limit)
+    plain = nearest(weights, scales, ends)
+    found = descended(weights, propagated(weights, scales, stable, ends), scales, stable, ends)
     step = scales[..., None]
     worse = output_error(found * step - weights, stable) > output_error(plain * step - weights, stable)
     return np.where(worse[..., None], plain, found)
 
 
 def propagated(
-    weights: NDArray[np.float64], scales: NDArray[np.float64], moments: NDArray[np.float64], limit: int
+    weights: NDArray[np.float64], scales: NDArray[np.float64], moments: NDArray[np.float64], ends: tuple[int, int]
 ) -> NDArray[np.float64]:
     """Return integers by GPTQ: columns of large second moments first, each one's error carried on to the others.
 
@@ -157,7 +157,7 @@ def propagated(
         wanted[:, first:last] += factor[:, first:last, :first] @ lost[:, :first]
         for column in range(first, last):
             integer = np.rint(wanted[:, column], out=found[:, column])
-            np.minimum(np.maximum(integer, -limit, out=integer), limit, out=integer)
+            np.minimum(np.maximum(integer, ends[0], out=integer), ends[1], out=integer)
             error = np.subtract(given[:, column], integer, out=lost[:, column])
             wanted[:, column + 1 : last] += factor[:, column + 1 : last, column, None] * error[:, None]
     back = np.empty_like(order)
@@ -170,7 +170,7 @@ def descended(
     integers: NDArray[np.float64],
     scales: NDArray[np.float64],
     moments: NDArray[np.float64],
-    limit: int,
+    ends: tuple[int, int],
     passes: int = PASSES,
 ) -> NDArray[np.float64]:
     """Return integers after coordinate descent: one column after the other moves to its best place, the others held.
@@ -180,7 +180,7 @@ def descended(
         integers: What is begun with.
         scales: (groups, outputs).
         moments: H, (groups, inputs, inputs).
-        limit: The largest integer.
+        ends: The lowest and the highest integer.
         passes: How often all columns have their turn, unless none moves any more.
     """
     found = integers.transpose(0, 2, 1).copy()  # groups, inputs, outputs
@@ -191,7 +191,7 @@ def descended(
     def changes(first: int, last: int) -> NDArray[np.float64]:
         """Return by how much columns would move, each by itself."""
         held = found[:, first:last]
-        return limited(np.rint(held - slope[:, first:last] / steps[:, first:last]), limit) - held
+        return limited(np.rint(held - slope[:, first:last] / steps[:, first:last]), ends) - held
 
     for _ in range(passes):
         moved = False

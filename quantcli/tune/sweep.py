@@ -21,7 +21,7 @@ from quantcli.arithmetic.affine import IntegerType, fixed_parameters, scales_wid
 from quantcli.arithmetic.affine import power_of_two as to_power_of_two
 from quantcli.fold import constant
 from quantcli.island import captured, single_node
-from quantcli.plan import activation_bounds, activation_parameters, bias_of
+from quantcli.plan import activation_bounds, activation_parameters, bias_of, weight_grid
 from quantcli.probe import runnable
 from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.bias import biased, corrected, within
@@ -409,7 +409,7 @@ class Sweep:
         if name in self.rounded_weights:  # another layer has it as well
             return
         node, weight = layer.node, np.asarray(constant(value), dtype=np.float32)
-        integer = IntegerType(f"int{self.bits.get(name, self.target.weight.bits)}", narrow=True)
+        integer = weight_grid(self.target, self.bits.get(name))
         axes = {other.rule.weight_axis(other.node) for other in self.placement.layers if value in other.node.inputs}
         axis = axes.pop() if len(axes) == 1 and self.target.weight.per_channel else None
         channels = (
@@ -440,7 +440,7 @@ class Sweep:
         """Round a weight to nearest on its widest scales, as the plan does by itself."""
         used = self.final_scales(layer, scales)
         shaped = used if axis is None else used.reshape([-1 if a == axis else 1 for a in range(weight.ndim)])
-        self.rounded_weights[str(value.name)] = np.clip(np.rint(weight / shaped), -integer.qmax, integer.qmax) * shaped
+        self.rounded_weights[str(value.name)] = np.clip(np.rint(weight / shaped), *integer.ends) * shaped
 
     def final_scales(self, layer: PlacedLayer, scales: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return weight scales as the plan will have them: wide enough for the bias, and powers of two where asked."""
@@ -485,24 +485,24 @@ class Sweep:
         stable = damped(moments.covariance)
         shape = original.shape[:2]
         scales = np.broadcast_to(widest.astype(np.float64), (original.shape[0] * original.shape[1],)).reshape(shape)
-        plain = nearest(wanted, scales, integer.qmax) * scales[..., None] - wanted
+        plain = nearest(wanted, scales, integer.ends) * scales[..., None] - wanted
         before = float(output_error(plain, stable).sum())
         if steps.compensation and moments.cross is not None:
             shift = original - wanted
-            missed = nearest(original, scales, integer.qmax) * scales[..., None] - original + shift
+            missed = nearest(original, scales, integer.ends) * scales[..., None] - original + shift
             self.gains.count("compensation", float(output_error(missed, stable).sum()), before)
         if steps.scales:
-            found = best_scales(wanted, scales, stable, integer.qmax, len(widest) == 1, self.target.weight.power_of_two)
+            found = best_scales(wanted, scales, stable, integer.ends, len(widest) == 1, self.target.weight.power_of_two)
             flat = found.reshape(-1)[: len(widest)].astype(np.float32)
         else:
             flat = widest
         flat = self.final_scales(layer, flat)
         scales = np.broadcast_to(flat.astype(np.float64), (original.shape[0] * original.shape[1],)).reshape(shape)
-        near = nearest(wanted, scales, integer.qmax)
+        near = nearest(wanted, scales, integer.ends)
         middle = float(output_error(near * scales[..., None] - wanted, stable).sum())
         if steps.scales:
             self.gains.count("scales", before, middle)
-        integers = rounded(wanted, scales, moments.covariance, integer.qmax) if steps.rounding else near
+        integers = rounded(wanted, scales, moments.covariance, integer.ends) if steps.rounding else near
         if steps.rounding:
             after = float(output_error(integers * scales[..., None] - wanted, stable).sum())
             self.gains.count("rounding", middle, after)
