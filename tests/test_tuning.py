@@ -183,7 +183,7 @@ def test_rows_are_what_a_convolution_multiplies(tmp_path: Path, attributes: dict
     matrix = matrix_of(conv, weight)
     assert matrix is not None
     assert (matrix.join(matrix.split(weight)) == weight).all()
-    (found,) = drawn_rows(conv, matrix, [[x]], weight[0].size, 0)
+    (found,), _ = drawn_rows(conv, matrix, [[x]], weight[0].size, 0)
     result = Runner(path).run({"x": x})["y"]
     products = (found @ matrix.split(weight).transpose(0, 2, 1)).transpose(1, 0, 2).reshape(found.shape[1], -1)
     assert np.allclose(products, result.transpose(0, 2, 3, 1).reshape(-1, 4), atol=1e-4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -19,7 +19,7 @@ from quantcli.tune.align import align
 from quantcli.tune.centre import centre
 from quantcli.tune.equalize import FEW, Equalization, Equalized, Grids, equalize
 from quantcli.tune.smooth import Smoothed, smooth
-from quantcli.tune.sweep import Steps, Sweep
+from quantcli.tune.sweep import Sweep
 from quantcli.tuning import UNTUNED, Moved, Tuning
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from quantcli.plan import Plan
     from quantcli.recipe import Recipe
     from quantcli.targets import Target
+    from quantcli.tune.steps import Steps
+    from quantcli.tune.weights import Strengths
 
     Feeds = dict[str, NDArray[Any]]
 
@@ -60,13 +62,23 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A model, its statistics and its tuning."""
+    """A model, its statistics and its tuning.
+
+    Attributes:
+        model: The folded model.
+        statistics: What calibration saw of it.
+        smoothed: The normalisations that were smoothed.
+        tuning: What was chosen.
+        equalized: What equalization did; None where it did nothing.
+        strengths: How strongly its weights follow the samples, by name.
+    """
 
     model: ir.Model
     statistics: Statistics
     smoothed: tuple[Smoothed, ...]
     tuning: Tuning = UNTUNED
     equalized: Equalized | None = None
+    strengths: Mapping[str, Strengths] = field(default_factory=dict)
 
 
 def grids_of(model: ir.Model, statistics: Statistics, recipe: Recipe, bits: Mapping[str, int]) -> Grids:
@@ -206,14 +218,17 @@ def swept(
     batches: Sequence[Feeds],
     progress: Callable[[int, int], None],
 ) -> tuple[Candidate, Gained]:
-    """Sweep a copy of a model as for a target, and return it with the steps' gains."""
+    """Sweep a copy of a model as for a target, and return it with the steps' gains.
+
+    How strongly weights follow the samples is what the model says of them, and found out of the others.
+    """
     changed = base.model.clone()
     placement = place(changed, recipe, unresolvable(base.statistics.tensors))
     plan = make_plan(base.model, base.statistics, recipe, base.tuning)
     ranges = ranges_of(plan)
     bits, widths = dict(base.tuning.bits), base.tuning.grids
-    sweep = Sweep(changed, placement, target, ranges, bits, widths, steps, batches)
+    sweep = Sweep(changed, placement, target, ranges, bits, widths, steps, batches, base.strengths)
     tuning = sweep.run(progress)
     gains = {step: (sweep.gains.layers[step], sweep.gains.mean(step)) for step in sweep.gains.layers}
     tuning = replace(tuning, ranges={**base.tuning.ranges, **tuning.ranges}, moved=base.tuning.moved)
-    return replace(base, model=changed, tuning=tuning), gains
+    return replace(base, model=changed, tuning=tuning, strengths=sweep.strengths), gains

@@ -9,13 +9,17 @@ import msgspec
 
 from quantcli.arithmetic.affine import IntegerType
 from quantcli.recipe import resolve_target
-from quantcli.tune.sweep import Steps
+from quantcli.tune.steps import Steps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from quantcli.recipe import Recipe
     from quantcli.targets import Target
+
+
+# The weights of fewer bits than this are fitted to halves of the samples, as the recipe wishes.
+HALVED = {None: 8, True: 32, False: 0}
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ def first_choices(recipe: Recipe, equalizing: Sequence[bool], outputs: int, imag
         scales=wishes.scales is not False,
         rounding=wishes.rounding is not False,
         bias=wishes.bias is not False,
+        halves=HALVED[wishes.halves],
         activations=wishes.activations is True,
         seed=recipe.calibration.seed,
     )

@@ -46,7 +46,7 @@ from quantcli.tune.candidates import Candidate, Gained, Observe, Samples, aligne
 from quantcli.tune.choices import Choice, first_choices, freed, is_coarse, learns, open_steps
 from quantcli.tune.outputs import TRIES, logarithms
 from quantcli.tune.smooth import Smoothed, smooth
-from quantcli.tune.sweep import Steps
+from quantcli.tune.steps import Steps
 from quantcli.tune.vary import has_images, with_copies
 from quantcli.tune.wide import WIDE_BITS, may_widen, widened
 from quantcli.tuning import UNTUNED, Tuning
@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from quantcli.recipe import Recipe
     from quantcli.targets import Target
     from quantcli.tune.equalize import Equalized
+    from quantcli.tune.weights import Strengths
 
     Feeds = dict[str, NDArray[Any]]
 
@@ -350,8 +351,16 @@ class Trying:
         self.choices.append(choice)
         self.found.append((Try(choice.name, worth, time.perf_counter() - begun, gains), candidate))
 
-    def made(self, choice: Choice, batches: Sequence[Feeds]) -> tuple[Candidate, Gained]:
-        """Return what a choice makes of some samples, and what its steps have gained."""
+    def made(
+        self, choice: Choice, batches: Sequence[Feeds], strengths: Mapping[str, Strengths] | None = None
+    ) -> tuple[Candidate, Gained]:
+        """Return what a choice makes of some samples, and what its steps have gained.
+
+        Args:
+            choice: What is done.
+            batches: The samples.
+            strengths: How strongly weights follow them, where that is known.
+        """
         base, steps, target = self.start, choice.steps, resolve_target(self.recipe)
         if choice.equalize and self.equal is not None:
             base = self.equal
@@ -365,6 +374,7 @@ class Trying:
             steps = replace(steps, ranges=False)
         if choice.vary:
             batches = with_copies(batches, COPIES, room_for(self.judge.model), steps.seed)
+        base = replace(base, strengths=strengths or {})
         candidate, gains = swept(base, self.recipe, target, steps, tuple(batches), progress)
         return candidate, {**earlier, **gains}
 
@@ -385,7 +395,7 @@ class Trying:
         begun = time.perf_counter()
         try:
             afresh = replace(self, learned={}, prepared={})
-            found, _ = afresh.made(self.choices[places[0]], every)
+            found, _ = afresh.made(self.choices[places[0]], every, candidate.strengths)
             worth = self.judge.sqnr(found)
         except Exception as error:  # noqa: BLE001 - what was found before is there in any case
             logger.warning("sweeping over all samples failed and is left out: %s", first_line(error))

@@ -59,9 +59,16 @@ def matrix_of(node: ir.Node, weight: NDArray[Any]) -> Matrix | None:
 
 
 def drawn_rows(
-    node: ir.Node, matrix: Matrix, batches: Sequence[Sequence[NDArray[Any]]], inputs: int, seed: int
-) -> list[NDArray[np.float32]]:
+    node: ir.Node,
+    matrix: Matrix,
+    batches: Sequence[Sequence[NDArray[Any]]],
+    inputs: int,
+    seed: int,
+    apart: bool = False,
+) -> tuple[list[NDArray[np.float32]], int]:
     """Return rows of inputs, (groups, rows, inputs of a group), the same rows of each of some versions of the data.
+
+    Also returned is where the rows of the second half of the samples begin, if they are to be apart.
 
     Args:
         node: The layer.
@@ -69,11 +76,13 @@ def drawn_rows(
         batches: Versions of the layer's data operand, each a list of batches.
         inputs: Inputs of a group.
         seed: Of the draw.
+        apart: Whether the first half of every batch stands before all second halves; of batches of one sample, every other.
     """
     generator = np.random.default_rng(seed)
     wanted = max(FEWEST_ROWS, ROWS_PER_INPUT * inputs) // max(len(batches[0]), 1) + 1
-    found: list[list[NDArray[np.float32]]] = [[] for _ in batches]
-    for versions in zip(*batches, strict=True):
+    found: list[tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]]] = [([], []) for _ in batches]
+    for number, versions in enumerate(zip(*batches, strict=True)):
+        samples, middle = len(versions[0]), 0
         places: NDArray[np.intp] | None = None
         for kept, values in zip(found, versions, strict=True):
             rows = Patches.of(node, values) if node.op_type == "Conv" else values.reshape(-1, values.shape[-1])
@@ -82,8 +91,13 @@ def drawn_rows(
                 places = (
                     np.arange(count) if count <= wanted else np.sort(generator.choice(count, wanted, replace=False))
                 )
-            kept.append(rows.at(places, matrix.groups) if isinstance(rows, Patches) else rows[places][None])
-    return [np.asarray(np.concatenate(kept, axis=1), dtype=np.float32) for kept in found]
+                first = (samples // 2 if samples > 1 else number % 2) * (count // max(samples, 1))
+                middle = int(np.searchsorted(places, first)) if apart else len(places)
+            taken = rows.at(places, matrix.groups) if isinstance(rows, Patches) else rows[places][None]
+            kept[0].append(taken[:, :middle])
+            kept[1].append(taken[:, middle:])
+    middles = sum(part.shape[1] for part in found[0][0])
+    return [np.asarray(np.concatenate([*a, *b], axis=1), dtype=np.float32) for a, b in found], middles
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,11 +176,13 @@ class Moments:
         mean: E x̂, (groups, inputs).
         cross: E[(x − E x − x̂ + E x̂)(x̂ − E x̂)ᵀ], x the rows of the float model, of the same shape; None where they are
             the same rows.
+        missed: E x − E x̂, (groups, inputs); None where there is no cross, or means are not taken out.
     """
 
     covariance: NDArray[np.float64]
     mean: NDArray[np.float64]
     cross: NDArray[np.float64] | None
+    missed: NDArray[np.float64] | None = None
 
 
 def moments_of(real: NDArray[np.float32] | None, made: NDArray[np.float32], centred: bool) -> Moments:
@@ -182,13 +198,41 @@ def moments_of(real: NDArray[np.float32] | None, made: NDArray[np.float32], cent
     rows = made - shift
     count = max(rows.shape[1], 1)
     covariance = (rows.transpose(0, 2, 1) @ rows).astype(np.float64) / count
-    cross = None
+    cross = missed = None
     if real is not None:
         difference = real - made
         if centred:
-            difference -= difference.mean(axis=1, keepdims=True)
+            means = difference.mean(axis=1, keepdims=True)
+            difference -= means
+            missed = means[:, 0].astype(np.float64)
         cross = (difference.transpose(0, 2, 1) @ rows).astype(np.float64) / count
-    return Moments(covariance, mean, cross)
+    return Moments(covariance, mean, cross, missed)
+
+
+def together(parts: Sequence[Moments], counts: Sequence[int], centred: bool) -> Moments:
+    """Return the moments of rows of which those of some parts are known (Chan, Golub, LeVeque 1979, equation 2.1b).
+
+    Args:
+        parts: The moments of the parts.
+        counts: How many rows each has.
+        centred: Whether means were taken out.
+    """
+    shares = [count / sum(counts) for count in counts]
+
+    def joined(arrays: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = np.sum([s * array for s, array in zip(shares, arrays, strict=True)], axis=0)
+        return found
+
+    mean, covariance = (joined([getattr(part, name) for part in parts]) for name in ("mean", "covariance"))
+    crosses = [part.cross for part in parts if part.cross is not None]
+    misses = [part.missed for part in parts if part.missed is not None]
+    cross, missed = (joined(arrays) if arrays else None for arrays in (crosses, misses))
+    for part, share in zip(parts, shares, strict=True) if centred else ():
+        apart = part.mean - mean
+        covariance += share * apart[:, :, None] * apart[:, None]
+        if cross is not None and missed is not None and part.missed is not None:
+            cross += share * (part.missed - missed)[:, :, None] * apart[:, None]
+    return Moments(covariance, mean, cross, missed)
 
 
 def weighted_moments(

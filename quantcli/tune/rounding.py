@@ -118,7 +118,11 @@ def best_scales(
 
 
 def rounded(
-    weights: NDArray[np.float64], scales: NDArray[np.float64], moments: NDArray[np.float64], ends: tuple[int, int]
+    weights: NDArray[np.float64],
+    scales: NDArray[np.float64],
+    moments: NDArray[np.float64],
+    ends: tuple[int, int],
+    damping: float = DAMPING,
 ) -> NDArray[np.float64]:
     """Return integers, (groups, outputs, inputs), for which tr(Δ·H·Δᵀ) is small: steps 2 and 3 above.
 
@@ -127,8 +131,9 @@ def rounded(
         scales: (groups, outputs).
         moments: H, not damped.
         ends: The lowest and the highest integer.
+        damping: What is added to the variances, as a part of their mean.
     """
-    stable = damped(moments)
+    stable = damped(moments, damping)
     plain = nearest(weights, scales, ends)
     found = descended(weights, propagated(weights, scales, stable, ends), scales, stable, ends)
     step = scales[..., None]

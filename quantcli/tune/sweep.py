@@ -25,10 +25,10 @@ from quantcli.plan import activation_bounds, activation_parameters, bias_of, wei
 from quantcli.probe import runnable
 from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.bias import biased, corrected, within
-from quantcli.tune.moments import drawn_rows, matrix_of, moments_of, weighted_moments
+from quantcli.tune.moments import drawn_rows, matrix_of, moments_of, together, weighted_moments
 from quantcli.tune.outputs import OLDEST_OPSET, RANKED, Ahead, Channels, Expected, range_for_outputs
 from quantcli.tune.ranges import ENOUGH, ENOUGH_COARSE, Grid, best_range, look
-from quantcli.tune.rounding import best_scales, compensated, damped, nearest, output_error, rounded
+from quantcli.tune.weights import Met, Shared, fitted
 from quantcli.tuning import Tuning
 
 if TYPE_CHECKING:
@@ -39,42 +39,15 @@ if TYPE_CHECKING:
     from quantcli.placement import PlacedLayer, Placement
     from quantcli.targets import Target
     from quantcli.tune.moments import Matrix
+    from quantcli.tune.steps import Steps
+    from quantcli.tune.weights import Strengths
 
     Batches = list[NDArray[Any]]
 
 logger = logging.getLogger(__name__)
 
-# A layer of more inputs has second moments that take too long to be worth it.
-MOST_INPUTS = 2304
-# Nor are second moments by output, of so many numbers together.
+# Second moments by output are not worth it where they are more than so many numbers together.
 MOST_WEIGHTED = 1 << 24
-
-
-@dataclass(frozen=True)
-class Steps:
-    """What a sweep does.
-
-    Attributes:
-        ranges: Choose activation ranges by what they do to the layers that read them.
-        outputs: Choose them by what they do to the model's outputs instead, over so many batches; 0: not.
-        scales: Choose weight scales by output error.
-        rounding: Round weights by second moments, not to nearest.
-        compensation: Let weights make up for what the layers before have changed.
-        bias: Correct biases.
-        activations: Errors that the activation behind a layer cuts count for less, in rounding and in biases.
-        inputs: A layer of more inputs to an output than this is rounded to nearest.
-        seed: Of everything that is drawn.
-    """
-
-    ranges: bool = True
-    outputs: int = 0
-    scales: bool = True
-    rounding: bool = True
-    compensation: bool = True
-    bias: bool = True
-    activations: bool = False
-    inputs: int = MOST_INPUTS
-    seed: int = 0
 
 
 @dataclass
@@ -113,6 +86,7 @@ class Sweep:
         widths: The widths of activations' grids that differ from the target's, by name.
         steps: What to do.
         feeds: Batches of samples.
+        strengths: How strongly weights follow the samples, by name, where that is known.
     """
 
     def __init__(
@@ -125,6 +99,7 @@ class Sweep:
         widths: Mapping[str, int],
         steps: Steps,
         feeds: Sequence[dict[str, NDArray[Any]]],
+        strengths: Mapping[str, Strengths] | None = None,
     ) -> None:
         self.model, self.placement, self.target, self.steps = model, placement, target, steps
         self.ranges, self.bits, self.widths, self.count = ranges, bits, widths, len(feeds)
@@ -137,6 +112,7 @@ class Sweep:
         self.rounded_weights: dict[str, NDArray[np.float32]] = {}
         self.chosen: dict[str, tuple[float, float]] = {}
         self.scales: dict[str, NDArray[np.float32]] = {}
+        self.strengths: dict[str, Strengths] = dict(strengths or {})
         self.gains = Gains()
         self.done: set[ir.Node] = set()
         self.expected: list[Expected] = []
@@ -462,54 +438,54 @@ class Sweep:
         made: Batches,
     ) -> None:
         """Choose scales and integers by second moments."""
-        node, steps = layer.node, self.steps
+        node, steps, name = layer.node, self.steps, str(value.name)
         original = matrix.split(weight)
         differs = steps.compensation and any(a is not b for a, b in zip(real, made, strict=True))
-        rows = drawn_rows(node, matrix, [made, real] if differs else [made], original.shape[2], steps.seed)
-        centred = steps.bias and node.op_type in {"Conv", "Gemm"}
+        known = self.strengths.get(name)
+        halved = integer.bits < steps.halves and known is None
+        versions = [made, real] if differs else [made]
+        rows, middle = drawn_rows(node, matrix, versions, original.shape[2], steps.seed, halved)
+        met = self.met(layer, original, rows, middle if halved else 0)
+        del rows
+        shared = Shared(
+            len(widest) == 1, self.target.weight.power_of_two, lambda scales: self.final_scales(layer, scales)
+        )
+        found = fitted(met, widest, integer, steps, shared, known)
+        for step, before, after in found.gains:
+            self.gains.count(step, before, after)
+        held = matrix.join((found.integers * found.spread[..., None]).astype(np.float32))
+        value.const_value = ir.tensor(held, name=value.name)
+        self.rounded_weights[name] = held
+        self.scales[name], self.strengths[name] = found.scales, found.strengths
+
+    def met(
+        self, layer: PlacedLayer, weights: NDArray[np.float64], rows: Sequence[NDArray[np.float32]], middle: int
+    ) -> Met:
+        """Return a layer's weights with what they meet: rows of the quantized model, and of the float one where that differs.
+
+        Args:
+            layer: The layer.
+            weights: Its weights, (groups, outputs, inputs).
+            rows: As `drawn_rows` gives them.
+            middle: Where the second half of the samples begins; 0 where halves are not wanted.
+        """
+        made, real = rows[0], rows[1] if len(rows) > 1 else None
+        centred = self.steps.bias and layer.node.op_type in {"Conv", "Gemm"}
         bounds = self.bounds(layer)
-        if bounds is not None and original.size * original.shape[2] <= MOST_WEIGHTED:
-            before_rows = rows[1] if differs else rows[0]
-            results = before_rows @ original.transpose(0, 2, 1).astype(np.float32)
+        if bounds is not None and weights.size * weights.shape[2] <= MOST_WEIGHTED:
+            results = (made if real is None else real) @ weights.transpose(0, 2, 1).astype(np.float32)
             bias = bias_of(layer)
             if bias is not None:
-                results += bias.reshape(original.shape[0], 1, -1)
+                results += bias.reshape(weights.shape[0], 1, -1)
             by_output = results.transpose(1, 0, 2).reshape(results.shape[1], -1)
-            weights = within(by_output, bounds, 1).reshape(results.shape[1], *original.shape[:2]).transpose(1, 0, 2)
-            moments = weighted_moments(rows[1] if differs else None, rows[0], weights, centred)
-            original = original.reshape(-1, 1, original.shape[2])
-        else:
-            moments = moments_of(rows[1] if differs else None, rows[0], centred)
-        del rows
-        wanted = compensated(original, moments) if steps.compensation else original
-        stable = damped(moments.covariance)
-        shape = original.shape[:2]
-        scales = np.broadcast_to(widest.astype(np.float64), (original.shape[0] * original.shape[1],)).reshape(shape)
-        plain = nearest(wanted, scales, integer.ends) * scales[..., None] - wanted
-        before = float(output_error(plain, stable).sum())
-        if steps.compensation and moments.cross is not None:
-            shift = original - wanted
-            missed = nearest(original, scales, integer.ends) * scales[..., None] - original + shift
-            self.gains.count("compensation", float(output_error(missed, stable).sum()), before)
-        if steps.scales:
-            found = best_scales(wanted, scales, stable, integer.ends, len(widest) == 1, self.target.weight.power_of_two)
-            flat = found.reshape(-1)[: len(widest)].astype(np.float32)
-        else:
-            flat = widest
-        flat = self.final_scales(layer, flat)
-        scales = np.broadcast_to(flat.astype(np.float64), (original.shape[0] * original.shape[1],)).reshape(shape)
-        near = nearest(wanted, scales, integer.ends)
-        middle = float(output_error(near * scales[..., None] - wanted, stable).sum())
-        if steps.scales:
-            self.gains.count("scales", before, middle)
-        integers = rounded(wanted, scales, moments.covariance, integer.ends) if steps.rounding else near
-        if steps.rounding:
-            after = float(output_error(integers * scales[..., None] - wanted, stable).sum())
-            self.gains.count("rounding", middle, after)
-        held = matrix.join((integers * scales[..., None]).astype(np.float32))
-        value.const_value = ir.tensor(held, name=value.name)
-        self.rounded_weights[str(value.name)] = held
-        self.scales[str(value.name)] = flat
+            counts = within(by_output, bounds, 1).reshape(results.shape[1], *weights.shape[:2]).transpose(1, 0, 2)
+            moments = weighted_moments(real, made, counts, centred)
+            return Met(weights.reshape(-1, 1, weights.shape[2]), moments)
+        if not 0 < middle < made.shape[1]:
+            return Met(weights, moments_of(real, made, centred))
+        parts = slice(None, middle), slice(middle, None)
+        halves = tuple(moments_of(None if real is None else real[:, part], made[:, part], centred) for part in parts)
+        return Met(weights, together(halves, (middle, made.shape[1] - middle), centred), halves)
 
 
 def squared(made: NDArray[np.float32], real: NDArray[np.float32]) -> float:

@@ -1,0 +1,38 @@
+"""Steps: what a sweep does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# A layer of more inputs has second moments that take too long to be worth it.
+MOST_INPUTS = 2304
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a sweep does.
+
+    Attributes:
+        ranges: Choose activation ranges by what they do to the layers that read them.
+        outputs: Choose them by what they do to the model's outputs instead, over so many batches; 0: not.
+        scales: Choose weight scales by output error.
+        rounding: Round weights by second moments, not to nearest.
+        compensation: Let weights make up for what the layers before have changed.
+        bias: Correct biases.
+        halves: Of weights of fewer bits than this, choose how strongly they follow the samples by fitting to one half of them
+            and looking at the other.
+        activations: Errors that the activation behind a layer cuts count for less, in rounding and in biases.
+        inputs: A layer of more inputs to an output than this is rounded to nearest.
+        seed: Of everything that is drawn.
+    """
+
+    ranges: bool = True
+    outputs: int = 0
+    scales: bool = True
+    rounding: bool = True
+    compensation: bool = True
+    bias: bool = True
+    halves: int = 0
+    activations: bool = False
+    inputs: int = MOST_INPUTS
+    seed: int = 0
