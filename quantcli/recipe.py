@@ -99,9 +99,9 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     or off by itself: ``ranges`` by the error that they leave (``outputs``: at the model's outputs, not at their readers),
     ``equalize`` channels so that rounding costs least, ``centre`` what is never negative on symmetric grids, ``align`` tensors with
     grids of powers of two, ``compensation`` of what the layers before have changed, weight ``scales`` and ``rounding`` by output
-    error, ``halves`` of the samples to find out how strongly weights should follow them, ``bias`` correction, regard to what ``activations`` cut, and ``adaround``: rounding learned by all layers at once.
-    ``vary`` lets sweeps run shifted and mirrored copies of images, too, and ``refit`` sweeps what is kept once more, over the
-    samples that judged it as well.
+    error, ``halves`` of the samples to find out how strongly weights should follow them, ``bias`` correction, regard to what
+    ``activations`` cut, and ``adaround``: rounding learned by all layers at once. ``vary`` lets sweeps run shifted and mirrored
+    copies of images, too, and ``refit`` sweeps what is kept once more, over the samples that judged it as well.
 
     With ``max_drop`` widths are searched that keep ``metric`` within so many points of float's (`quantcli.tune.search`).
     ``widen`` gives activations 16 bits that 8 hold worst, where the target has both (`quantcli.tune.wide`): None does so where
