@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # What is tried, as parts of the mean variance. Smaller ridges lower the layers' errors on the other half, too, but not those of
 # the outputs: what one layer's weights make up for, those behind it meet as well.
 RIDGES = (0.3, 1.0, 3.0)
-DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
+DAMPINGS = (0.01, 0.1, 0.3)
 # Outputs of a group that dampings are judged by.
 OUTPUTS = 32
 # Bytes of second moments that are worked on at once.
