@@ -129,7 +129,9 @@ def test_a_layer_of_chance_is_held_back_and_one_of_many_samples_is_not() -> None
     assert damping(10) > damping(4000) == DAMPINGS[0]
 
 
-@pytest.mark.parametrize(("bits", "halves", "asked"), [(4, None, 1), (4, False, 0), (8, None, 0), (8, True, 1)])
+@pytest.mark.parametrize(
+    ("bits", "halves", "asked"), [(4, None, 1), (4, False, 0), (8, None, 0), (8, True, 1), (3, None, 0), (2, True, 1)]
+)
 def test_it_is_asked_once_of_coarse_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, halves: bool | None, asked: int
 ) -> None:

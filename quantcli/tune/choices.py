@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from quantcli.targets import Target
 
 
-# The weights of fewer bits than this are fitted to halves of the samples, as the recipe wishes.
-HALVED = {None: 8, True: 32, False: 0}
+# The widths of weights that are fitted to halves of the samples, as the recipe wishes: where it says nothing, neither those
+# that lose little anyway nor 2 and 3 bits, where some networks lost by it (docs/accuracy.md).
+HALVED = {None: range(4, 8), True: range(2, 17), False: range(0)}
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Choice:
             return replace(self, **other)
         if step == "outputs":  # of the two ways to choose ranges, the one that costs less
             return replace(self, steps=replace(self.steps, outputs=0))
-        return replace(self, steps=replace(self.steps, **{step: not getattr(self.steps, step)}))
+        change: dict[str, Any] = {step: not getattr(self.steps, step)}
+        return replace(self, steps=replace(self.steps, **change))
 
     @property
     def name(self) -> str:

@@ -442,7 +442,7 @@ class Sweep:
         original = matrix.split(weight)
         differs = steps.compensation and any(a is not b for a, b in zip(real, made, strict=True))
         known = self.strengths.get(name)
-        halved = integer.bits < steps.halves and known is None
+        halved = integer.bits in steps.halves and known is None
         versions = [made, real] if differs else [made]
         rows, middle = drawn_rows(node, matrix, versions, original.shape[2], steps.seed, halved)
         met = self.met(layer, original, rows, middle if halved else 0)
