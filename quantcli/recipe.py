@@ -99,7 +99,7 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     or off by itself: ``ranges`` by the error that they leave (``outputs``: at the model's outputs, not at their readers),
     ``equalize`` channels so that rounding costs least, ``centre`` what is never negative on symmetric grids, ``align`` tensors with
     grids of powers of two, ``compensation`` of what the layers before have changed, weight ``scales`` and ``rounding`` by output
-    error, ``halves`` of the samples to find out how strongly weights should follow them, ``bias`` correction, regard to what
+    error, ``cross_validation`` of how strongly weights should follow the samples, ``bias`` correction, regard to what
     ``activations`` cut, and ``adaround``: rounding learned by all layers at once. ``vary`` lets sweeps run shifted and mirrored
     copies of images, too, and ``refit`` sweeps what is kept once more, over the samples that judged it as well.
 
@@ -122,7 +122,7 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scales: bool | None = None
     rounding: bool | None = None
     bias: bool | None = None
-    halves: bool | None = None
+    cross_validation: bool | None = None
     activations: bool | None = None
     adaround: bool | None = None
     vary: bool | None = None

@@ -96,3 +96,10 @@ def data_for(path: Path, samples: int = 16, seed: int = 9, **shapes: tuple[int, 
     wanted = shapes or {"x": (3, 8, 8)}
     np.savez(path, **{name: normal(samples, *shape, seed=seed) for name, shape in wanted.items()})  # type: ignore[arg-type]
     return path
+
+
+def rows(groups: int, count: int, inputs: int, seed: int) -> NDArray[np.float32]:
+    """Return rows whose inputs depend on each other, as those of a layer do."""
+    generator = np.random.default_rng(seed)
+    mixed = generator.normal(size=(groups, inputs, inputs)) * np.exp(generator.normal(size=(groups, 1, inputs)))
+    return (generator.normal(size=(groups, count, inputs)) @ mixed).astype(np.float32)

@@ -39,7 +39,7 @@ from quantcli.tune.rounding import (
     propagated,
     rounded,
 )
-from tests.graphs import data_for, node, normal, residual_net, save
+from tests.graphs import data_for, node, normal, residual_net, rows, save
 
 small = st.integers(1, 4)
 grids = st.builds(IntegerType, st.integers(2, 8).map(lambda bits: f"int{bits}"), st.booleans())
@@ -47,13 +47,6 @@ grids = st.builds(IntegerType, st.integers(2, 8).map(lambda bits: f"int{bits}"),
 
 def loaded(path: Path) -> ir.Model:
     return fold(load(path).graph)
-
-
-def rows(groups: int, count: int, inputs: int, seed: int) -> NDArray[np.float32]:
-    """Return rows whose inputs depend on each other, as those of a layer do."""
-    generator = np.random.default_rng(seed)
-    mixed = generator.normal(size=(groups, inputs, inputs)) * np.exp(generator.normal(size=(groups, 1, inputs)))
-    return (generator.normal(size=(groups, count, inputs)) @ mixed).astype(np.float32)
 
 
 @given(groups=small, outputs=small, inputs=st.integers(1, 90), integer=grids, seed=st.integers(0, 99))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from quantcli.recipe import Recipe
     from quantcli.targets import Target
     from quantcli.tune.steps import Steps
-    from quantcli.tune.weights import Strengths
+    from quantcli.tune.weights import Regularization
 
     Feeds = dict[str, NDArray[Any]]
 
@@ -70,7 +70,7 @@ class Candidate:
         smoothed: The normalisations that were smoothed.
         tuning: What was chosen.
         equalized: What equalization did; None where it did nothing.
-        strengths: How strongly its weights follow the samples, by name.
+        regularization: With what its weights were chosen, by name.
     """
 
     model: ir.Model
@@ -78,7 +78,7 @@ class Candidate:
     smoothed: tuple[Smoothed, ...]
     tuning: Tuning = UNTUNED
     equalized: Equalized | None = None
-    strengths: Mapping[str, Strengths] = field(default_factory=dict)
+    regularization: Mapping[str, Regularization] = field(default_factory=dict)
 
 
 def grids_of(model: ir.Model, statistics: Statistics, recipe: Recipe, bits: Mapping[str, int]) -> Grids:
@@ -217,18 +217,16 @@ def swept(
     steps: Steps,
     batches: Sequence[Feeds],
     progress: Callable[[int, int], None],
+    known: Mapping[str, Regularization] | None = None,
 ) -> tuple[Candidate, Gained]:
-    """Sweep a copy of a model as for a target, and return it with the steps' gains.
-
-    How strongly weights follow the samples is what the model says of them, and found out of the others.
-    """
+    """Sweep a copy of a model as for a target, and return it with the steps' gains; the regularization of weights may be known."""
     changed = base.model.clone()
     placement = place(changed, recipe, unresolvable(base.statistics.tensors))
     plan = make_plan(base.model, base.statistics, recipe, base.tuning)
     ranges = ranges_of(plan)
     bits, widths = dict(base.tuning.bits), base.tuning.grids
-    sweep = Sweep(changed, placement, target, ranges, bits, widths, steps, batches, base.strengths)
+    sweep = Sweep(changed, placement, target, ranges, bits, widths, steps, batches, known)
     tuning = sweep.run(progress)
     gains = {step: (sweep.gains.layers[step], sweep.gains.mean(step)) for step in sweep.gains.layers}
     tuning = replace(tuning, ranges={**base.tuning.ranges, **tuning.ranges}, moved=base.tuning.moved)
-    return replace(base, model=changed, tuning=tuning, strengths=sweep.strengths), gains
+    return replace(base, model=changed, tuning=tuning, regularization=sweep.regularization), gains

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # The widths of weights that are fitted to halves of the samples, as the recipe wishes: where it says nothing, neither those
 # that lose little anyway nor 2 and 3 bits, where some networks lost by it (docs/accuracy.md).
-HALVED = {None: range(4, 8), True: range(2, 17), False: range(0)}
+CROSS_VALIDATED = {None: range(4, 8), True: range(2, 17), False: range(0)}
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def first_choices(recipe: Recipe, equalizing: Sequence[bool], outputs: int, imag
         scales=wishes.scales is not False,
         rounding=wishes.rounding is not False,
         bias=wishes.bias is not False,
-        halves=HALVED[wishes.halves],
+        cross_validation=CROSS_VALIDATED[wishes.cross_validation],
         activations=wishes.activations is True,
         seed=recipe.calibration.seed,
     )

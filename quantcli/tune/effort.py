@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from quantcli.recipe import Recipe
     from quantcli.targets import Target
     from quantcli.tune.equalize import Equalized
-    from quantcli.tune.weights import Strengths
+    from quantcli.tune.weights import Regularization
 
     Feeds = dict[str, NDArray[Any]]
 
@@ -352,14 +352,14 @@ class Trying:
         self.found.append((Try(choice.name, worth, time.perf_counter() - begun, gains), candidate))
 
     def made(
-        self, choice: Choice, batches: Sequence[Feeds], strengths: Mapping[str, Strengths] | None = None
+        self, choice: Choice, batches: Sequence[Feeds], known: Mapping[str, Regularization] | None = None
     ) -> tuple[Candidate, Gained]:
         """Return what a choice makes of some samples, and what its steps have gained.
 
         Args:
             choice: What is done.
             batches: The samples.
-            strengths: How strongly weights follow them, where that is known.
+            known: The regularization of weights, by name, where that is known.
         """
         base, steps, target = self.start, choice.steps, resolve_target(self.recipe)
         if choice.equalize and self.equal is not None:
@@ -374,8 +374,7 @@ class Trying:
             steps = replace(steps, ranges=False)
         if choice.vary:
             batches = with_copies(batches, COPIES, room_for(self.judge.model), steps.seed)
-        base = replace(base, strengths=strengths or {})
-        candidate, gains = swept(base, self.recipe, target, steps, tuple(batches), progress)
+        candidate, gains = swept(base, self.recipe, target, steps, tuple(batches), progress, known)
         return candidate, {**earlier, **gains}
 
     def refitted(self, kept: Try, candidate: Candidate) -> Candidate:
@@ -395,7 +394,7 @@ class Trying:
         begun = time.perf_counter()
         try:
             afresh = replace(self, learned={}, prepared={})
-            found, _ = afresh.made(self.choices[places[0]], every, candidate.strengths)
+            found, _ = afresh.made(self.choices[places[0]], every, candidate.regularization)
             worth = self.judge.sqnr(found)
         except Exception as error:  # noqa: BLE001 - what was found before is there in any case
             logger.warning("sweeping over all samples failed and is left out: %s", first_line(error))

@@ -68,7 +68,7 @@ def drawn_rows(
 ) -> tuple[list[NDArray[np.float32]], int]:
     """Return rows of inputs, (groups, rows, inputs of a group), the same rows of each of some versions of the data.
 
-    Also returned is where the rows of the second half of the samples begin, if they are to be apart.
+    Also returned is where the rows of the second half of the samples begin: at the end, where the halves are not to be apart.
 
     Args:
         node: The layer.

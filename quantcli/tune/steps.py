@@ -19,8 +19,8 @@ class Steps:
         rounding: Round weights by second moments, not to nearest.
         compensation: Let weights make up for what the layers before have changed.
         bias: Correct biases.
-        halves: Of weights of so many bits, choose how strongly they follow the samples by fitting to one half of them and looking
-            at the other.
+        cross_validation: Of weights of so many bits, choose how strongly they follow the samples by fitting to one half of them
+            and looking at the other.
         activations: Errors that the activation behind a layer cuts count for less, in rounding and in biases.
         inputs: A layer of more inputs to an output than this is rounded to nearest.
         seed: Of everything that is drawn.
@@ -32,7 +32,7 @@ class Steps:
     rounding: bool = True
     compensation: bool = True
     bias: bool = True
-    halves: range = range(0)
+    cross_validation: range = range(0)
     activations: bool = False
     inputs: int = MOST_INPUTS
     seed: int = 0

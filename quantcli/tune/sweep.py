@@ -28,7 +28,7 @@ from quantcli.tune.bias import biased, corrected, within
 from quantcli.tune.moments import drawn_rows, matrix_of, moments_of, together, weighted_moments
 from quantcli.tune.outputs import OLDEST_OPSET, RANKED, Ahead, Channels, Expected, range_for_outputs
 from quantcli.tune.ranges import ENOUGH, ENOUGH_COARSE, Grid, best_range, look
-from quantcli.tune.weights import Met, Shared, fitted
+from quantcli.tune.weights import Met, ScaleForm, fitted
 from quantcli.tuning import Tuning
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from quantcli.targets import Target
     from quantcli.tune.moments import Matrix
     from quantcli.tune.steps import Steps
-    from quantcli.tune.weights import Strengths
+    from quantcli.tune.weights import Regularization
 
     Batches = list[NDArray[Any]]
 
@@ -86,7 +86,7 @@ class Sweep:
         widths: The widths of activations' grids that differ from the target's, by name.
         steps: What to do.
         feeds: Batches of samples.
-        strengths: How strongly weights follow the samples, by name, where that is known.
+        known: The regularization of weights, by name, where that is known.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Sweep:
         widths: Mapping[str, int],
         steps: Steps,
         feeds: Sequence[dict[str, NDArray[Any]]],
-        strengths: Mapping[str, Strengths] | None = None,
+        known: Mapping[str, Regularization] | None = None,
     ) -> None:
         self.model, self.placement, self.target, self.steps = model, placement, target, steps
         self.ranges, self.bits, self.widths, self.count = ranges, bits, widths, len(feeds)
@@ -112,7 +112,7 @@ class Sweep:
         self.rounded_weights: dict[str, NDArray[np.float32]] = {}
         self.chosen: dict[str, tuple[float, float]] = {}
         self.scales: dict[str, NDArray[np.float32]] = {}
-        self.strengths: dict[str, Strengths] = dict(strengths or {})
+        self.regularization: dict[str, Regularization] = dict(known or {})
         self.gains = Gains()
         self.done: set[ir.Node] = set()
         self.expected: list[Expected] = []
@@ -441,22 +441,22 @@ class Sweep:
         node, steps, name = layer.node, self.steps, str(value.name)
         original = matrix.split(weight)
         differs = steps.compensation and any(a is not b for a, b in zip(real, made, strict=True))
-        known = self.strengths.get(name)
-        halved = integer.bits in steps.halves and known is None
+        known = self.regularization.get(name)
+        apart = integer.bits in steps.cross_validation and known is None
         versions = [made, real] if differs else [made]
-        rows, middle = drawn_rows(node, matrix, versions, original.shape[2], steps.seed, halved)
-        met = self.met(layer, original, rows, middle if halved else 0)
+        rows, middle = drawn_rows(node, matrix, versions, original.shape[2], steps.seed, apart)
+        met = self.met(layer, original, rows, middle)
         del rows
-        shared = Shared(
+        form = ScaleForm(
             len(widest) == 1, self.target.weight.power_of_two, lambda scales: self.final_scales(layer, scales)
         )
-        found = fitted(met, widest, integer, steps, shared, known)
+        found = fitted(met, widest, integer, steps, form, known)
         for step, before, after in found.gains:
             self.gains.count(step, before, after)
         held = matrix.join((found.integers * found.spread[..., None]).astype(np.float32))
         value.const_value = ir.tensor(held, name=value.name)
         self.rounded_weights[name] = held
-        self.scales[name], self.strengths[name] = found.scales, found.strengths
+        self.scales[name], self.regularization[name] = found.scales, found.regularization
 
     def met(
         self, layer: PlacedLayer, weights: NDArray[np.float64], rows: Sequence[NDArray[np.float32]], middle: int
@@ -467,7 +467,7 @@ class Sweep:
             layer: The layer.
             weights: Its weights, (groups, outputs, inputs).
             rows: As `drawn_rows` gives them.
-            middle: Where the second half of the samples begins; 0 where halves are not wanted.
+            middle: Where the second half of the samples begins; at the end where the halves are not apart.
         """
         made, real = rows[0], rows[1] if len(rows) > 1 else None
         centred = self.steps.bias and layer.node.op_type in {"Conv", "Gemm"}

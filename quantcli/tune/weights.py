@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quantcli.tune.halves import best_damping, best_ridge
+from quantcli.tune.cross_validation import best_damping, best_ridge
 from quantcli.tune.rounding import DAMPING, RIDGE, best_scales, compensated, damped, nearest, output_error, rounded
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Met:
 
 
 @dataclass(frozen=True)
-class Strengths:
+class Regularization:
     """How strongly weights are held back from following the samples, as parts of the mean variance.
 
     Attributes:
@@ -49,7 +49,7 @@ class Strengths:
 
 
 @dataclass(frozen=True)
-class Shared:
+class ScaleForm:
     """What scales have to be.
 
     Attributes:
@@ -71,19 +71,24 @@ class Fitted:
         integers: (groups, outputs, inputs).
         scales: One, or one per output.
         spread: The scale of each output, (groups, outputs).
-        strengths: What they were chosen with.
+        regularization: What they were chosen with.
         gains: By step, the error of the layer's outputs before and after.
     """
 
     integers: NDArray[np.float64]
     scales: NDArray[np.float32]
     spread: NDArray[np.float64]
-    strengths: Strengths
+    regularization: Regularization
     gains: tuple[tuple[str, float, float], ...]
 
 
 def fitted(
-    met: Met, widest: NDArray[np.float32], integer: IntegerType, steps: Steps, shared: Shared, known: Strengths | None
+    met: Met,
+    widest: NDArray[np.float32],
+    integer: IntegerType,
+    steps: Steps,
+    form: ScaleForm,
+    known: Regularization | None,
 ) -> Fitted:
     """Choose a layer's scales and integers.
 
@@ -92,17 +97,16 @@ def fitted(
         widest: The scales that cover the largest weights, one or one per output.
         integer: The grid.
         steps: What to do.
-        shared: What scales have to be.
-        known: How strongly to follow the samples; None to find out from their halves, where there are some.
+        form: What scales have to be.
+        known: The regularization; None to find it out from halves of the samples, where there are some.
     """
     gains: list[tuple[str, float, float]] = []
     moments, halves = met.moments, met.halves
-    strengths = known or Strengths()
+    found = known or Regularization()
     wanted = met.weights
-    if steps.compensation and moments.cross is not None:
-        ridge = best_ridge(met.weights, halves) if halves else strengths.ridge
-        wanted = compensated(met.weights, moments, ridge)
-        strengths = Strengths(ridge, strengths.damping)
+    if moments.cross is not None:
+        found = replace(found, ridge=best_ridge(met.weights, halves)) if halves else found
+        wanted = compensated(met.weights, moments, found.ridge)
     stable = damped(moments.covariance)
 
     def spread(scales: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -114,21 +118,20 @@ def fitted(
 
     scales = spread(widest)
     before = error(nearest(wanted, scales, integer.ends), scales)
-    if steps.compensation and moments.cross is not None:
+    if moments.cross is not None:
         gains.append(("compensation", error(nearest(met.weights, scales, integer.ends), scales), before))
     flat = widest
     if steps.scales:
-        found = best_scales(wanted, scales, stable, integer.ends, shared.one, shared.power_of_two)
-        flat = found.reshape(-1)[: len(widest)].astype(np.float32)
-    flat = shared.final(flat)
+        best = best_scales(wanted, scales, stable, integer.ends, form.one, form.power_of_two)
+        flat = best.reshape(-1)[: len(widest)].astype(np.float32)
+    flat = form.final(flat)
     scales = spread(flat)
     integers = nearest(wanted, scales, integer.ends)
     middle = error(integers, scales)
     if steps.scales:
         gains.append(("scales", before, middle))
     if steps.rounding:
-        damping = best_damping(wanted, scales, halves, integer.ends) if halves else strengths.damping
-        integers = rounded(wanted, scales, moments.covariance, integer.ends, damping)
-        strengths = Strengths(strengths.ridge, damping)
+        found = replace(found, damping=best_damping(wanted, scales, halves, integer.ends)) if halves else found
+        integers = rounded(wanted, scales, moments.covariance, integer.ends, found.damping)
         gains.append(("rounding", middle, error(integers, scales)))
-    return Fitted(integers, flat, scales, strengths, tuple(gains))
+    return Fitted(integers, flat, scales, found, tuple(gains))

@@ -1,4 +1,4 @@
-"""How far what a layer's weights are fitted to can be trusted: strengths of ridge and damping, chosen by cross-validation.
+"""Cross-validation of a layer's regularization: how strongly its weights may follow the samples that they are fitted to.
 
 Second moments of a few hundred samples hold their chance as well. Integers that follow small variances closely, and weights that
 make up for differences along them, lose on other samples what they gain on these. Both solutions (`quantcli.tune.rounding`) have a

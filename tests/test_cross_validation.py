@@ -16,28 +16,21 @@ from quantcli.fold import fold
 from quantcli.load import load
 from quantcli.recipe import Tune, Weight
 from quantcli.tune import weights as of_weights
-from quantcli.tune.halves import DAMPINGS, RIDGES, best_damping, best_ridge
+from quantcli.tune.cross_validation import DAMPINGS, RIDGES, best_damping, best_ridge
 from quantcli.tune.moments import Moments, drawn_rows, matrix_of, moments_of, together
 from quantcli.tune.rounding import compensated, damped, propagated
-from tests.graphs import data_for, node, normal, residual_net, save
+from tests.graphs import data_for, node, normal, residual_net, rows, save
 
 ENDS = (-8, 7)
 seeds = st.integers(0, 99)
-
-
-def drawn(groups: int, count: int, inputs: int, seed: int) -> NDArray[np.float32]:
-    """Return rows whose inputs depend on each other, as those of a layer do, and do not lie about zero."""
-    generator = np.random.default_rng(seed)
-    mixed = generator.normal(size=(groups, inputs, inputs)) * np.exp(generator.normal(size=(groups, 1, inputs)))
-    return (generator.normal(size=(groups, count, inputs)) @ mixed + generator.normal(size=inputs)).astype(np.float32)
 
 
 @given(groups=st.integers(1, 3), first=st.integers(1, 40), second=st.integers(1, 40), centred=st.booleans(), seed=seeds)
 def test_the_moments_of_the_whole_follow_from_those_of_the_halves(
     groups: int, first: int, second: int, centred: bool, seed: int
 ) -> None:
-    made = drawn(groups, first + second, 5, seed)
-    real = made + np.float32(0.1) * drawn(groups, first + second, 5, seed + 1)
+    made = rows(groups, first + second, 5, seed) + np.float32(1)
+    real = made + np.float32(0.1) * rows(groups, first + second, 5, seed + 1) + np.float32(0.5)
     parts = slice(None, first), slice(first, None)
     found = together([moments_of(real[:, p], made[:, p], centred) for p in parts], [first, second], centred)
     whole = moments_of(real, made, centred)
@@ -62,9 +55,9 @@ def test_rows_of_the_first_half_of_every_batch_stand_first(tmp_path: Path, sizes
     assert matrix is not None
     numbers = np.split(np.arange(1.0, sum(sizes) + 1, dtype=np.float32), np.cumsum(sizes)[:-1])
     batches = [np.broadcast_to(part[:, None, None, None], (len(part), 2, 6, 6)) for part in numbers]
-    (rows,), middle = drawn_rows(conv, matrix, [batches], 18, 0, apart=True)
+    (drawn,), middle = drawn_rows(conv, matrix, [batches], 18, 0, apart=True)
     # The sample of each row: the kernel's centre never meets the padding.
-    of = rows[0, :, 4]
+    of = drawn[0, :, 4]
     halves = [(part[: len(part) // 2], part[len(part) // 2 :]) for part in numbers]
     if len(sizes) == sizes.count(1):
         halves = [(part[: number % 2], part[number % 2 :]) for number, part in enumerate(numbers)]
@@ -78,8 +71,8 @@ def halves_of(
     seed: int, count: int, inputs: int
 ) -> tuple[list[NDArray[np.float32]], list[NDArray[np.float32]], list[Moments]]:
     """Return the rows of both halves, of the quantized and of the float model, and their moments."""
-    made = np.split(drawn(1, 2 * count, inputs, seed), 2, axis=1)
-    real = [rows + np.float32(0.3) * drawn(1, count, inputs, seed + 1 + n) for n, rows in enumerate(made)]
+    made = np.split(rows(1, 2 * count, inputs, seed), 2, axis=1)
+    real = [part + np.float32(0.3) * rows(1, count, inputs, seed + 1 + n) for n, part in enumerate(made)]
     return made, real, [moments_of(r, m, centred=False) for r, m in zip(real, made, strict=True)]
 
 
@@ -122,18 +115,18 @@ def test_a_layer_of_chance_is_held_back_and_one_of_many_samples_is_not() -> None
     scales = np.abs(weights).max(axis=2) / ENDS[1]
 
     def damping(count: int) -> float:
-        rows = drawn(1, 2 * count, 40, 6)
-        halves = [moments_of(None, rows[:, part], centred=False) for part in (slice(count), slice(count, None))]
+        both = rows(1, 2 * count, 40, 6)
+        halves = [moments_of(None, both[:, part], centred=False) for part in (slice(count), slice(count, None))]
         return best_damping(weights, scales, halves, ENDS)
 
     assert damping(10) > damping(4000) == DAMPINGS[0]
 
 
 @pytest.mark.parametrize(
-    ("bits", "halves", "asked"), [(4, None, 1), (4, False, 0), (8, None, 0), (8, True, 1), (3, None, 0), (2, True, 1)]
+    ("bits", "wished", "asked"), [(4, None, 1), (4, False, 0), (8, None, 0), (8, True, 1), (3, None, 0), (2, True, 1)]
 )
 def test_it_is_asked_once_of_coarse_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, halves: bool | None, asked: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, wished: bool | None, asked: int
 ) -> None:
     calls: list[Any] = []
 
@@ -143,7 +136,9 @@ def test_it_is_asked_once_of_coarse_weights(
 
     monkeypatch.setattr(of_weights, "best_damping", counted)
     model, data = residual_net(tmp_path / "m.onnx"), data_for(tmp_path / "d.npz")
-    recipe = Recipe(weight=Weight(bits=bits), tune=Tune(halves=halves, equalize=False, ranges=True, refit=True))
+    recipe = Recipe(
+        weight=Weight(bits=bits), tune=Tune(cross_validation=wished, equalize=False, ranges=True, refit=True)
+    )
     done = convert(model, tmp_path / "q.onnx", data=data, recipe=recipe)
     weights = [name for name, entry in done.sidecar.tensors.items() if entry.role == "weight"]
     # The sweep over all samples takes what the first one found.
