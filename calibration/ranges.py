@@ -28,7 +28,11 @@ DEFAULT_PERCENTILE = 99.99
 # How many clips are tried between the whole range and an eightieth of it.
 CANDIDATES = 80
 # A distribution's slopes are taken between so many cells, which leave this share out at either end.
-CELLS, TAIL = 16, 1 / 1024
+CELLS, TAIL = 12, 1 / 1024
+# So many clips at equal ratios are looked at where several are nearly as good, and by how much dearer ones weigh e times less.
+RATIOS, NEARLY = 160, 1 / 12
+# A relative entropy, in nats, that is nothing.
+NOTHING = 1e-12
 # No relative entropy tells how far values are moved: ranges that leave out a larger share are not looked at.
 LARGEST_CUT = 1 / 4
 
@@ -175,20 +179,53 @@ def cheapest(seen: TensorStatistics, grid: Grid, cost: Cost) -> tuple[float, flo
         grid: The integers that the range is for; a symmetric one has symmetric ranges.
         cost: What ranges cost.
     """
-    lowest, highest = min(seen.minimum, 0.0), max(seen.maximum, 0.0)
-    if grid.symmetric:
-        lowest, highest = 0.0, max(-lowest, highest)
-    shares = np.linspace(1 / CANDIDATES, 1.0, CANDIDATES)
-    low_shares, high_shares = shares, shares
+    low_shares = high_shares = np.linspace(1 / CANDIDATES, 1.0, CANDIDATES)
     for _ in range(3):  # each time around the best so far, ten times as fine
-        lows = (lowest * low_shares if lowest < 0 else np.zeros(1))[:, None]
-        highs = (highest * high_shares if highest > 0 else np.zeros(1))[None, :]
-        steps = (highs * (2 if grid.symmetric else 1) - lows) / grid.steps
+        lows, highs, steps = candidates(seen, grid, low_shares, high_shares)
         found = cost(lows, highs, steps)
         low, high = np.unravel_index(lowest_cost(found.reshape(-1)), found.shape)
         low_shares, high_shares = around(low_shares, int(low)), around(high_shares, int(high))
     best = float(lows[low, 0]), float(highs[0, high])
     return (-best[1], best[1]) if grid.symmetric else best
+
+
+def middle_of_cheap(seen: TensorStatistics, grid: Grid, cost: Cost) -> tuple[float, float]:
+    """Return the mean of all ranges, weighed by exp(−(cost / least cost − 1) / NEARLY).
+
+    Where ranges far apart cost nearly the same, which of them costs least is chance; their mean hardly moves with it.
+
+    Args:
+        seen: What was seen.
+        grid: The integers that the range is for; a symmetric one has symmetric ranges.
+        cost: What ranges cost; infinite where they are out of the question.
+    """
+    lows, highs, steps = candidates(seen, grid, float(CANDIDATES) ** (-np.arange(RATIOS) / (RATIOS - 1)))
+    found = np.broadcast_to(cost(lows, highs, steps), np.broadcast_shapes(lows.shape, highs.shape))
+    least = float(found.min())
+    if not math.isfinite(least):
+        return seen.minimum, seen.maximum
+    weights = np.exp((least - found) / (NEARLY * max(least, NOTHING)))
+    low, high = (float((weights * bounds).sum() / weights.sum()) for bounds in (lows, highs))
+    return (-high, high) if grid.symmetric else (low, high)
+
+
+def candidates(
+    seen: TensorStatistics, grid: Grid, low_shares: NDArray[np.float64], high_shares: NDArray[np.float64] | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return some parts of what was seen: lows (a column), highs (a row), and the steps between them.
+
+    Args:
+        seen: What was seen.
+        grid: The integers that the ranges are for; of a symmetric one the highs alone count.
+        low_shares: Which parts of what was seen below zero.
+        high_shares: Which of what was seen above; the same where none are given.
+    """
+    lowest, highest = min(seen.minimum, 0.0), max(seen.maximum, 0.0)
+    if grid.symmetric:
+        lowest, highest = 0.0, max(-lowest, highest)
+    lows = (lowest * low_shares if lowest < 0 else np.zeros(1))[:, None]
+    highs = (highest * (low_shares if high_shares is None else high_shares) if highest > 0 else np.zeros(1))[None, :]
+    return lows, highs, (highs * (2 if grid.symmetric else 1) - lows) / grid.steps
 
 
 def around(shares: NDArray[np.float64], place: int) -> NDArray[np.float64]:
@@ -234,9 +271,10 @@ def entropy(spec: RangeSpec, name: str, seen: TensorStatistics, grid: Grid) -> t
     """Return the range whose quantization keeps most of the distribution, by its relative entropy.
 
     Migacz, "8-bit inference with TensorRT" (2017): of the distribution P with what lies outside put to the ends, and Q, what lies
-    inside, spread evenly over each level's step, the range with the lowest KL(P‖Q) is taken. Exact zeros are left out, since every
-    grid holds them. The divergence is not summed over bins, where counting noise would outweigh it ((bins − levels) / (2 · values)
-    on average, Miller 1955), but has two parts:
+    inside, spread evenly over each level's step, the range with the lowest KL(P‖Q) is looked for. Rare values make it waver by some
+    percent from range to range, so the mean of all ranges is taken, weighed by how near to the lowest each comes. Exact zeros are
+    left out, since every grid holds them. The divergence is not summed over bins, where counting noise would outweigh it
+    ((bins − levels) / (2 · values) on average, Miller 1955), but has two parts:
 
     - within a step s: p is nearly linear there, and ∫ p·ln(p/q) over all steps is s²·J/24 to second order, J = ∫ p'²/p. It is taken
       as ½·ln(1 + s²·J/12), the same for small steps, which for wide ones grows no faster than a step's own entropy;
@@ -259,7 +297,7 @@ def entropy(spec: RangeSpec, name: str, seen: TensorStatistics, grid: Grid) -> t
         costs = np.log1p(steps**2 * slopes / 12) / 2 + over + under + np.log1p(-np.minimum(outside, LARGEST_CUT))
         return np.where(outside > LARGEST_CUT, np.inf, costs)
 
-    return cheapest(seen, grid, cost)
+    return middle_of_cheap(seen, grid, cost)
 
 
 def moved(
