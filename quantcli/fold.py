@@ -368,7 +368,7 @@ def add_constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
         number += 1
         unique = f"{name}_{number}"
     array = np.require(array, requirements="C")
-    tensor = ir.tensor(array, name=unique)
+    tensor = ir.Tensor(array, name=unique)
     value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value

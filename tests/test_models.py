@@ -17,6 +17,7 @@ from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe, convert, verify
 from quantcli.cli import run
 from quantcli.errors import ModelError
+from quantcli.load import load
 from quantcli.recipe import Layers
 from tests.graphs import Array, node, normal
 
@@ -418,3 +419,22 @@ def test_text_beside_numbers(tmp_path: Path) -> None:
     done = convert(path, tmp_path / "q.onnx", data=tmp_path / "d.npz", verified=True)
     assert len(done.plan.layers) == 1
     assert Runner(done.model).run({"x": X})["name"].tolist() == ["cat", "dog"]
+
+
+def test_weights_are_read_from_the_file_once(tmp_path: Path) -> None:
+    """Initializers and constants give the same array whenever they are looked at; packed numbers stay packed."""
+    four = helper.make_tensor("four", TensorProto.INT4, [4], np.array([1, -8, 7, 0]))
+    constant = helper.make_node("Constant", [], ["v"], value=numpy_helper.from_array(V, "held"))
+    case = Case([constant, CONV, node("Conv", ["c", "v"], ["y"])], {"w": W, "four": four}, 2)
+    graph = load(case.save(tmp_path / "m.onnx")).graph.graph
+    held = graph.initializers["w"].const_value
+    (attribute,) = (item.attributes["value"].as_tensor() for item in graph if item.op_type == "Constant")
+    assert held is not None
+    for tensor, values in ((held, W), (attribute, V)):
+        assert tensor.numpy() is tensor.numpy()
+        assert (tensor.numpy() == values).all()
+    assert (held.name, attribute.name) == ("w", "held")
+    packed = graph.initializers["four"].const_value
+    assert packed is not None
+    assert packed.nbytes == 2
+    assert packed.numpy().astype(np.int8).tolist() == [1, -8, 7, 0]

@@ -11,9 +11,6 @@ from quantcli.errors import ModelError
 if TYPE_CHECKING:
     from pathlib import Path
 
-# Protocol buffers hold less than 2 GiB.
-LARGEST_PROTO = 2**31 - 1
-
 
 def load_onnx(path: Path) -> tuple[ir.Model, list[Path]]:
     """Return the model and the files that it is made of (the file itself, then its external data).
@@ -22,7 +19,7 @@ def load_onnx(path: Path) -> tuple[ir.Model, list[Path]]:
         ModelError: If the file is not an ONNX model, is cut short, or names external data outside its folder.
     """
     try:
-        model = densified(path) if holds_sparse(path) else ir.load(path)
+        model = read(path)
     except Exception as error:
         raise ModelError(f"{path} is not an ONNX model, or is cut short", "export or copy it again") from error
     if not model.opset_imports or model.graph.num_nodes() == 0:
@@ -41,13 +38,40 @@ def readable_names(model: ir.Model) -> None:
             node.name = node.name.decode("utf-8", "replace")
 
 
-def holds_sparse(path: Path) -> bool:
-    """Tell whether a model holds sparse tensors in its main graph; files of more than 2 GB hold none that could be read."""
+def read(path: Path) -> ir.Model:
+    """Return the model of a file: sparse tensors as dense ones, and what stands in the file itself as arrays."""
     import onnx
 
-    if path.stat().st_size > LARGEST_PROTO:
-        return False
-    graph = onnx.load(path, load_external_data=False).graph
+    proto = onnx.load(path, load_external_data=False)
+    if holds_sparse(proto.graph):
+        model = densified(path)
+    else:
+        model = ir.from_proto(proto)
+        ir.external_data.set_base_dir(model.graph, path.parent)
+    as_arrays(model)
+    return model
+
+
+def as_arrays(model: ir.Model) -> None:
+    """Let tensors be arrays that are protocol buffers, which copy all of their bytes whenever they are looked at."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            value.const_value = as_array(value.const_value)
+    for node in model.graph.all_nodes():
+        for name, attribute in node.attributes.items():
+            if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                node.attributes[name] = ir.AttrTensor(name, as_array(attribute.as_tensor()))
+
+
+def as_array(tensor: Any) -> Any:
+    """Return a tensor that holds an array in place of a protocol buffer; any other, and one of packed numbers, as it is."""
+    if not isinstance(tensor, ir.serde.TensorProtoTensor) or tensor.dtype.bitwidth < 8:
+        return tensor
+    return ir.Tensor(tensor.numpy(), tensor.dtype, name=tensor.name)
+
+
+def holds_sparse(graph: Any) -> bool:
+    """Tell whether a model's main graph, as a protocol buffer, holds sparse tensors."""
     return bool(graph.sparse_initializer) or any(sparse_attribute(node) is not None for node in graph.node)
 
 

@@ -25,6 +25,7 @@ from calibration.hooks.torch import register_operators
 from quantcli.errors import ModelError, UsageError
 from quantcli.load import Opening, trust
 from quantcli.load.learned import learned_of
+from quantcli.load.onnx import as_arrays
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -124,6 +125,7 @@ def opened(path: Path, program: Any, names: Sequence[str] | None = None, sources
             f"{path} cannot be expressed in ONNX ({reason(error)})", "see the exporter's report: -v"
         ) from error
     graph = ir.from_proto(onnx.load_from_string(data))
+    as_arrays(graph)
     return Opened(graph, data, program, sources, aliases_of(program, graph))
 
 

@@ -108,7 +108,7 @@ class Met:
         """Look at a batch, whose second axis are channels."""
         axes = tuple(axis for axis in range(batch.ndim) if axis != 1)
         low, high = np.maximum(-batch.min(axis=axes), 0), np.maximum(batch.max(axis=axes), 0)
-        active = np.count_nonzero(batch, axis=axes)
+        active = (batch != 0).reshape(*batch.shape[:2], -1).sum(axis=(0, 2), dtype=np.int32)
         with np.errstate(over="ignore"):
             squares = np.square(batch).sum(axis=axes, dtype=np.float64)
         if not np.isfinite(squares).all():  # a mask's lowest values, say

@@ -346,9 +346,7 @@ class Sweep:
         low, high = (np.float32(bound) for bound in activation_bounds(node))
         for side in (self.real, self.made):
             for array in side[before]:
-                np.maximum(array, low, out=array)
-                if np.isfinite(high):
-                    np.minimum(array, high, out=array)
+                np.clip(array, low, high, out=array)  # much faster than `numpy.maximum` with one number
             side[after] = side[before]
 
     def bounds(self, layer: PlacedLayer) -> tuple[float, float] | None:
