@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -24,6 +25,7 @@ from quantcli.fold import fold
 from quantcli.load import load
 from quantcli.probe import with_outputs
 from quantcli.recipe import Activation, Layers, Tune, Weight
+from quantcli.tune import rounding
 from quantcli.tune.bias import channel_means, corrected
 from quantcli.tune.effort import wanted_samples
 from quantcli.tune.moments import Matrix, drawn_rows, matrix_of, moments_of
@@ -34,11 +36,14 @@ from quantcli.tune.rounding import (
     compensated,
     damped,
     descended,
+    errors_of_scales,
     nearest,
     output_error,
+    parts_of_scales,
     propagated,
     rounded,
 )
+from quantcli.tune.weights import ScaleForm, scales_for_rounding
 from tests.graphs import data_for, node, normal, residual_net, rows, save
 
 small = st.integers(1, 4)
@@ -151,6 +156,68 @@ def test_scales_are_parts_of_the_widest_and_lower_the_error() -> None:
     powers = best_scales(weights, np.full((1, 5), 0.5), moments, (-8, 7), shared=True, power_of_two=True)
     assert np.isin(powers, [0.5, 0.25, 0.125]).all()
     assert len(np.unique(powers)) == 1
+
+
+@given(
+    groups=small,
+    outputs=small,
+    inputs=st.integers(1, 90),
+    integer=grids,
+    room=st.integers(0, 5),
+    seed=st.integers(0, 99),
+)
+def test_errors_of_scales_are_those_of_what_gptq_rounds(
+    groups: int, outputs: int, inputs: int, integer: IntegerType, room: int, seed: int
+) -> None:
+    """However many outputs are rounded at once."""
+    moments = damped(moments_of(None, rows(groups, 40, inputs, seed), centred=False).covariance)
+    weights = np.random.default_rng(seed).normal(size=(groups, outputs, inputs))
+    widest = np.abs(weights).max(axis=2) / integer.qmax
+    tried = np.array([widest, 0.7 * widest, 0.4 * widest])
+    with mock.patch.object(rounding, "ROOM", room * 8 * len(tried) * groups * inputs):
+        found = errors_of_scales(weights, tried, moments, integer.ends)
+    for errors, scales in zip(found, tried, strict=True):
+        change = propagated(weights, scales, moments, integer.ends) * scales[..., None] - weights
+        # Sums of 90² products in float64, through a factor of a matrix whose condition the damping holds below 10^4.
+        assert np.allclose(errors, output_error(change, moments), rtol=90**2 * 2**-52 * 1e4, atol=1e-12)
+
+
+@pytest.mark.parametrize("one", [False, True])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_few_bits_are_rounded_on_the_scales_that_are_best_for_it(one: bool, power_of_two: bool) -> None:
+    moments = damped(moments_of(None, rows(2, 200, 12, 7), centred=False).covariance)
+    weights = np.random.default_rng(8).standard_t(2, size=(2, 5, 12))
+    integer = IntegerType("int4")
+    widest = (np.abs(weights).max(axis=2).reshape(-1) / 7).astype(np.float32)
+    if power_of_two:
+        widest = np.exp2(np.ceil(np.log2(widest))).astype(np.float32)
+    if one:
+        widest = widest.max(keepdims=True)
+    form = ScaleForm(one, power_of_two, lambda scales: np.maximum(scales, widest / 2))  # as if a bias asked for it
+    found = scales_for_rounding(weights, widest, moments, integer, form)
+    shares = np.array([1, 0.5, 0.25]) if power_of_two else parts_of_scales(1)
+    assert found.dtype == np.float32
+    assert found.shape == widest.shape
+    # Every one is a part of the widest that was tried, and the best of them for all outputs that have it.
+    tried = [np.maximum((widest * share).astype(np.float32), widest / 2) for share in shares]
+    errors = np.array([errors_of(weights, scales, moments, integer) for scales in tried])
+    total = errors.sum(axis=1, keepdims=True) if one else errors
+    places = [int(np.flatnonzero([scales[i] == found[i] for scales in tried])[0]) for i in range(len(found))]
+    assert all(total[place, i] == total[:, i].min() for i, place in enumerate(places))
+    assert any(place > 0 for place in places)
+
+
+def errors_of(
+    weights: NDArray[np.float64], scales: NDArray[np.float32], moments: NDArray[np.float64], integer: IntegerType
+) -> NDArray[np.float64]:
+    """Return what rounding on scales does to each output."""
+    each = np.broadcast_to(scales.astype(np.float64), weights.shape[0] * weights.shape[1]).reshape(weights.shape[:2])
+    return errors_of_scales(weights, each[None], moments, integer.ends).reshape(-1)
+
+
+def test_how_many_scales_are_tried_depends_on_what_they_take() -> None:
+    assert parts_of_scales(1).tolist() == np.linspace(1, 0.4, 61).tolist()
+    assert [len(parts_of_scales(work)) for work in (10**8, 2 * 10**8, 10**12)] == [40, 20, 13]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ W* = W + W·E[(x − x̂)·x̂ᵀ]·(H + λI)⁻¹, the least squares solution w
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,7 +35,11 @@ SHARES = np.linspace(1.0, 0.4, 25)
 FINE, FINE_SHARES = 64, np.linspace(1.0, 0.82, 7)
 # Of powers of two.
 HALVES = np.array([1.0, 0.5, 0.25])
+# How many parts are tried where what is lost is carried on; no fewer than FEWEST where so many take more multiplications than WORK.
+MANY, FEWEST, WORK = 61, 13, 4 * 10**9
 PASSES = 2
+# Bytes of weights on different scales that are rounded at once.
+ROOM = 1 << 24
 # Columns whose errors are carried on together.
 BLOCK = 64
 
@@ -149,25 +154,90 @@ def propagated(
     H = Mᵀ·M with M lower triangular, so that the change e of the weights costs Σᵢ (Mᵢᵢ·eᵢ + Σⱼ﹤ᵢ Mᵢⱼ·eⱼ)²: column i is best at
     wᵢ + Σⱼ﹤ᵢ Mᵢⱼ/Mᵢᵢ·eⱼ. What a block of columns adds to those behind it is added all at once (GPTQ, section 3.2, step 2).
     """
-    order = np.argsort(-np.einsum("gii->gi", moments).mean(axis=0), kind="stable")
-    least = order[::-1]
-    flipped = np.linalg.cholesky(moments[:, least[:, None], least])
-    factor = flipped[:, ::-1, ::-1].transpose(0, 2, 1)  # lower
-    factor = np.ascontiguousarray(factor / np.einsum("gii->gi", factor)[:, :, None])
-    # In units of the scales, groups, inputs, outputs.
-    given = np.ascontiguousarray((weights / scales[..., None])[:, :, order].transpose(0, 2, 1))
-    wanted, found, lost = given.copy(), np.empty_like(given), np.empty_like(given)
-    for first in range(0, len(order), BLOCK):
-        last = min(first + BLOCK, len(order))
-        wanted[:, first:last] += factor[:, first:last, :first] @ lost[:, :first]
-        for column in range(first, last):
-            integer = np.rint(wanted[:, column], out=found[:, column])
-            np.minimum(np.maximum(integer, ends[0], out=integer), ends[1], out=integer)
-            error = np.subtract(given[:, column], integer, out=lost[:, column])
-            wanted[:, column + 1 : last] += factor[:, column + 1 : last, column, None] * error[:, None]
-    back = np.empty_like(order)
-    back[order] = np.arange(len(order))
+    factor = Factor.of(moments)
+    found, _ = factor.carried(weights, scales, ends)
+    back = np.empty_like(factor.order)
+    back[factor.order] = np.arange(len(back))
     return np.ascontiguousarray(found[:, back].transpose(0, 2, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """Second moments H as MᵀM, as far as what one column loses is carried on by it.
+
+    Attributes:
+        order: The columns, those of large second moments first.
+        diagonal: Mᵢᵢ in that order, (groups, inputs).
+        lower: Mᵢⱼ / Mᵢᵢ, (groups, inputs, inputs).
+    """
+
+    order: NDArray[np.intp]
+    diagonal: NDArray[np.float64]
+    lower: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, moments: NDArray[np.float64]) -> Factor:
+        """Return the factor of second moments, (groups, inputs, inputs)."""
+        order = np.argsort(-np.einsum("gii->gi", moments).mean(axis=0), kind="stable")
+        least = order[::-1]
+        flipped = np.linalg.cholesky(moments[:, least[:, None], least])
+        factor = flipped[:, ::-1, ::-1].transpose(0, 2, 1)
+        diagonal = np.einsum("gii->gi", factor).copy()
+        return cls(order, diagonal, np.ascontiguousarray(factor / diagonal[:, :, None]))
+
+    def carried(
+        self, weights: NDArray[np.float64], scales: NDArray[np.float64], ends: tuple[int, int]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return integers, each column's error carried on to those behind it, and how far each is from what was best there.
+
+        Both are (groups, inputs, outputs), columns in `order`.
+        """
+        given = np.ascontiguousarray((weights / scales[..., None])[:, :, self.order].transpose(0, 2, 1))
+        wanted, found, lost = given.copy(), np.empty_like(given), np.empty_like(given)
+        for first in range(0, len(self.order), BLOCK):
+            last = min(first + BLOCK, len(self.order))
+            wanted[:, first:last] += self.lower[:, first:last, :first] @ lost[:, :first]
+            for column in range(first, last):
+                integer = np.rint(wanted[:, column], out=found[:, column])
+                np.minimum(np.maximum(integer, ends[0], out=integer), ends[1], out=integer)
+                error = np.subtract(given[:, column], integer, out=lost[:, column])
+                wanted[:, column + 1 : last] += self.lower[:, column + 1 : last, column, None] * error[:, None]
+        return found, np.subtract(wanted, found, out=wanted)
+
+
+def parts_of_scales(work: int) -> NDArray[np.float64]:
+    """Return the parts of the largest weight's scale that are tried where what is lost is carried on.
+
+    Args:
+        work: How many multiplications each takes, about.
+    """
+    return np.linspace(SHARES[0], SHARES[-1], min(MANY, max(FEWEST, WORK // max(work, 1))))
+
+
+def errors_of_scales(
+    weights: NDArray[np.float64], tried: NDArray[np.float64], moments: NDArray[np.float64], ends: tuple[int, int]
+) -> NDArray[np.float64]:
+    """Return what rounding by GPTQ does to each output on each of some scales, in the mean of squares: of the scales' shape.
+
+    Of a column's error all that is not carried on remains, so that the whole is Σᵢ (Mᵢᵢ·sₒ·(wanted − integer))².
+
+    Args:
+        weights: (groups, outputs, inputs).
+        tried: Scales, (choices, groups, outputs).
+        moments: (groups, inputs, inputs), damped.
+        ends: The lowest and the highest integer.
+    """
+    factor, (choices, groups, outputs) = Factor.of(moments), tried.shape
+    errors = np.empty_like(tried)
+    together = max(1, ROOM // (8 * choices * groups * weights.shape[2]))
+    for first in range(0, outputs, together):
+        some = weights[:, first : first + together]
+        scales = tried[:, :, first : first + together].transpose(1, 0, 2).reshape(groups, -1)
+        _, far = factor.carried(np.tile(some, (1, choices, 1)), scales, ends)
+        far *= factor.diagonal[:, :, None]
+        found = np.einsum("gio,gio->go", far, far) * np.square(scales)
+        errors[:, :, first : first + together] = found.reshape(groups, choices, -1).transpose(1, 0, 2)
+    return errors
 
 
 def descended(

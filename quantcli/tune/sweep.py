@@ -478,12 +478,12 @@ class Sweep:
             by_output = results.transpose(1, 0, 2).reshape(results.shape[1], -1)
             counts = within(by_output, bounds, 1).reshape(results.shape[1], *weights.shape[:2]).transpose(1, 0, 2)
             moments = weighted_moments(real, made, counts, centred)
-            return Met(weights.reshape(-1, 1, weights.shape[2]), moments)
+            return Met(weights.reshape(-1, 1, weights.shape[2]), moments, made.shape[1])
         if not 0 < middle < made.shape[1]:
-            return Met(weights, moments_of(real, made, centred))
+            return Met(weights, moments_of(real, made, centred), made.shape[1])
         parts = slice(None, middle), slice(middle, None)
         halves = tuple(moments_of(None if real is None else real[:, part], made[:, part], centred) for part in parts)
-        return Met(weights, together(halves, (middle, made.shape[1] - middle), centred), halves)
+        return Met(weights, together(halves, (middle, made.shape[1] - middle), centred), made.shape[1], halves)
 
 
 def squared(made: NDArray[np.float32], real: NDArray[np.float32]) -> float:

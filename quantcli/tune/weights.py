@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quantcli.tune.cross_validation import best_damping, best_ridge
-from quantcli.tune.rounding import DAMPING, RIDGE, best_scales, compensated, damped, nearest, output_error, rounded
+from quantcli.tune.rounding import (
+    DAMPING,
+    HALVES,
+    RIDGE,
+    best_scales,
+    compensated,
+    damped,
+    errors_of_scales,
+    nearest,
+    output_error,
+    parts_of_scales,
+    rounded,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +32,11 @@ if TYPE_CHECKING:
     from quantcli.tune.steps import Steps
 
 
+# Weights of so few bits have scales that are best once what one integer loses is carried on to others: other scales than are best
+# for the nearest integers. Of many fewer rows than inputs they would be best for changes that happen to cost nothing there.
+FEW_BITS, ENOUGH_ROWS = 5, 0.5
+
+
 @dataclass(frozen=True, eq=False)
 class Met:
     """A layer's weights, with the moments of what they meet.
@@ -27,11 +44,13 @@ class Met:
     Attributes:
         weights: (groups, outputs, inputs).
         moments: Of all samples.
+        rows: How many rows of inputs they were taken of.
         halves: Of each half of them; none where they were not parted.
     """
 
     weights: NDArray[np.float64]
     moments: Moments
+    rows: int
     halves: tuple[Moments, ...] = ()
 
 
@@ -109,14 +128,10 @@ def fitted(
         wanted = compensated(met.weights, moments, found.ridge)
     stable = damped(moments.covariance)
 
-    def spread(scales: NDArray[np.float32]) -> NDArray[np.float64]:
-        shape = wanted.shape[:2]
-        return np.broadcast_to(scales.astype(np.float64), (shape[0] * shape[1],)).reshape(shape)
-
     def error(integers: NDArray[np.float64], scales: NDArray[np.float64]) -> float:
         return float(output_error(integers * scales[..., None] - wanted, stable).sum())
 
-    scales = spread(widest)
+    scales = spread(widest, wanted)
     before = error(nearest(wanted, scales, integer.ends), scales)
     if moments.cross is not None:
         gains.append(("compensation", error(nearest(met.weights, scales, integer.ends), scales), before))
@@ -125,13 +140,48 @@ def fitted(
         best = best_scales(wanted, scales, stable, integer.ends, form.one, form.power_of_two)
         flat = best.reshape(-1)[: len(widest)].astype(np.float32)
     flat = form.final(flat)
-    scales = spread(flat)
+    scales = spread(flat, wanted)
     integers = nearest(wanted, scales, integer.ends)
     middle = error(integers, scales)
     if steps.scales:
         gains.append(("scales", before, middle))
     if steps.rounding:
         found = replace(found, damping=best_damping(wanted, scales, halves, integer.ends)) if halves else found
+        if steps.scales and integer.bits <= FEW_BITS and met.rows >= ENOUGH_ROWS * wanted.shape[2]:
+            flat = scales_for_rounding(wanted, widest, damped(moments.covariance, found.damping), integer, form)
+            scales = spread(flat, wanted)
         integers = rounded(wanted, scales, moments.covariance, integer.ends, found.damping)
         gains.append(("rounding", middle, error(integers, scales)))
     return Fitted(integers, flat, scales, found, tuple(gains))
+
+
+def spread(scales: NDArray[np.float32], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the scale of each output of some weights, (groups, outputs), of one scale or one per output."""
+    groups, outputs, _ = weights.shape
+    return np.broadcast_to(scales.astype(np.float64), (groups * outputs,)).reshape(groups, outputs)
+
+
+def scales_for_rounding(
+    weights: NDArray[np.float64],
+    widest: NDArray[np.float32],
+    moments: NDArray[np.float64],
+    integer: IntegerType,
+    form: ScaleForm,
+) -> NDArray[np.float32]:
+    """Return the scales on which weights are rounded best by second moments, out of parts of the widest.
+
+    Args:
+        weights: (groups, outputs, inputs).
+        widest: The scales that cover the largest weights, one or one per output.
+        moments: (groups, inputs, inputs), damped.
+        integer: The grid.
+        form: What scales have to be.
+    """
+    shares = HALVES if form.power_of_two else parts_of_scales(weights.size * weights.shape[2])
+    tried = [form.final((widest * share).astype(np.float32)) for share in shares]
+    errors = errors_of_scales(weights, np.stack([spread(scales, weights) for scales in tried]), moments, integer.ends)
+    if form.one:
+        return tried[int(errors.sum(axis=(1, 2)).argmin())]
+    best = errors.argmin(axis=0).reshape(-1)
+    chosen: NDArray[np.float32] = np.stack(tried)[best, np.arange(len(best))]
+    return chosen
