@@ -40,7 +40,7 @@ from calibration import statistics as statistics_file
 from calibration.collect import Work, collect, pilot_of
 from calibration.histogram import Histogram
 from calibration.hooks.onnxruntime import Runner
-from calibration.lanes import Lanes
+from calibration.lanes import Lanes, in_line
 from calibration.observers import Counting, TensorStatistics
 from calibration.ranges import Grid, parse_range, range_of
 from calibration.shortcut import Shortcut, computed
@@ -119,6 +119,14 @@ class Case:
         for start, stop in self.full if full else self.spans:
             self.bare.run(self.data.read(self.indices[start:stop]))
 
+    def hand_out(self) -> None:
+        """Run every batch as quantcli does, have all observed tensors handed out, and count nothing."""
+
+        def compute(span: tuple[int, int]) -> dict[str, NDArray[Any]]:
+            return computed(self.hook, self.names, self.data.read(self.indices[span[0] : span[1]]))
+
+        in_line(self.lanes, iter(self.spans), compute, lambda *_: None, lambda _: None)
+
     def count(self, observer: str) -> dict[str, TensorStatistics]:
         """Calibrate as quantcli does."""
         counting = Counting(observer, samples=len(self.data))
@@ -170,15 +178,15 @@ def times(bed: Any, names: list[str], runs: int, others: dict[str, str]) -> None
     """Print seconds over bare inference."""
     print(f"\n{machine()}\n")
     print(
-        f"| model | threads | samples | batch | bare, ms | {' | '.join(OBSERVERS)} | "
+        f"| model | threads | samples | batch | bare, ms | handed out | {' | '.join(OBSERVERS)} | "
         f"{' | '.join(f'ORT {name}' for name in others)} |"
     )
-    print("|---" * (5 + len(OBSERVERS) + len(others)) + "|")
+    print("|---" * (6 + len(OBSERVERS) + len(others)) + "|")
     for name in names:
         for threads in (1, 2):
             case = Case(bed, name, threads)
             counts = [functools.partial(case.count, observer) for observer in OBSERVERS]
-            spent = interleaved(runs, case.infer, *counts, least=0.1)
+            spent = interleaved(runs, case.infer, case.hand_out, *counts, least=0.1)
             with tempfile.TemporaryDirectory() as folder:
                 peers = [
                     interleaved_with(functools.partial(case.infer, True), case.peer(method, Path(folder)))
