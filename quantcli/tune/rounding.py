@@ -2,7 +2,8 @@
 
 The mean squared change of a layer's output is tr(Δ·H·Δᵀ), Δ = Ŵ − W and H = E[x·xᵀ] of its inputs x. Three steps make it small:
 
-1. a scale per channel, tried at parts of the largest weight's (`best_scales`);
+1. a scale per channel, tried at parts of the largest weight's: what is left by the nearest integers tells (`best_scales`), or by
+   those of step 2 (`errors_of_scales`);
 2. OBQ/GPTQ (Frantar et al. 2022, "GPTQ", arXiv 2210.17323, algorithm 1): columns are rounded one after the other, and what each has
    lost is made up for by those still to come. GPTQ takes the Cholesky factor of H⁻¹ for that; a factor of H itself gives the same
    integers without an inverse, as Babai's nearest plane does (Chen et al. 2025, arXiv 2507.18553);
