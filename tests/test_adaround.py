@@ -15,7 +15,7 @@ from quantcli import Recipe, convert, verify
 from quantcli.errors import PlanError
 from quantcli.pipeline import Conversion
 from quantcli.recipe import Tune, Weight
-from quantcli.tune import adaround
+from quantcli.tune import adaround, effort
 from quantcli.tune.adaround import Twin, affordable, drawn, together
 from tests.graphs import node, normal, residual_net, save
 
@@ -65,6 +65,19 @@ def test_it_loses_less_and_its_integers_verify(
     for entry in done.sidecar.tensors.values():
         if entry.role == "weight":
             assert set(np.unique(held[entry.integers])) <= set(range(-4, 4))
+
+
+def test_it_has_to_be_worth_more_than_a_sweep_over_all_samples(
+    tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is still to come for what was swept, where it is wanted, and cannot be had for what was learned."""
+    monkeypatch.setattr(adaround, "STEPS", 300)
+    asked = converted(model, data, tmp_path / "a.onnx", bits=3, adaround=True)
+    learned = asked.tuned.tries[-1].sqnr - max(one.sqnr for one in asked.tuned.tries[:-1])
+    monkeypatch.setattr(effort, "WORTH_LEARNING", learned + 0.5)
+    little = converted(model, data, tmp_path / "b.onnx", bits=3, adaround=True)
+    alone = converted(model, data, tmp_path / "c.onnx", bits=3, adaround=True, refit=False)
+    assert [done.tuned.tries[-1].kept for done in (asked, little, alone)] == [True, False, True]
 
 
 def test_it_gives_the_same_bytes_with_any_number_of_threads(

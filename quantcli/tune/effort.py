@@ -86,6 +86,8 @@ WORTH_EQUALIZING = 0.75
 LARGEST_WEIGHT = 1 << 24
 # A candidate is kept only where it is better by so many dB.
 MARGIN = 0.05
+# By so many dB learned weights have to be better where others are still to be swept over all samples, which gains about as much.
+WORTH_LEARNING = 0.4
 # How many multiply-accumulates may go into ranges by what they do to the outputs, more where activations have less than 8 bits,
 # whose ranges matter most; and the least samples that tell something.
 AHEAD, AHEAD_NARROW = {"default": 10**11, "best": 10**13}, 5 * 10**11
@@ -230,7 +232,7 @@ def tune(
         trying.learn()
     found += trying.found
     found += wide(trying, max(one.sqnr for one, _ in found))
-    best = max(range(len(found)), key=lambda place: (round(found[place][0].sqnr / MARGIN), -place))
+    best = max(range(len(found)), key=lambda place: (round(trying.worth(*found[place]) / MARGIN), -place))
     tries = tuple(replace(one, kept=place == best) for place, (one, _) in enumerate(found))
     kept = trying.refitted(*found[best])
     return Tuned(
@@ -377,16 +379,25 @@ class Trying:
         candidate, gains = swept(base, self.recipe, target, steps, tuple(batches), progress, known)
         return candidate, {**earlier, **gains}
 
+    @property
+    def refits(self) -> bool:
+        """Whether what is kept of sweeps is swept over all samples."""
+        wished, target = self.recipe.tune.refit, resolve_target(self.recipe)
+        # Ranges of narrow activations are what matters most there, and more samples make them no better.
+        return target.weight.bits < 8 <= target.activation.width if wished is None else wished
+
+    def worth(self, one: Try, candidate: Candidate) -> float:
+        """Return what a candidate has left, in dB, less what it misses if it cannot be swept over all samples as others are."""
+        learned = any(other is candidate for _, other in self.found[len(self.choices) :])
+        return one.sqnr - (WORTH_LEARNING if learned and self.refits else 0.0)
+
     def refitted(self, kept: Try, candidate: Candidate) -> Candidate:
         """Return what the same steps make of all samples, where that is wanted; those that judged it tell nothing more of it then.
 
         What was not swept alone stays as it is, as does what these samples show to be better.
         """
-        wished, target = self.recipe.tune.refit, resolve_target(self.recipe)
-        # Ranges of narrow activations are what matters most there, and more samples make them no better.
-        narrow = target.weight.bits < 8 <= target.activation.width
         places = [place for place, (_, other) in enumerate(self.found) if other is candidate]
-        if not (narrow if wished is None else wished) or not places or places[0] >= len(self.choices):
+        if not self.refits or not places or places[0] >= len(self.choices):
             return candidate
         every = (*self.samples.swept, *self.samples.judging)
         if sum(len(next(iter(feeds.values()))) for feeds in every) > room_for(self.judge.model):
