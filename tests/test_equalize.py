@@ -312,6 +312,18 @@ def test_equalization_is_tried_where_it_pays(
     assert verify(done.sidecar_path, data).findings == []
 
 
+@pytest.mark.parametrize(
+    ("gain", "bits", "tried"), [(0.3, 8, False), (0.3, 7, True), (0.1, 4, False), (0.3, 2, False), (0.8, 8, True)]
+)
+def test_coarse_weights_are_equalized_for_less(
+    uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float, bits: int, tried: bool
+) -> None:
+    monkeypatch.setattr("quantcli.tune.effort.foreseen", lambda *_: gain)
+    data = data_for(tmp_path / "d.npz", samples=24)
+    done = convert(uneven, tmp_path / "q.onnx", data=data, recipe=Recipe(weight=Weight(bits=bits)))
+    assert any("equalization" in one.name for one in done.tuned.tries) == tried
+
+
 def test_equalization_loses_less_and_is_left_out_where_it_does_not_pay(uneven: Path, tmp_path: Path) -> None:
     data = data_for(tmp_path / "d.npz", samples=24)
     plain = Recipe(tune=Tune(equalize=False))

@@ -421,7 +421,7 @@ def test_text_beside_numbers(tmp_path: Path) -> None:
     assert Runner(done.model).run({"x": X})["name"].tolist() == ["cat", "dog"]
 
 
-def test_weights_are_read_from_the_file_once(tmp_path: Path) -> None:
+def test_weights_are_read_from_the_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Initializers and constants give the same array whenever they are looked at; packed numbers stay packed."""
     four = helper.make_tensor("four", TensorProto.INT4, [4], np.array([1, -8, 7, 0]))
     constant = helper.make_node("Constant", [], ["v"], value=numpy_helper.from_array(V, "held"))
@@ -438,3 +438,8 @@ def test_weights_are_read_from_the_file_once(tmp_path: Path) -> None:
     assert packed is not None
     assert packed.nbytes == 2
     assert packed.numpy().astype(np.int8).tolist() == [1, -8, 7, 0]
+    monkeypatch.setattr("quantcli.load.onnx.LARGEST_COPIED", 100)  # there is no room for two of a large one
+    left = load(tmp_path / "m.onnx").graph.graph.initializers["w"].const_value
+    assert left is not None
+    assert left.numpy() is not left.numpy()
+    assert (left.numpy() == W).all()

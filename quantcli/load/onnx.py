@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+# A model of more bytes is not copied.
+LARGEST_COPIED = 1 << 28
+
+
 def load_onnx(path: Path) -> tuple[ir.Model, list[Path]]:
     """Return the model and the files that it is made of (the file itself, then its external data).
 
@@ -48,12 +52,19 @@ def read(path: Path) -> ir.Model:
     else:
         model = ir.from_proto(proto)
         ir.external_data.set_base_dir(model.graph, path.parent)
-    as_arrays(model)
+    as_arrays(model, path.stat().st_size)
     return model
 
 
-def as_arrays(model: ir.Model) -> None:
-    """Let tensors be arrays that are protocol buffers, which copy all of their bytes whenever they are looked at."""
+def as_arrays(model: ir.Model, size: int) -> None:
+    """Let tensors be arrays that are protocol buffers, which copy all of their bytes whenever they are looked at.
+
+    Args:
+        model: The model.
+        size: How many bytes it has; of a large one all tensors stay as they are, since for a while there are both.
+    """
+    if size > LARGEST_COPIED:
+        return
     for graph in model.graphs():
         for value in graph.initializers.values():
             value.const_value = as_array(value.const_value)

@@ -125,7 +125,7 @@ def opened(path: Path, program: Any, names: Sequence[str] | None = None, sources
             f"{path} cannot be expressed in ONNX ({reason(error)})", "see the exporter's report: -v"
         ) from error
     graph = ir.from_proto(onnx.load_from_string(data))
-    as_arrays(graph)
+    as_arrays(graph, len(data))
     return Opened(graph, data, program, sources, aliases_of(program, graph))
 
 
