@@ -29,8 +29,9 @@ DEFAULT_PERCENTILE = 99.99
 CANDIDATES = 80
 # A distribution's slopes are taken between so many cells, which leave this share out at either end.
 CELLS, TAIL = 12, 1 / 1024
-# So many clips at equal ratios are looked at where several are nearly as good, and by how much dearer ones weigh e times less.
-RATIOS, NEARLY = 160, 1 / 12
+# So many clips at equal ratios are looked at where several are nearly as good; the temperature of their softmin, as a part of the
+# least cost.
+RATIOS, TEMPERATURE = 160, 1 / 12
 # A relative entropy, in nats, that is nothing.
 NOTHING = 1e-12
 # No relative entropy tells how far values are moved: ranges that leave out a larger share are not looked at.
@@ -189,8 +190,8 @@ def cheapest(seen: TensorStatistics, grid: Grid, cost: Cost) -> tuple[float, flo
     return (-best[1], best[1]) if grid.symmetric else best
 
 
-def middle_of_cheap(seen: TensorStatistics, grid: Grid, cost: Cost) -> tuple[float, float]:
-    """Return the mean of all ranges, weighed by exp(−(cost / least cost − 1) / NEARLY).
+def softmin(seen: TensorStatistics, grid: Grid, cost: Cost) -> tuple[float, float]:
+    """Return the mean of all ranges, weighed by the softmin of their costs: exp(−(cost / least cost − 1) / TEMPERATURE).
 
     Where ranges far apart cost nearly the same, which of them costs least is chance; their mean hardly moves with it.
 
@@ -204,7 +205,7 @@ def middle_of_cheap(seen: TensorStatistics, grid: Grid, cost: Cost) -> tuple[flo
     least = float(found.min())
     if not math.isfinite(least):
         return seen.minimum, seen.maximum
-    weights = np.exp((least - found) / (NEARLY * max(least, NOTHING)))
+    weights = np.exp((least - found) / (TEMPERATURE * max(least, NOTHING)))
     low, high = (float((weights * bounds).sum() / weights.sum()) for bounds in (lows, highs))
     return (-high, high) if grid.symmetric else (low, high)
 
@@ -297,7 +298,7 @@ def entropy(spec: RangeSpec, name: str, seen: TensorStatistics, grid: Grid) -> t
         costs = np.log1p(steps**2 * slopes / 12) / 2 + over + under + np.log1p(-np.minimum(outside, LARGEST_CUT))
         return np.where(outside > LARGEST_CUT, np.inf, costs)
 
-    return middle_of_cheap(seen, grid, cost)
+    return softmin(seen, grid, cost)
 
 
 def moved(

@@ -381,32 +381,41 @@ class Trying:
         return candidate, {**earlier, **gains}
 
     @property
+    def every(self) -> tuple[Feeds, ...]:
+        """All samples, those that judge among them."""
+        return (*self.samples.swept, *self.samples.judging)
+
+    @property
     def refits(self) -> bool:
-        """Whether what is kept of sweeps is swept over all samples."""
+        """Whether what is kept of sweeps is swept over all samples: where that is wanted, and there is room for them."""
         wished, target = self.recipe.tune.refit, resolve_target(self.recipe)
         # Ranges of narrow activations are what matters most there, and more samples make them no better.
-        return target.weight.bits < 8 <= target.activation.width if wished is None else wished
+        narrow = target.weight.bits < 8 <= target.activation.width
+        rows = sum(len(next(iter(feeds.values()))) for feeds in self.every)
+        return (narrow if wished is None else wished) and rows <= room_for(self.judge.model)
+
+    def choice_of(self, candidate: Candidate) -> Choice | None:
+        """Return what a candidate was swept with; None where that alone did not make it."""
+        pairs = zip(self.choices, self.found, strict=False)  # what was learned stands behind
+        return next((choice for choice, (_, other) in pairs if other is candidate), None)
 
     def worth(self, one: Try, candidate: Candidate) -> float:
         """Return what a candidate has left, in dB, less what it misses if it cannot be swept over all samples as others are."""
-        learned = any(other is candidate for _, other in self.found[len(self.choices) :])
+        learned = self.choice_of(candidate) is None and any(other is candidate for _, other in self.found)
         return one.sqnr - (WORTH_LEARNING if learned and self.refits else 0.0)
 
     def refitted(self, kept: Try, candidate: Candidate) -> Candidate:
-        """Return what the same steps make of all samples, where that is wanted; those that judged it tell nothing more of it then.
+        """Return what the same steps make of all samples, where that is to be; those that judged it tell nothing more of it then.
 
         What was not swept alone stays as it is, as does what these samples show to be better.
         """
-        places = [place for place, (_, other) in enumerate(self.found) if other is candidate]
-        if not self.refits or not places or places[0] >= len(self.choices):
-            return candidate
-        every = (*self.samples.swept, *self.samples.judging)
-        if sum(len(next(iter(feeds.values()))) for feeds in every) > room_for(self.judge.model):
+        choice = self.choice_of(candidate)
+        if choice is None or not self.refits:
             return candidate
         begun = time.perf_counter()
         try:
             afresh = replace(self, learned={}, prepared={})
-            found, _ = afresh.made(self.choices[places[0]], every, candidate.regularization)
+            found, _ = afresh.made(choice, self.every, candidate.regularization)
             worth = self.judge.sqnr(found)
         except Exception as error:  # noqa: BLE001 - what was found before is there in any case
             logger.warning("sweeping over all samples failed and is left out: %s", first_line(error))

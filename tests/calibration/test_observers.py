@@ -19,7 +19,7 @@ from calibration import observers, ranges
 from calibration.errors import DataError, StatisticsError
 from calibration.histogram import BINS, SMALLEST_EXPONENT, Histogram
 from calibration.observers import OBSERVERS, Counting, SampleRanges, TensorStatistics
-from calibration.ranges import RANGES, Grid, RangeSpec, Shares, middle_of_cheap, parse_range, range_of
+from calibration.ranges import RANGES, Grid, RangeSpec, Shares, parse_range, range_of, softmin
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -349,7 +349,7 @@ def divergence(counts: list[int], lo: float, hi: float, steps: int, weight: int)
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(0, 500), min_size=8, max_size=24), st.sampled_from([15, 255]), st.integers(1, 9))
-def test_entropy_takes_the_middle_of_the_ranges_of_little_divergence(bins: list[int], steps: int, weight: int) -> None:
+def test_entropy_takes_the_softmin_of_the_ranges_divergences(bins: list[int], steps: int, weight: int) -> None:
     """The mean over a raster of ten by ten ranges, by an evaluation of its own of what it says it weighs."""
     assume(sum(bins) > 0)
     half = (len(bins) + 1) // 2
@@ -392,7 +392,7 @@ def test_ranges_that_cost_nearly_the_same_share_the_result(one: int, other: int,
         found[:, one], found[:, other] = 1 + max(dearer, 0), 1 + max(-dearer, 0)
         return found
 
-    lo, hi = middle_of_cheap(seen, Grid(), cost)
+    lo, hi = softmin(seen, Grid(), cost)
     weights = [math.exp(-12 * max(dearer, 0)), math.exp(-12 * max(-dearer, 0))]
     assert lo == 0.0
     # Rounding of a few products, and of a power.
