@@ -26,6 +26,7 @@ from quantcli.load import load
 from quantcli.probe import with_outputs
 from quantcli.recipe import Activation, Layers, Tune, Weight
 from quantcli.tune import rounding
+from quantcli.tune import weights as of_weights
 from quantcli.tune.bias import channel_means, corrected
 from quantcli.tune.effort import wanted_samples
 from quantcli.tune.moments import Matrix, drawn_rows, matrix_of, moments_of
@@ -43,7 +44,8 @@ from quantcli.tune.rounding import (
     propagated,
     rounded,
 )
-from quantcli.tune.weights import ScaleForm, scales_for_rounding
+from quantcli.tune.steps import Steps
+from quantcli.tune.weights import Met, ScaleForm, fitted, scales_for_rounding
 from tests.graphs import data_for, node, normal, residual_net, rows, save
 
 small = st.integers(1, 4)
@@ -205,6 +207,30 @@ def test_few_bits_are_rounded_on_the_scales_that_are_best_for_it(one: bool, powe
     places = [int(np.flatnonzero([scales[i] == found[i] for scales in tried])[0]) for i in range(len(found))]
     assert all(total[place, i] == total[:, i].min() for i, place in enumerate(places))
     assert any(place > 0 for place in places)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "steps", "again"),
+    [
+        ("int5", 6, Steps(), True),
+        ("int6", 6, Steps(), False),
+        ("int4", 5, Steps(), False),  # fewer rows than half of the inputs
+        ("int4", 6, Steps(scales=False), False),
+        ("int4", 6, Steps(rounding=False), False),
+    ],
+)
+def test_scales_are_chosen_again_for_few_bits_and_enough_rows(kind: str, count: int, steps: Steps, again: bool) -> None:
+    made = rows(1, count, 12, 7)
+    weights = np.random.default_rng(8).standard_t(2, size=(1, 5, 12))
+    met = Met(weights, moments_of(None, made, centred=False), count)
+    integer = IntegerType(kind)
+    widest = (np.abs(weights).max(axis=2).reshape(-1) / integer.qmax).astype(np.float32)
+    chosen = (widest * np.float32(0.75)).astype(np.float32)
+    with mock.patch.object(of_weights, "scales_for_rounding", return_value=chosen) as choose:
+        found = fitted(met, widest, integer, steps, ScaleForm(False, False, lambda scales: scales), None)
+    assert choose.called == again
+    assert (found.scales == chosen).all() == again
+    assert (found.spread.reshape(-1) == found.scales).all()
 
 
 def errors_of(
