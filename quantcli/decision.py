@@ -215,7 +215,7 @@ def as_learned(learned: Learned, folded: ir.Model, found: Statistics, recipe: Re
             logger.warning("the weight '%s' was trained on other scales than the target has", weight.name)
         else:
             scales[str(weight.name)] = stretched
-    return recipe, Tuning(ranges, scales, bits, grids)
+    return recipe, Tuning(ranges, scales, bits=bits, grids=grids)
 
 
 def stretched_scales(

@@ -11,7 +11,9 @@ from calibration.ranges import Grid, RangeSpec, parse_range, range_of
 from quantcli.arithmetic.affine import (
     IntegerType,
     affine_parameters,
+    asymmetric_scales,
     fixed_parameters,
+    lowest_integers,
     power_of_two,
     quantize,
     scales_wide_enough_for_bias,
@@ -64,6 +66,8 @@ class TensorPlan:
         dead: The channels that hold nothing but zeros.
         blocks: The parameters of a weight in blocks, which has no others.
         moved: What the tensor is of the float model's; None for the same.
+        lowest: Of a weight whose grids do not lie about zero: the lowest integer of each scale's, which has as many integers as
+            `integer`. What is stored has its zero point taken off already.
     """
 
     name: str
@@ -79,6 +83,14 @@ class TensorPlan:
     dead: tuple[int, ...] = ()
     blocks: Blocks | None = None
     moved: Moved | None = None
+    lowest: tuple[int, ...] = ()
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The lowest and the highest integer that may be stored."""
+        if not self.lowest:
+            return self.integer.ends
+        return min(self.lowest), max(self.lowest) + self.integer.qmax - self.integer.qmin
 
 
 @dataclass(frozen=True)
@@ -279,7 +291,7 @@ def to_power_of_two(scale: np.float32, lo: float, integer: IntegerType, symmetri
 def plan_weights(
     placement: Placement, activations: dict[str, TensorPlan], target: Target, tuning: Tuning = UNTUNED
 ) -> dict[str, TensorPlan]:
-    """Return the parameters of every weight: symmetric, per channel where the target and every use of it agree."""
+    """Return the parameters of every weight, per channel where the target and every use of it agree."""
     uses: dict[str, list[tuple[PlacedLayer, ir.Value]]] = {}
     for layer in placement.layers:
         for _, value, kind in layer.operands():
@@ -298,13 +310,15 @@ def plan_weights(
         del values, channels
         unmapped(users[0][1])
         integer = weight_grid(target, tuning.bits.get(name))
-        scales = tuning.scales[name] if name in tuning.scales else symmetric_scales(largest, integer)
+        symmetric = name not in tuning.lowest if name in tuning.scales else target.weight.is_symmetric(integer.bits)
+        scales = tuning.scales[name] if name in tuning.scales else widest_scales(lo, hi, integer, symmetric)
         for layer, _ in users:
             if (bias := bias_of(layer)) is not None:
                 input_scale = np.float32(activations[str(layer.node.inputs[0].name)].scale[0])  # type: ignore[union-attr]
                 scales = scales_wide_enough_for_bias(scales, bias, input_scale)
         if target.weight.power_of_two:
             scales = power_of_two(scales)
+        lowest = tuning.lowest.get(name, lowest_integers(lo, hi, scales, integer.qmax - integer.qmin))
         tensors[name] = TensorPlan(
             name,
             "weight",
@@ -315,8 +329,16 @@ def plan_weights(
             tuple(float(v) for v in lo),
             tuple(float(v) for v in hi),
             dead=tuple(int(i) for i in np.flatnonzero(largest == 0)),
+            lowest=() if symmetric else tuple(int(one) for one in lowest),
         )
     return tensors
+
+
+def widest_scales(
+    lo: NDArray[np.float32], hi: NDArray[np.float32], integer: IntegerType, symmetric: bool
+) -> NDArray[np.float32]:
+    """Return the scale of each channel whose grid covers all of its weights, lo to hi (equations 4 and 4b)."""
+    return symmetric_scales(np.maximum(-lo, hi), integer) if symmetric else asymmetric_scales(lo, hi, integer)
 
 
 def weight_grid(target: Target, bits: int | None = None) -> IntegerType:

@@ -75,9 +75,12 @@ def quantized_constant(tensor: TensorPlan, values: NDArray[Any]) -> NDArray[Any]
         if np.abs(q).max(initial=0) > INT32.qmax:
             raise PlanError(f"the bias '{tensor.name}' does not fit int32 at its scale", "exclude its layer")
         return np.asarray(q, dtype=np.int32)
-    return affine.quantize(
-        values, np.array(tensor.scale, dtype=np.float32), np.array(tensor.zero_point), tensor.integer, tensor.axis
-    )
+    scale = np.array(tensor.scale, dtype=np.float32)
+    if not tensor.lowest:
+        return affine.quantize(values, scale, np.array(tensor.zero_point), tensor.integer, tensor.axis)
+    zero_point = tensor.integer.qmin - np.array(tensor.lowest)
+    held = affine.quantize(values, scale, zero_point, tensor.integer, tensor.axis)
+    return np.asarray(held - affine.along_axis(zero_point, values.ndim, tensor.axis), dtype=tensor.integer.dtype)
 
 
 def layer_table(layer: LayerPlan, node: ir.Node, plan: Plan) -> NDArray[Any]:

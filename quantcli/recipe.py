@@ -14,6 +14,7 @@ from calibration.ranges import parse_range
 from quantcli.errors import RecipeError
 from quantcli.targets import (
     DEFAULT_TARGET,
+    SYMMETRIC_BITS,
     ActivationType,
     MultiplierBits,
     PlacementFormat,
@@ -64,10 +65,12 @@ class Activation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Weight(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How weights are quantized (section ``[weight]``); None leaves it to the target.
 
+    Not ``symmetric`` are grids of 6 bits and less that lie about the middle of each scale's weights, not about zero.
     ``block_size`` is for ``mode = "weights"``: so many values along a product's inputs share a scale (32 where ``bits`` is 4).
     """
 
     per_channel: bool | None = None
+    symmetric: bool | None = None
     bits: Annotated[int, msgspec.Meta(ge=2, le=8)] | None = None
     block_size: Annotated[int, msgspec.Meta(ge=16)] | None = None
 
@@ -207,10 +210,21 @@ def resolve_target(recipe: Recipe) -> Target:
         raise RecipeError(
             f"symmetric activations of {activation.dtype} have no zero point 0", "use int8, or make them affine"
         )
+    own = recipe.weight
+    weight = overlaid(target.weight, per_channel=own.per_channel, symmetric=own.symmetric, bits=own.bits)
+    if own.symmetric is False and recipe.mode != "static":
+        raise RecipeError(
+            f"--mode {recipe.mode} has no asymmetric weights per channel", "leave the form of weights to the mode"
+        )
+    if own.symmetric is False and weight.bits >= SYMMETRIC_BITS:
+        raise RecipeError(
+            f"weights of {weight.bits} bits are symmetric: with their zero points taken off they would not fit int8",
+            f"choose --weight-bits {SYMMETRIC_BITS - 1} or less",
+        )
     return msgspec.structs.replace(
         target,
         activation=activation,
-        weight=overlaid(target.weight, per_channel=recipe.weight.per_channel, bits=recipe.weight.bits),
+        weight=weight,
         multiplier=overlaid(target.multiplier, bits=recipe.multiplier.bits, rounding=recipe.multiplier.rounding),
         placement=PlacementFormat() if recipe.layers.everywhere else target.placement,
     )

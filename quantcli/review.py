@@ -71,9 +71,12 @@ def weight_reasons(name: str, tensor: TensorEntry, target: Target) -> Iterator[s
     if len(tensor.scale) > 1 and not target.weight.per_channel:
         yield f"'{name}' has {len(tensor.scale)} scales, the target has one per tensor"
     has_wide = tensor.dtype == "int16" and target.weight.widest == 16
-    if tensor.qmax >= 1 << (target.weight.bits - 1) and not has_wide:
+    if tensor.grids is not None and tensor.grids.bits <= target.weight.bits:
+        if target.weight.is_symmetric(tensor.grids.bits):
+            yield f"the grids of '{name}' lie elsewhere for each scale, the target's about zero"
+    elif tensor.qmax >= 1 << (target.weight.bits - 1) and not has_wide:
         yield f"'{name}' reaches {tensor.qmax}, the target's weights have {target.weight.bits} bits"
-    if tensor.qmin < -tensor.qmax and target.weight.is_narrow(tensor.qmax.bit_length() + 1):
+    if tensor.grids is None and tensor.qmin < -tensor.qmax and target.weight.is_narrow(tensor.qmax.bit_length() + 1):
         yield f"'{name}' reaches {tensor.qmin}, the target's weights {-tensor.qmax}"
     if target.weight.power_of_two and not all(is_power_of_two(scale) for scale in tensor.scale):
         yield f"a scale of '{name}' is no power of two"
@@ -177,6 +180,8 @@ def tensor_changes(a: TensorEntry, b: TensorEntry) -> Iterator[tuple[str, str, s
     """Yield what changed of a tensor: its type, its scales (by how much at most), its zero point, its constants."""
     if (a.dtype, a.qmin, a.qmax) != (b.dtype, b.qmin, b.qmax):
         yield "type", f"{a.dtype} {a.qmin} … {a.qmax}", f"{b.dtype} {b.qmin} … {b.qmax}"
+    if a.grids is not None and b.grids is not None and a.grids.bits != b.grids.bits:
+        yield "bits", str(a.grids.bits), str(b.grids.bits)
     if len(a.scale) != len(b.scale):
         yield "scales", str(len(a.scale)), str(len(b.scale))
     elif a.scale != b.scale:

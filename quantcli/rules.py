@@ -1,6 +1,6 @@
 """RULES: for each operator, how every operand gets its parameters, and what arithmetic its integers do.
 
-An operand is *own* (parameters from its own statistics), *weight* (a constant with symmetric parameters per channel), *bias*
+An operand is *own* (parameters from its own statistics), *weight* (a constant, per channel, whose zero point is 0), *bias*
 (derived: S_x·S_w), or plain (indices, shapes: not quantized). An output is *own*, *same* as the first operand's, or *fixed* by the
 operator. Anything without a row stays float. docs/operators.md is generated from this table.
 """

@@ -67,6 +67,13 @@ class MovedEntry(Entry, frozen=True):
     shift: list[float]
 
 
+class GridsEntry(Entry, frozen=True):
+    """Grids of a weight that lie elsewhere for each scale: 2^bits integers from ``lowest``, one or one per channel."""
+
+    bits: int
+    lowest: list[int]
+
+
 class TensorEntry(Entry, frozen=True):
     """One quantized tensor: real = scale · (q − zero_point), q in ``dtype`` from qmin to qmax."""
 
@@ -87,6 +94,7 @@ class TensorEntry(Entry, frozen=True):
     sha256: str | None
     blocks: BlocksEntry | None
     moved: MovedEntry | None = None
+    grids: GridsEntry | None = None
 
 
 class MultiplierEntry(Entry, frozen=True):
@@ -197,8 +205,7 @@ def tensor_entry(tensor: TensorPlan, names: dict[str, str], constant: NDArray[An
     return TensorEntry(
         tensor.role,  # type: ignore[arg-type]
         "uint4" if tensor.blocks is not None and tensor.integer.bits == 4 else tensor.integer.dtype.name,  # type: ignore[arg-type]
-        tensor.integer.qmin,
-        tensor.integer.qmax,
+        *tensor.ends,
         list(tensor.scale),
         list(tensor.zero_point),
         tensor.axis,
@@ -212,6 +219,7 @@ def tensor_entry(tensor: TensorPlan, names: dict[str, str], constant: NDArray[An
         None if constant is None else hashlib.sha256(np.ascontiguousarray(constant).tobytes()).hexdigest(),
         blocks_entry(tensor, names),
         None if tensor.moved is None else MovedEntry(list(tensor.moved.factor), list(tensor.moved.shift)),
+        GridsEntry(tensor.integer.bits, list(tensor.lowest)) if tensor.lowest else None,
     )
 
 

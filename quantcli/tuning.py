@@ -32,6 +32,7 @@ class Tuning:
     Attributes:
         ranges: The real range (lo, hi) of activations, by name.
         scales: The scales of weights, float32, one or one per channel as the target has it, by name.
+        lowest: The lowest integer of each of those scales' grids, where they do not lie about zero, by name.
         bits: The widths of weights, by name; the others have the target's.
         grids: The widths of activations' grids, by name; the others have the target's.
         moved: The tensors that equalization, centring or alignment made something else of, by name.
@@ -39,6 +40,7 @@ class Tuning:
 
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     scales: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    lowest: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     bits: Mapping[str, int] = field(default_factory=dict)
     grids: Mapping[str, int] = field(default_factory=dict)
     moved: Mapping[str, Moved] = field(default_factory=dict)

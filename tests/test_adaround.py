@@ -12,6 +12,7 @@ import torch
 
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe, convert, verify
+from quantcli.arithmetic.affine import along_axis
 from quantcli.errors import PlanError
 from quantcli.pipeline import Conversion
 from quantcli.recipe import Tune, Weight
@@ -64,7 +65,12 @@ def test_it_loses_less_and_its_integers_verify(
     held = {one.name: onnx.numpy_helper.to_array(one) for one in onnx.load(done.model).graph.initializer}
     for entry in done.sidecar.tensors.values():
         if entry.role == "weight":
-            assert set(np.unique(held[entry.integers])) <= set(range(-4, 4))
+            assert entry.grids is not None
+            assert entry.grids.bits == 3
+            above = held[entry.integers] - along_axis(
+                np.array(entry.grids.lowest), held[entry.integers].ndim, entry.axis
+            )
+            assert set(np.unique(above)) <= set(range(8))
 
 
 def test_it_has_to_be_worth_more_than_a_sweep_over_all_samples(

@@ -18,7 +18,7 @@ from quantcli.recipe import Tune, Weight
 from quantcli.tune import weights as of_weights
 from quantcli.tune.cross_validation import DAMPINGS, RIDGES, best_damping, best_ridge
 from quantcli.tune.moments import Moments, drawn_rows, matrix_of, moments_of, together
-from quantcli.tune.rounding import compensated, damped, propagated
+from quantcli.tune.rounding import Levels, compensated, damped, propagated
 from tests.graphs import data_for, node, normal, residual_net, rows, save
 
 ENDS = (-8, 7)
@@ -107,7 +107,7 @@ def test_the_damping_leaves_least_on_the_half_that_it_was_not_fitted_to(seed: in
     for place, found in enumerate(integers):
         other = made[1 - place % 2][0].astype(np.float64)
         errors[place // 2] += np.square(other @ (found * scales[0][:, None] - weights[0]).T).sum()
-    assert best_damping(weights, scales, halves, ENDS) == DAMPINGS[int(errors.argmin())]
+    assert best_damping(weights, scales, halves, Levels(ENDS)) == DAMPINGS[int(errors.argmin())]
 
 
 def test_a_layer_of_chance_is_held_back_and_one_of_many_samples_is_not() -> None:
@@ -117,7 +117,7 @@ def test_a_layer_of_chance_is_held_back_and_one_of_many_samples_is_not() -> None
     def damping(count: int) -> float:
         both = rows(1, 2 * count, 40, 6)
         halves = [moments_of(None, both[:, part], centred=False) for part in (slice(count), slice(count, None))]
-        return best_damping(weights, scales, halves, ENDS)
+        return best_damping(weights, scales, halves, Levels(ENDS))
 
     assert damping(10) > damping(4000) == DAMPINGS[0]
 

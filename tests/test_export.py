@@ -162,10 +162,13 @@ def test_formats_are_those_of_the_command_line() -> None:
 
 
 def test_narrow_weights_keep_their_width(tmp_path: Path) -> None:
-    recipe = Recipe(tune=Tune(effort="fast"), weight=Weight(bits=4), layers=Layers(everywhere=True))
-    convert(residual_net(tmp_path / "m.onnx"), tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz"), recipe=recipe)
-    _, document = exported(tmp_path / "q.json", "aimet-2.0.0")
-    assert {one["output_dtype"] for one in document["encodings"] if one["name"].startswith("w")} == {"int4"}
+    model, data = residual_net(tmp_path / "m.onnx"), data_for(tmp_path / "d.npz")
+    for symmetric, expected in ((True, "int4"), (False, "uint4")):
+        weight = Weight(bits=4, symmetric=symmetric)
+        recipe = Recipe(tune=Tune(effort="fast"), weight=weight, layers=Layers(everywhere=True))
+        convert(model, tmp_path / "q.onnx", data=data, recipe=recipe)
+        _, document = exported(tmp_path / "q.json", "aimet-2.0.0")
+        assert {one["output_dtype"] for one in document["encodings"] if one["name"].startswith("w")} == {expected}
 
 
 def test_what_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,7 @@ def test_another_is_told_why_not(made: Callable[[str, Recipe], Conversion], targ
 def test_coarse_grids_use_their_lowest_integer(
     made: Callable[[str, Recipe], Conversion], bits: int, name: str, lowest: int
 ) -> None:
-    done = made("q", Recipe(target=name, weight=Weight(bits=bits)))
+    done = made("q", Recipe(target=name, weight=Weight(bits=bits, symmetric=True)))
     held = stored_weights(done.sidecar, done.model)
     weights = {tensor for tensor, entry in done.sidecar.tensors.items() if entry.role == "weight"}
     assert {done.sidecar.tensors[tensor].qmin for tensor in weights} == {lowest}

@@ -69,8 +69,9 @@ def test_it_raises_as_few_layers_as_the_metric_needs(tmp_path: Path, model: Path
     assert kept.held.drop == pytest.approx(100 * wrong[held].mean())
     assert kept.held.drop <= 4.0
     assert verify(done.sidecar_path, data).findings == []
-    widths = {entry.qmax for entry in done.sidecar.tensors.values() if entry.role == "weight"}
-    assert widths <= {1, 127}
+    weights = [entry for entry in done.sidecar.tensors.values() if entry.role == "weight"]
+    assert {8 if entry.grids is None else entry.grids.bits for entry in weights} == {2, 8}
+    assert {entry.qmax for entry in weights if entry.grids is None} == {127}
     assert not (tmp_path / "q.onnx.search").exists()
 
 

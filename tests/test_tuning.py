@@ -33,6 +33,7 @@ from quantcli.tune.moments import Matrix, drawn_rows, matrix_of, moments_of
 from quantcli.tune.outputs import is_distribution, logarithms
 from quantcli.tune.ranges import PERCENTILES, Grid, best_range, drawn, largest, look, percentiles, places_of
 from quantcli.tune.rounding import (
+    Levels,
     best_scales,
     compensated,
     damped,
@@ -45,7 +46,7 @@ from quantcli.tune.rounding import (
     rounded,
 )
 from quantcli.tune.steps import Steps
-from quantcli.tune.weights import Met, ScaleForm, fitted, scales_for_rounding
+from quantcli.tune.weights import Met, ScaleForm, extent, fitted, scales_for_rounding
 from tests.graphs import data_for, node, normal, residual_net, rows, save
 
 small = st.integers(1, 4)
@@ -151,11 +152,11 @@ def test_scales_are_parts_of_the_widest_and_lower_the_error() -> None:
     def error(scales: NDArray[Any]) -> NDArray[np.float64]:
         return output_error(nearest(weights, scales, (-8, 7)) * scales[..., None] - weights, moments)
 
-    found = best_scales(weights, widest, moments, (-8, 7), shared=False).astype(np.float64)
+    found = best_scales(weights, widest, moments, Levels((-8, 7)), shared=False).astype(np.float64)
     assert (found <= widest.astype(np.float32)).all()
     assert (error(found) <= error(widest.astype(np.float32).astype(np.float64))).all()
     assert (found < widest.astype(np.float32)).any()
-    powers = best_scales(weights, np.full((1, 5), 0.5), moments, (-8, 7), shared=True, power_of_two=True)
+    powers = best_scales(weights, np.full((1, 5), 0.5), moments, Levels((-8, 7)), shared=True, power_of_two=True)
     assert np.isin(powers, [0.5, 0.25, 0.125]).all()
     assert len(np.unique(powers)) == 1
 
@@ -166,27 +167,32 @@ def test_scales_are_parts_of_the_widest_and_lower_the_error() -> None:
     inputs=st.integers(1, 90),
     integer=grids,
     room=st.integers(0, 5),
+    symmetric=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_errors_of_scales_are_those_of_what_gptq_rounds(
-    groups: int, outputs: int, inputs: int, integer: IntegerType, room: int, seed: int
+    groups: int, outputs: int, inputs: int, integer: IntegerType, room: int, symmetric: bool, seed: int
 ) -> None:
     """However many outputs are rounded at once."""
     moments = damped(moments_of(None, rows(groups, 40, inputs, seed), centred=False).covariance)
     weights = np.random.default_rng(seed).normal(size=(groups, outputs, inputs))
     widest = np.abs(weights).max(axis=2) / integer.qmax
     tried = np.array([widest, 0.7 * widest, 0.4 * widest])
+    levels = Levels(integer.ends, None if symmetric else extent(weights, one=False))
     with mock.patch.object(rounding, "ROOM", room * 8 * len(tried) * groups * inputs):
-        found = errors_of_scales(weights, tried, moments, integer.ends)
+        found = errors_of_scales(weights, tried, moments, levels)
     for errors, scales in zip(found, tried, strict=True):
-        change = propagated(weights, scales, moments, integer.ends) * scales[..., None] - weights
+        change = propagated(weights, scales, moments, levels.at(scales)) * scales[..., None] - weights
         # Sums of 90² products in float64, through a factor of a matrix whose condition the damping holds below 10^4.
         assert np.allclose(errors, output_error(change, moments), rtol=90**2 * 2**-52 * 1e4, atol=1e-12)
 
 
 @pytest.mark.parametrize("one", [False, True])
 @pytest.mark.parametrize("power_of_two", [False, True])
-def test_few_bits_are_rounded_on_the_scales_that_are_best_for_it(one: bool, power_of_two: bool) -> None:
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_few_bits_are_rounded_on_the_scales_that_are_best_for_it(
+    one: bool, power_of_two: bool, symmetric: bool
+) -> None:
     moments = damped(moments_of(None, rows(2, 200, 12, 7), centred=False).covariance)
     weights = np.random.default_rng(8).standard_t(2, size=(2, 5, 12))
     integer = IntegerType("int4")
@@ -195,14 +201,16 @@ def test_few_bits_are_rounded_on_the_scales_that_are_best_for_it(one: bool, powe
         widest = np.exp2(np.ceil(np.log2(widest))).astype(np.float32)
     if one:
         widest = widest.max(keepdims=True)
-    form = ScaleForm(one, power_of_two, lambda scales: np.maximum(scales, widest / 2))  # as if a bias asked for it
-    found = scales_for_rounding(weights, widest, moments, integer, form)
+    levels = Levels(integer.ends, None if symmetric else extent(weights, one))
+    form = ScaleForm(one, power_of_two, symmetric, lambda scales: np.maximum(scales, widest / 2))  # as if a bias asked
+    found = scales_for_rounding(weights, widest, moments, levels, form)
     shares = np.array([1, 0.5, 0.25]) if power_of_two else parts_of_scales(1)
     assert found.dtype == np.float32
     assert found.shape == widest.shape
-    # Every one is a part of the widest that was tried, and the best of them for all outputs that have it.
-    tried = [np.maximum((widest * share).astype(np.float32), widest / 2) for share in shares]
-    errors = np.array([errors_of(weights, scales, moments, integer) for scales in tried])
+    # Every one was tried, and is the best of them for all outputs that have it.
+    parts = [widest * share if power_of_two else levels.part(widest, share) for share in shares]
+    tried = [np.maximum(part.astype(np.float32), widest / 2) for part in parts]
+    errors = np.array([errors_of(weights, scales, moments, levels) for scales in tried])
     total = errors.sum(axis=1, keepdims=True) if one else errors
     places = [int(np.flatnonzero([scales[i] == found[i] for scales in tried])[0]) for i in range(len(found))]
     assert all(total[place, i] == total[:, i].min() for i, place in enumerate(places))
@@ -227,18 +235,18 @@ def test_scales_are_chosen_again_for_few_bits_and_enough_rows(kind: str, count: 
     widest = (np.abs(weights).max(axis=2).reshape(-1) / integer.qmax).astype(np.float32)
     chosen = (widest * np.float32(0.75)).astype(np.float32)
     with mock.patch.object(of_weights, "scales_for_rounding", return_value=chosen) as choose:
-        found = fitted(met, widest, integer, steps, ScaleForm(False, False, lambda scales: scales), None)
+        found = fitted(met, widest, integer, steps, ScaleForm(False, False, True, lambda scales: scales), None)
     assert choose.called == again
     assert (found.scales == chosen).all() == again
     assert (found.spread.reshape(-1) == found.scales).all()
 
 
 def errors_of(
-    weights: NDArray[np.float64], scales: NDArray[np.float32], moments: NDArray[np.float64], integer: IntegerType
+    weights: NDArray[np.float64], scales: NDArray[np.float32], moments: NDArray[np.float64], levels: Levels
 ) -> NDArray[np.float64]:
     """Return what rounding on scales does to each output."""
     each = np.broadcast_to(scales.astype(np.float64), weights.shape[0] * weights.shape[1]).reshape(weights.shape[:2])
-    return errors_of_scales(weights, each[None], moments, integer.ends).reshape(-1)
+    return errors_of_scales(weights, each[None], moments, levels).reshape(-1)
 
 
 def test_how_many_scales_are_tried_depends_on_what_they_take() -> None:

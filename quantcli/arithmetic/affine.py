@@ -121,6 +121,37 @@ def symmetric_scales(largest: NDArray[np.floating], integer: IntegerType) -> NDA
     return np.where(largest == 0, np.float32(1.0), scales).astype(np.float32)
 
 
+def asymmetric_scales(lo: NDArray[np.floating], hi: NDArray[np.floating], integer: IntegerType) -> NDArray[np.float32]:
+    """Return one scale per channel whose grid covers [lo, hi], zero among it, wherever that lies (equation 4b).
+
+    A channel of zeros gets scale 1.
+
+    Args:
+        lo: The lowest weight of each channel, shape (channels,).
+        hi: The highest.
+        integer: A grid of as many integers as each channel is to have.
+    """
+    span = np.maximum(hi, 0.0).astype(np.float64) - np.minimum(lo, 0.0)
+    scales = np.maximum((span / (integer.qmax - integer.qmin)).astype(np.float32), SMALLEST_SCALE)
+    return np.where(span == 0, np.float32(1.0), scales).astype(np.float32)
+
+
+def lowest_integers(
+    lo: NDArray[np.floating], hi: NDArray[np.floating], scales: NDArray[np.floating], steps: int
+) -> NDArray[np.float64]:
+    """Return the lowest integer of each channel's grid, which lies about the middle of [lo, hi] and holds zero (equation 4b).
+
+    Args:
+        lo: The lowest weight of each channel.
+        hi: The highest, of the same shape.
+        scales: S, of any shape that ends in theirs.
+        steps: From the lowest to the highest integer.
+    """
+    middle = np.minimum(lo, 0.0).astype(np.float64) + np.maximum(hi, 0.0)
+    found: NDArray[np.float64] = np.clip(np.rint((middle / scales.astype(np.float64) - steps) / 2), -steps, 0)
+    return found
+
+
 def scales_wide_enough_for_bias(
     scales: NDArray[np.float32], bias: NDArray[np.floating], input_scale: np.float32
 ) -> NDArray[np.float32]:

@@ -287,6 +287,11 @@ quantization_options = together(
     click.option("--symmetric/--asymmetric", default=None, help="Form of activations.  [default: the target's]"),
     click.option("--per-channel/--per-tensor", default=None, help="Scales of weights.  [default: the target's]"),
     click.option(
+        "--symmetric-weights/--asymmetric-weights",
+        default=None,
+        help="Whether grids of weights of 6 bits and less lie about zero.  [default: the target's]",
+    ),
+    click.option(
         "--multiplier-bits", type=click.Choice(["8", "16", "32"]), help="Width of M0.  [default: the target's]"
     ),
     click.option(
@@ -361,6 +366,7 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
         },
         "weight": {
             "per_channel": options.get("per_channel"),
+            "symmetric": options.get("symmetric_weights"),
             "bits": options.get("weight_bits"),
             "block_size": options.get("block_size"),
         },

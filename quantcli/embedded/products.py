@@ -35,11 +35,13 @@ class Weights:
         array: The constant.
         zero: Their zero point there.
         packed: Whether two share a byte.
+        centres: What the halves of each output's bytes lie about; None for zero.
     """
 
     array: Array
     zero: int
     packed: bool
+    centres: Array | None = None
 
 
 def accumulate(low: Lowering, layer: Layer, entry: LayerEntry) -> None:
@@ -57,13 +59,14 @@ def accumulate(low: Lowering, layer: Layer, entry: LayerEntry) -> None:
         fully_connected(low, layer, entry)
 
 
-def stored_weights(low: Lowering, name: str, rows: NDArray[np.int64]) -> Weights:
+def stored_weights(low: Lowering, name: str, rows: NDArray[np.int64], outputs_axis: int = 0) -> Weights:
     """Return weights as rows of signed bytes, or packed where their grid allows.
 
     Args:
         low: The lowering.
         name: The weight.
         rows: Its integers as rows, each of which begins at a byte.
+        outputs_axis: The axis of the rows along which outputs lie.
 
     Raises:
         EmbeddedError: If its channels have several zero points.
@@ -71,6 +74,12 @@ def stored_weights(low: Lowering, name: str, rows: NDArray[np.int64]) -> Weights
     entry = low.tensor(name)
     if len(set(entry.zero_point)) != 1:
         raise EmbeddedError(f"the channels of the weight '{name}' have several zero points", "use symmetric weights")
+    if entry.grids is not None and 1 << entry.grids.bits <= NIBBLE[1] - NIBBLE[0] + 1:
+        outputs = rows.shape[outputs_axis]
+        centres = np.broadcast_to(np.array(entry.grids.lowest) - NIBBLE[0], (outputs,))
+        shape = [-1 if axis == outputs_axis else 1 for axis in range(2)]
+        held = low.array(name, two_to_a_byte(rows - centres.reshape(shape)))
+        return Weights(held, 0, packed=True, centres=low.array(f"{name}_centres", centres.astype(np.int8)))
     narrow = entry.qmax - entry.qmin <= NIBBLE[1] - NIBBLE[0]
     # Unsigned weights are moved to signed ones, grid and all.
     centre = 0 if entry.dtype == "int8" else 8 if narrow else 128
@@ -78,12 +87,15 @@ def stored_weights(low: Lowering, name: str, rows: NDArray[np.int64]) -> Weights
         raise EmbeddedError(f"the weight '{name}' is {entry.dtype}", "C source has weights of at most 8 bits")
     signed = rows - centre
     packed = narrow and NIBBLE[0] <= entry.qmin - centre and entry.qmax - centre <= NIBBLE[1]
-    if packed:
-        padded = np.pad(signed, ((0, 0), (0, signed.shape[1] % 2))) & 0xF
-        values = (padded[:, 0::2] | (padded[:, 1::2] << 4)).astype(np.uint8).view(np.int8)
-    else:
-        values = signed.astype(np.int8)
-    return Weights(low.array(name, np.ascontiguousarray(values).reshape(-1)), entry.zero_point[0] - centre, packed)
+    values = two_to_a_byte(signed) if packed else np.ascontiguousarray(signed.astype(np.int8)).reshape(-1)
+    return Weights(low.array(name, values), entry.zero_point[0] - centre, packed)
+
+
+def two_to_a_byte(rows: NDArray[np.int64]) -> NDArray[np.int8]:
+    """Return rows of integers of 4 bits as bytes, the lower half first, each row from a byte on."""
+    padded = np.pad(rows, ((0, 0), (0, rows.shape[1] % 2))) & 0xF
+    halves = (padded[:, 0::2] | (padded[:, 1::2] << 4)).astype(np.uint8)
+    return np.ascontiguousarray(halves.view(np.int8)).reshape(-1)
 
 
 def channel_fields(
@@ -113,6 +125,7 @@ def channel_fields(
         **output_fields(low, entry),
         "packed": int(weights.packed),
         "weights": weights.array,
+        "centres": 0 if weights.centres is None else weights.centres,
         "bias": low.array(entry.inputs[2] if len(entry.inputs) > 2 else f"{entry.name}_bias", bias.astype(np.int32)),
         "per_channel": int(len(one.multiplier) > 1),
         "multiplier": low.array(f"{entry.name}_multiplier", np.array(one.multiplier, dtype=np.int32)),
@@ -151,7 +164,7 @@ def convolution(low: Lowering, layer: Layer, entry: LayerEntry) -> None:
         strided = steps_of(value)
     assert strided is not None  # noqa: S101 - channels last have steps
     rows = np.moveaxis(w, 1, -1).reshape(w.shape[0], -1)  # [out_c][kernel…][in_c / groups]
-    weights = stored_weights(low, entry.inputs[1], rows.T if depthwise else rows)
+    weights = stored_weights(low, entry.inputs[1], rows.T if depthwise else rows, 1 if depthwise else 0)
     flat = 4 - len(value.shape)
     fields: dict[str, Any] = {}
     for name, sizes, empty in (

@@ -30,7 +30,17 @@ QUANT_TYPES = {
 
 def width(entry: TensorEntry) -> int:
     """Return the width of a tensor's grid in bits: as many as its steps need."""
+    if entry.grids is not None:
+        return entry.grids.bits
     return (entry.qmax - entry.qmin).bit_length()
+
+
+def ends(entry: TensorEntry, channel: int) -> tuple[int, int]:
+    """Return the lowest and the highest integer of a channel's grid."""
+    if entry.grids is None:
+        return entry.qmin, entry.qmax
+    lowest = entry.grids.lowest[channel]
+    return lowest, lowest + (1 << entry.grids.bits) - 1
 
 
 def scaled(sidecar: Sidecar) -> Iterator[tuple[str, TensorEntry]]:
@@ -68,8 +78,9 @@ def aimet_1(sidecar: Sidecar) -> str:
     activations: list[dict[str, Any]] = []
     weights: list[dict[str, Any]] = []
     for name, entry in scaled(sidecar):
-        signed, bits = entry.dtype.startswith("int"), width(entry)
+        signed, bits = entry.dtype.startswith("int") and entry.grids is None, width(entry)
         lowest = -(1 << (bits - 1)) if signed else 0
+        offsets = [lowest - zero for zero in entry.zero_point] if entry.grids is None else entry.grids.lowest
         found = {
             "name": name,
             "dtype": "INT",
@@ -77,7 +88,7 @@ def aimet_1(sidecar: Sidecar) -> str:
             "is_sym": signed,
             "enc_type": "PER_TENSOR" if entry.axis is None else "PER_CHANNEL",
             "scale": entry.scale,
-            "offset": [lowest - zero for zero in entry.zero_point],
+            "offset": offsets,
         }
         (weights if entry.role == "weight" else activations).append(found)
     return as_json({"version": "1.0.0", "activation_encodings": activations, "param_encodings": weights})
@@ -88,13 +99,15 @@ def aimet_2(sidecar: Sidecar) -> str:
     found = []
     for name, entry in scaled(sidecar):
         single = entry.axis is None
+        signed = entry.dtype.startswith("int") and entry.grids is None
+        zero_point = entry.zero_point if entry.grids is None else [-lowest for lowest in entry.grids.lowest]
         encoding: dict[str, Any] = {
             "name": name,
-            "output_dtype": f"{'int' if entry.dtype.startswith('int') else 'uint'}{width(entry)}",
+            "output_dtype": f"{'int' if signed else 'uint'}{width(entry)}",
             "y_scale": entry.scale[0] if single else entry.scale,
         }
-        if any(entry.zero_point):
-            encoding["y_zero_point"] = entry.zero_point[0] if single else entry.zero_point
+        if any(zero_point):
+            encoding["y_zero_point"] = zero_point[0] if single else zero_point
         if not single:
             encoding["axis"] = entry.axis
         found.append(encoding)
@@ -164,16 +177,23 @@ def csv_table(sidecar: Sidecar) -> str:
                 "dtype": entry.dtype,
             }
             zero = entry.zero_point[channel if len(entry.zero_point) > 1 else 0]
-            table.writerow(row | {"qmin": entry.qmin, "qmax": entry.qmax, "scale": repr(scale), "zero_point": zero})
+            low, high = ends(entry, channel)
+            table.writerow(row | {"qmin": low, "qmax": high, "scale": repr(scale), "zero_point": zero})
     for layer in sidecar.layers:
-        low, high = layer.clamp if layer.clamp is not None else ("", "")
-        ends = {"kind": "layer", "name": layer.name, "rounding": layer.rounding, "clamp_low": low, "clamp_high": high}
+        lowest, highest = layer.clamp if layer.clamp is not None else ("", "")
+        whole = {
+            "kind": "layer",
+            "name": layer.name,
+            "rounding": layer.rounding,
+            "clamp_low": lowest,
+            "clamp_high": highest,
+        }
         for one in layer.multipliers:
             for channel, (multiplier, shift) in enumerate(zip(one.multiplier, one.shift, strict=True)):
                 at = channel if len(one.multiplier) > 1 else ""
                 table.writerow(
-                    {**ends, "operand": one.operand or "", "channel": at, "multiplier": multiplier, "shift": shift}
+                    {**whole, "operand": one.operand or "", "channel": at, "multiplier": multiplier, "shift": shift}
                 )
         if not layer.multipliers:
-            table.writerow(ends)
+            table.writerow(whole)
     return text.getvalue()

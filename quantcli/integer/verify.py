@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.hooks.onnxruntime import Runner
-from quantcli.arithmetic.affine import IntegerType, quantize
+from quantcli.arithmetic.affine import IntegerType, along_axis, quantize
 from quantcli.arithmetic.fixed_point import headroom_multipliers, signed_fixed_point
 from quantcli.arithmetic.tables import exponentials, table
 from quantcli.integer.exact import FLOAT32_ERROR, exact, function_parameters
@@ -154,6 +154,18 @@ def tensor_findings(executor: Executor) -> Iterator[Finding]:
             digest = "" if constant is None else hashlib.sha256(np.ascontiguousarray(constant).tobytes()).hexdigest()
             if digest != tensor.sha256:
                 yield Finding(layer, f"the integers of '{name}' are not those that the sidecar was written for")
+            elif constant is not None and tensor.role == "weight" and not lies_on_grid(tensor, constant):
+                yield Finding(layer, f"the integers of '{name}' leave their grid")
+
+
+def lies_on_grid(tensor: TensorEntry, integers: NDArray[Any]) -> bool:
+    """Tell whether a weight's integers lie on the grid that its entry gives each of them."""
+    lowest: NDArray[np.int64] | int = tensor.qmin
+    highest: NDArray[np.int64] | int = tensor.qmax
+    if tensor.grids is not None:
+        lowest = along_axis(np.array(tensor.grids.lowest), integers.ndim, tensor.axis)
+        highest = lowest + (1 << tensor.grids.bits) - 1
+    return bool(np.all((integers >= lowest) & (integers <= highest)))
 
 
 def looked_up(executor: Executor) -> dict[str, tuple[str, str]]:

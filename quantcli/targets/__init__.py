@@ -62,8 +62,10 @@ class ActivationFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WeightFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How weights are quantized: symmetric, stored as int8.
+    """How weights are quantized, stored as int8.
 
+    ``symmetric`` grids lie about zero. Others, of 6 bits and less, lie about the middle of each scale's weights: integers are
+    stored with the zero point taken off, so that they are multiplied like any others.
     ``narrow`` tells whether the lowest integer stays unused, so that grids end at ±n. By default that is so of 7 bits and more
     (−127 … 127, −63 … 63), and not of fewer (−8 … 7), to which one integer more is worth 1 dB of 2 bits and a third of 4.
     ``pair_bits`` is 16 where the runtime adds two products in 16 bits, saturating, before it widens them. ``widest`` is 16 where it
@@ -71,13 +73,17 @@ class WeightFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     dtype: Literal["int8"]
-    symmetric: Literal[True]
+    symmetric: bool
     per_channel: bool
     bits: Annotated[int, msgspec.Meta(ge=2, le=8)] = 8
     narrow: bool | None = None
     power_of_two: bool = False
     pair_bits: Literal[16] | None = None
     widest: Literal[8, 16] = 8
+
+    def is_symmetric(self, bits: int) -> bool:
+        """Tell whether a grid of so many bits lies about zero: of SYMMETRIC_BITS and more it does anyway."""
+        return self.symmetric or bits >= SYMMETRIC_BITS
 
     def is_narrow(self, bits: int) -> bool:
         """Tell whether a grid of so many bits leaves its lowest integer unused."""

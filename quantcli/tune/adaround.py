@@ -57,14 +57,14 @@ class Learned:
     """One weight that is learned.
 
     Attributes:
-        ends: The lowest and the highest integer.
+        ends: The lowest and the highest integer, in the scales' shape.
         start: The integers it begins with.
         real: What is rounded to integers.
         log: The logarithm of its scales, about those it begins with.
         scale: The scales it begins with, in the weight's shape.
     """
 
-    ends: tuple[int, int]
+    ends: tuple[Any, Any]
     start: Any
     real: Any
     log: Any
@@ -72,8 +72,8 @@ class Learned:
 
     def integers(self) -> Any:
         """Return the integers, with the slope of what they are rounded from."""
-        low = torch.clamp(self.start - FURTHEST, min=self.ends[0])
-        high = torch.clamp(self.start + FURTHEST, max=self.ends[1])
+        low = torch.maximum(self.start - FURTHEST, self.ends[0])
+        high = torch.minimum(self.start + FURTHEST, self.ends[1])
         near = torch.maximum(torch.minimum(self.real, high), low)
         return near + (torch.round(near) - near).detach()
 
@@ -336,7 +336,9 @@ def begun(tensor: TensorPlan, weight: NDArray[Any]) -> Learned:
     scale = torch.from_numpy(np.array(tensor.scale, dtype=np.float32).reshape(shape))
     start = torch.round(torch.from_numpy(np.array(weight)) / scale)
     real, log = start.clone().requires_grad_(), torch.zeros_like(scale).requires_grad_()
-    return Learned(tensor.integer.ends, start, real, log, scale)
+    lowest = torch.from_numpy(np.array(tensor.lowest or [tensor.integer.qmin], dtype=np.float32))
+    low = lowest.reshape(shape if tensor.lowest else [1] * weight.ndim)
+    return Learned((low, low + (tensor.integer.qmax - tensor.integer.qmin)), start, real, log, scale)
 
 
 def drawn(whole: Mapping[str, NDArray[Any]], generator: np.random.Generator) -> dict[str, NDArray[Any]]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from quantcli.tune.moments import Moments
+    from quantcli.tune.rounding import Levels
 
 # What is tried, as parts of the mean variance. Smaller ridges lower the layers' errors on the other half, too, but not those of
 # the outputs: what one layer's weights make up for, those behind it meet as well.
@@ -51,7 +52,7 @@ def best_ridge(weights: NDArray[np.float64], halves: Sequence[Moments]) -> float
 
 
 def best_damping(
-    weights: NDArray[np.float64], scales: NDArray[np.float64], halves: Sequence[Moments], ends: tuple[int, int]
+    weights: NDArray[np.float64], scales: NDArray[np.float64], halves: Sequence[Moments], levels: Levels
 ) -> float:
     """Return the damping with which integers chosen on one half change the outputs least on the other.
 
@@ -59,7 +60,7 @@ def best_damping(
         weights: The weights that are to be met, (groups, outputs, inputs).
         scales: (groups, outputs).
         halves: The moments of both halves.
-        ends: The lowest and the highest integer.
+        levels: The integers.
     """
     few = slice(None, None, -(-weights.shape[1] // OUTPUTS))
     given, steps = (np.concatenate([array[:, few]] * 2) for array in (weights, scales))
@@ -71,7 +72,9 @@ def best_damping(
         part = DAMPINGS[first : first + together]
         stable = np.concatenate([damped(fitted, damping) for damping in part])
         many = len(part)
-        found = propagated(np.tile(given, (many, 1, 1)), np.tile(steps, (many, 1)), stable, ends)
+        tried = np.tile(steps, (many, 1))
+        ends = levels.some(few, (2 * many, 1)).at(tried)
+        found = propagated(np.tile(given, (many, 1, 1)), tried, stable, ends)
         for damping, integers in zip(part, np.split(found, many), strict=True):
             errors[damping] = float(output_error(integers * steps[..., None] - given, other).sum())
     return min(DAMPINGS, key=errors.__getitem__)

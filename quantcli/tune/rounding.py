@@ -21,10 +21,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quantcli.arithmetic.affine import lowest_integers
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from quantcli.tune.moments import Moments
+
+    # The lowest and the highest integer, of all outputs or of each: (groups, outputs).
+    Ends = tuple[int, int] | tuple[NDArray[np.float64], NDArray[np.float64]]
 
 # The part of the mean variance that is added to every variance (GPTQ's dampening is 1 %).
 DAMPING = 0.01
@@ -43,6 +48,55 @@ PASSES = 2
 ROOM = 1 << 24
 # Columns whose errors are carried on together.
 BLOCK = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """The integers that weights may have.
+
+    Attributes:
+        ends: The lowest and the highest.
+        extent: The lowest and the highest weight of each output, (groups, outputs), whose integers are as many, but lie about
+            the middle between the two; None where all have the same.
+    """
+
+    ends: tuple[int, int]
+    extent: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+
+    def at(self, scales: NDArray[np.floating]) -> Ends:
+        """Return the ends on some scales, (…, groups, outputs)."""
+        if self.extent is None:
+            return self.ends
+        steps = self.ends[1] - self.ends[0]
+        lowest = lowest_integers(*self.extent, scales, steps)
+        return lowest, lowest + steps
+
+    def some(self, outputs: slice, times: tuple[int, int]) -> Levels:
+        """Return those of some outputs, so many times along groups and along outputs."""
+        if self.extent is None:
+            return self
+        low, high = (np.tile(end[:, outputs], times) for end in self.extent)
+        return Levels(self.ends, (low, high))
+
+    def covering(self, widest: NDArray[np.floating]) -> NDArray[np.floating]:
+        """Return the least scales that cover all weights, of those that do so about zero (of the same shape)."""
+        if self.extent is None:
+            return widest
+        low, high = (end.reshape(-1)[: widest.size].reshape(widest.shape) for end in self.extent)
+        needed = (high - low) / (self.ends[1] - self.ends[0])
+        found: NDArray[np.floating] = np.where(needed > 0, np.minimum(needed, widest), widest)
+        return found
+
+    def part(self, widest: NDArray[np.floating], share: float) -> NDArray[np.float32]:
+        """Return scales between those that cover all weights about zero (1), and a part of those that do (the last of SHARES).
+
+        Of few weights the wider ones may happen to lie closer to all.
+        """
+        if self.extent is None:
+            return (widest * share).astype(np.float32)
+        far = (SHARES[0] - share) / (SHARES[0] - SHARES[-1])
+        found: NDArray[np.float32] = (widest + far * (SHARES[-1] * self.covering(widest) - widest)).astype(np.float32)
+        return found
 
 
 def damped(covariance: NDArray[np.float64], part: float = DAMPING) -> NDArray[np.float64]:
@@ -77,12 +131,20 @@ def output_error(change: NDArray[np.float64], moments: NDArray[np.float64]) -> N
     return error
 
 
-def nearest(weights: NDArray[np.float64], scales: NDArray[np.float64], ends: tuple[int, int]) -> NDArray[np.float64]:
+def nearest(weights: NDArray[np.float64], scales: NDArray[np.float64], ends: Ends) -> NDArray[np.float64]:
     """Return the nearest integers, (groups, outputs, inputs), of scales (groups, outputs)."""
-    return limited(np.rint(weights / scales[..., None]), ends)
+    return limited(np.rint(weights / scales[..., None]), along(ends, -1))
 
 
-def limited(values: NDArray[np.float64], ends: tuple[int, int]) -> NDArray[np.float64]:
+def along(ends: Ends, axis: int) -> Ends:
+    """Return ends with a new axis, where each output has its own."""
+    low, high = ends
+    if isinstance(low, int) or isinstance(high, int):
+        return ends
+    return np.expand_dims(low, axis), np.expand_dims(high, axis)
+
+
+def limited(values: NDArray[np.float64], ends: Ends) -> NDArray[np.float64]:
     """Return values within the ends of a grid. Of short columns, `numpy.clip` takes as long to begin as these to end."""
     within: NDArray[np.float64] = np.minimum(np.maximum(values, ends[0]), ends[1])
     return within
@@ -92,7 +154,7 @@ def best_scales(
     weights: NDArray[np.float64],
     scales: NDArray[np.float64],
     moments: NDArray[np.float64],
-    ends: tuple[int, int],
+    levels: Levels,
     shared: bool,
     power_of_two: bool = False,
 ) -> NDArray[np.float32]:
@@ -102,17 +164,17 @@ def best_scales(
         weights: (groups, outputs, inputs).
         scales: What covers the largest weights, (groups, outputs).
         moments: H, (groups, inputs, inputs).
-        ends: The lowest and the highest integer.
+        levels: The integers.
         shared: Whether all outputs share one scale.
         power_of_two: Whether the scales are powers of two, and stay so.
     """
     best = scales.astype(np.float32)
     lowest: NDArray[np.float64] | None = None
-    shares = HALVES if power_of_two else FINE_SHARES if ends[1] >= FINE else SHARES
+    shares = HALVES if power_of_two else FINE_SHARES if levels.ends[1] >= FINE else SHARES
     for share in shares:
-        tried = (scales * share).astype(np.float32)
+        tried = (scales * share).astype(np.float32) if power_of_two else levels.part(scales, share)
         used = tried.astype(np.float64)
-        error = output_error(nearest(weights, used, ends) * used[..., None] - weights, moments)
+        error = output_error(nearest(weights, used, levels.at(used)) * used[..., None] - weights, moments)
         if shared:
             error = np.full_like(error, error.sum())
         if lowest is None:
@@ -127,7 +189,7 @@ def rounded(
     weights: NDArray[np.float64],
     scales: NDArray[np.float64],
     moments: NDArray[np.float64],
-    ends: tuple[int, int],
+    ends: Ends,
     damping: float = DAMPING,
 ) -> NDArray[np.float64]:
     """Return integers, (groups, outputs, inputs), for which tr(Δ·H·Δᵀ) is small: steps 2 and 3 above.
@@ -148,7 +210,7 @@ def rounded(
 
 
 def propagated(
-    weights: NDArray[np.float64], scales: NDArray[np.float64], moments: NDArray[np.float64], ends: tuple[int, int]
+    weights: NDArray[np.float64], scales: NDArray[np.float64], moments: NDArray[np.float64], ends: Ends
 ) -> NDArray[np.float64]:
     """Return integers by GPTQ: columns of large second moments first, each one's error carried on to the others.
 
@@ -187,7 +249,7 @@ class Factor:
         return cls(order, diagonal, np.ascontiguousarray(factor / diagonal[:, :, None]))
 
     def carried(
-        self, weights: NDArray[np.float64], scales: NDArray[np.float64], ends: tuple[int, int]
+        self, weights: NDArray[np.float64], scales: NDArray[np.float64], ends: Ends
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return integers, each column's error carried on to those behind it, and how far each is from what was best there.
 
@@ -216,7 +278,7 @@ def parts_of_scales(work: int) -> NDArray[np.float64]:
 
 
 def errors_of_scales(
-    weights: NDArray[np.float64], tried: NDArray[np.float64], moments: NDArray[np.float64], ends: tuple[int, int]
+    weights: NDArray[np.float64], tried: NDArray[np.float64], moments: NDArray[np.float64], levels: Levels
 ) -> NDArray[np.float64]:
     """Return what rounding by GPTQ does to each output on each of some scales, in the mean of squares: of the scales' shape.
 
@@ -226,15 +288,20 @@ def errors_of_scales(
         weights: (groups, outputs, inputs).
         tried: Scales, (choices, groups, outputs).
         moments: (groups, inputs, inputs), damped.
-        ends: The lowest and the highest integer.
+        levels: The integers.
     """
     factor, (choices, groups, outputs) = Factor.of(moments), tried.shape
     errors = np.empty_like(tried)
+
+    def side_by_side(choices: NDArray[np.float64]) -> NDArray[np.float64]:
+        return choices.transpose(1, 0, 2).reshape(groups, -1)
+
     together = max(1, ROOM // (8 * choices * groups * weights.shape[2]))
     for first in range(0, outputs, together):
         some = weights[:, first : first + together]
-        scales = tried[:, :, first : first + together].transpose(1, 0, 2).reshape(groups, -1)
-        _, far = factor.carried(np.tile(some, (1, choices, 1)), scales, ends)
+        part = slice(first, first + together)
+        scales = side_by_side(tried[:, :, part])
+        _, far = factor.carried(np.tile(some, (1, choices, 1)), scales, levels.some(part, (1, choices)).at(scales))
         far *= factor.diagonal[:, :, None]
         found = np.einsum("gio,gio->go", far, far) * np.square(scales)
         errors[:, :, first : first + together] = found.reshape(groups, choices, -1).transpose(1, 0, 2)
@@ -246,7 +313,7 @@ def descended(
     integers: NDArray[np.float64],
     scales: NDArray[np.float64],
     moments: NDArray[np.float64],
-    ends: tuple[int, int],
+    ends: Ends,
     passes: int = PASSES,
 ) -> NDArray[np.float64]:
     """Return integers after coordinate descent: one column after the other moves to its best place, the others held.
@@ -262,12 +329,12 @@ def descended(
     found = integers.transpose(0, 2, 1).copy()  # groups, inputs, outputs
     slope = moments @ (found * scales[:, None] - weights.transpose(0, 2, 1))
     steps = np.einsum("gii->gi", moments)[..., None] * scales[:, None]
-    size = found.shape[1]
+    size, spans = found.shape[1], along(ends, 1)
 
     def changes(first: int, last: int) -> NDArray[np.float64]:
         """Return by how much columns would move, each by itself."""
         held = found[:, first:last]
-        return limited(np.rint(held - slope[:, first:last] / steps[:, first:last]), ends) - held
+        return limited(np.rint(held - slope[:, first:last] / steps[:, first:last]), spans) - held
 
     for _ in range(passes):
         moved = False

@@ -17,11 +17,17 @@ import onnx_ir as ir
 
 from calibration.errors import RunError
 from calibration.hooks.onnxruntime import Runner
-from quantcli.arithmetic.affine import IntegerType, fixed_parameters, scales_wide_enough_for_bias, symmetric_scales
+from quantcli.arithmetic.affine import (
+    IntegerType,
+    along_axis,
+    fixed_parameters,
+    lowest_integers,
+    scales_wide_enough_for_bias,
+)
 from quantcli.arithmetic.affine import power_of_two as to_power_of_two
 from quantcli.fold import constant
 from quantcli.island import captured, single_node
-from quantcli.plan import activation_bounds, activation_parameters, bias_of, weight_grid
+from quantcli.plan import activation_bounds, activation_parameters, bias_of, weight_grid, widest_scales
 from quantcli.probe import runnable
 from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.bias import biased, corrected, within
@@ -112,6 +118,7 @@ class Sweep:
         self.rounded_weights: dict[str, NDArray[np.float32]] = {}
         self.chosen: dict[str, tuple[float, float]] = {}
         self.scales: dict[str, NDArray[np.float32]] = {}
+        self.lowest: dict[str, NDArray[np.int64]] = {}
         self.regularization: dict[str, Regularization] = dict(known or {})
         self.gains = Gains()
         self.done: set[ir.Node] = set()
@@ -143,7 +150,7 @@ class Sweep:
             if progress is not None:
                 progress(number + 1, len(nodes))
 
-        return Tuning(self.chosen, self.scales, self.bits, self.widths)
+        return Tuning(self.chosen, self.scales, self.lowest, self.bits, self.widths)
 
     def release(self, value: ir.Value) -> None:
         """Let a tensor go once its last reader is through."""
@@ -389,16 +396,17 @@ class Sweep:
         channels = (
             weight.reshape(1, -1) if axis is None else np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
         )
-        widest = symmetric_scales(np.abs(channels).max(axis=1), integer)
-        if self.target.weight.power_of_two:
-            widest = to_power_of_two(widest)
+        extent = channels.min(axis=1), channels.max(axis=1)
         matrix = matrix_of(node, weight)
         inputs = operands.get(0)
         usable = matrix is not None and isinstance(inputs, list) and all(array.size for array in inputs)
         alone = len(value.uses()) == 1
         if matrix is None or not usable or not alone or matrix.split(weight).shape[2] > self.steps.inputs:
-            self.keep_weight(layer, value, weight, widest, axis, integer)
+            self.keep_weight(layer, value, weight, extent, axis, integer)
             return
+        widest = widest_scales(*extent, integer, symmetric=True)
+        if self.target.weight.power_of_two:
+            widest = to_power_of_two(widest)
         real = self.real[node.inputs[0]]  # type: ignore[index]
         self.solve(layer, value, weight, widest, integer, matrix, real, inputs)  # type: ignore[arg-type]
 
@@ -407,14 +415,20 @@ class Sweep:
         layer: PlacedLayer,
         value: ir.Value,
         weight: NDArray[np.float32],
-        scales: NDArray[np.float32],
+        extent: tuple[NDArray[np.float32], NDArray[np.float32]],
         axis: int | None,
         integer: IntegerType,
     ) -> None:
         """Round a weight to nearest on its widest scales, as the plan does by itself."""
-        used = self.final_scales(layer, scales)
-        shaped = used if axis is None else used.reshape([-1 if a == axis else 1 for a in range(weight.ndim)])
-        self.rounded_weights[str(value.name)] = np.clip(np.rint(weight / shaped), *integer.ends) * shaped
+        symmetric = self.target.weight.is_symmetric(integer.bits)
+        scales = self.final_scales(layer, widest_scales(*extent, integer, symmetric))
+        ends: tuple[NDArray[Any] | int, NDArray[Any] | int] = integer.ends
+        if not symmetric:
+            steps = integer.qmax - integer.qmin
+            lowest = along_axis(lowest_integers(*extent, scales, steps), weight.ndim, axis)
+            ends = lowest, lowest + steps
+        shaped = along_axis(scales, weight.ndim, axis)
+        self.rounded_weights[str(value.name)] = (np.clip(np.rint(weight / shaped), *ends) * shaped).astype(np.float32)
 
     def final_scales(self, layer: PlacedLayer, scales: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return weight scales as the plan will have them: wide enough for the bias, and powers of two where asked."""
@@ -446,7 +460,10 @@ class Sweep:
         met = self.met(layer, original, rows, middle)
         del rows
         form = ScaleForm(
-            len(widest) == 1, self.target.weight.power_of_two, lambda scales: self.final_scales(layer, scales)
+            len(widest) == 1,
+            self.target.weight.power_of_two,
+            self.target.weight.is_symmetric(integer.bits),
+            lambda scales: self.final_scales(layer, scales),
         )
         found = fitted(met, widest, integer, steps, form, known)
         for step, before, after in found.gains:
@@ -455,6 +472,8 @@ class Sweep:
         value.const_value = ir.tensor(held, name=value.name)
         self.rounded_weights[name] = held
         self.scales[name], self.regularization[name] = found.scales, found.regularization
+        if found.lowest is not None:
+            self.lowest[name] = found.lowest
 
     def met(
         self, layer: PlacedLayer, weights: NDArray[np.float64], rows: Sequence[NDArray[np.float32]], middle: int

@@ -12,6 +12,7 @@ from quantcli.tune.rounding import (
     DAMPING,
     HALVES,
     RIDGE,
+    Levels,
     best_scales,
     compensated,
     damped,
@@ -74,11 +75,13 @@ class ScaleForm:
     Attributes:
         one: Whether all outputs have one.
         power_of_two: Whether they are powers of two.
+        symmetric: Whether grids lie about zero.
         final: Returns what the plan makes of scales, one or one per output.
     """
 
     one: bool
     power_of_two: bool
+    symmetric: bool
     final: Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
@@ -89,6 +92,7 @@ class Fitted:
     Attributes:
         integers: (groups, outputs, inputs).
         scales: One, or one per output.
+        lowest: The lowest integer of each of the scales' grids; None where they lie about zero.
         spread: The scale of each output, (groups, outputs).
         regularization: What they were chosen with.
         gains: By step, the error of the layer's outputs before and after.
@@ -96,6 +100,7 @@ class Fitted:
 
     integers: NDArray[np.float64]
     scales: NDArray[np.float32]
+    lowest: NDArray[np.int64] | None
     spread: NDArray[np.float64]
     regularization: Regularization
     gains: tuple[tuple[str, float, float], ...]
@@ -113,7 +118,7 @@ def fitted(
 
     Args:
         met: The weights, and what they meet.
-        widest: The scales that cover the largest weights, one or one per output.
+        widest: The scales of grids about zero that cover the largest weights, one or one per output.
         integer: The grid.
         steps: What to do.
         form: What scales have to be.
@@ -127,32 +132,41 @@ def fitted(
         found = replace(found, ridge=best_ridge(met.weights, halves)) if halves else found
         wanted = compensated(met.weights, moments, found.ridge)
     stable = damped(moments.covariance)
+    levels = Levels(integer.ends, None if form.symmetric else extent(wanted, form.one))
 
     def error(integers: NDArray[np.float64], scales: NDArray[np.float64]) -> float:
         return float(output_error(integers * scales[..., None] - wanted, stable).sum())
 
-    scales = spread(widest, wanted)
-    before = error(nearest(wanted, scales, integer.ends), scales)
-    if moments.cross is not None:
-        gains.append(("compensation", error(nearest(met.weights, scales, integer.ends), scales), before))
-    flat = widest
-    if steps.scales:
-        best = best_scales(wanted, scales, stable, integer.ends, form.one, form.power_of_two)
-        flat = best.reshape(-1)[: len(widest)].astype(np.float32)
-    flat = form.final(flat)
+    flat = form.final(levels.covering(widest).astype(np.float32))
     scales = spread(flat, wanted)
-    integers = nearest(wanted, scales, integer.ends)
+    before = error(nearest(wanted, scales, levels.at(scales)), scales)
+    if moments.cross is not None:
+        gains.append(("compensation", error(nearest(met.weights, scales, levels.at(scales)), scales), before))
+    if steps.scales:
+        best = best_scales(wanted, spread(widest, wanted), stable, levels, form.one, form.power_of_two)
+        flat = form.final(best.reshape(-1)[: len(widest)].astype(np.float32))
+        scales = spread(flat, wanted)
+    integers = nearest(wanted, scales, levels.at(scales))
     middle = error(integers, scales)
     if steps.scales:
         gains.append(("scales", before, middle))
     if steps.rounding:
-        found = replace(found, damping=best_damping(wanted, scales, halves, integer.ends)) if halves else found
+        found = replace(found, damping=best_damping(wanted, scales, halves, levels)) if halves else found
         if steps.scales and integer.bits <= FEW_BITS and met.rows >= ENOUGH_ROWS * wanted.shape[2]:
-            flat = scales_for_rounding(wanted, widest, damped(moments.covariance, found.damping), integer, form)
+            flat = scales_for_rounding(wanted, widest, damped(moments.covariance, found.damping), levels, form)
             scales = spread(flat, wanted)
-        integers = rounded(wanted, scales, moments.covariance, integer.ends, found.damping)
+        integers = rounded(wanted, scales, moments.covariance, levels.at(scales), found.damping)
         gains.append(("rounding", middle, error(integers, scales)))
-    return Fitted(integers, flat, scales, found, tuple(gains))
+    lowest = None if form.symmetric else np.asarray(levels.at(scales)[0]).reshape(-1)[: len(flat)].astype(np.int64)
+    return Fitted(integers, flat, lowest, scales, found, tuple(gains))
+
+
+def extent(weights: NDArray[np.float64], one: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the lowest and the highest weight of each output, (groups, outputs), or of all; with zero between them."""
+    axis = (0, 1, 2) if one else 2
+    low, high = weights.min(axis=axis, initial=0.0, keepdims=True), weights.max(axis=axis, initial=0.0, keepdims=True)
+    shape = weights.shape[:2]
+    return np.broadcast_to(low[..., 0], shape), np.broadcast_to(high[..., 0], shape)
 
 
 def spread(scales: NDArray[np.float32], weights: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -165,21 +179,22 @@ def scales_for_rounding(
     weights: NDArray[np.float64],
     widest: NDArray[np.float32],
     moments: NDArray[np.float64],
-    integer: IntegerType,
+    levels: Levels,
     form: ScaleForm,
 ) -> NDArray[np.float32]:
     """Return the scales on which weights are rounded best by second moments, out of parts of the widest.
 
     Args:
         weights: (groups, outputs, inputs).
-        widest: The scales that cover the largest weights, one or one per output.
+        widest: The scales of grids about zero that cover the largest weights, one or one per output.
         moments: (groups, inputs, inputs), damped.
-        integer: The grid.
+        levels: The integers.
         form: What scales have to be.
     """
     shares = HALVES if form.power_of_two else parts_of_scales(weights.size * weights.shape[2])
-    tried = [form.final((widest * share).astype(np.float32)) for share in shares]
-    errors = errors_of_scales(weights, np.stack([spread(scales, weights) for scales in tried]), moments, integer.ends)
+    parts = [widest * share if form.power_of_two else levels.part(widest, share) for share in shares]
+    tried = [form.final(part.astype(np.float32)) for part in parts]
+    errors = errors_of_scales(weights, np.stack([spread(scales, weights) for scales in tried]), moments, levels)
     if form.one:
         return tried[int(errors.sum(axis=(1, 2)).argmin())]
     best = errors.argmin(axis=0).reshape(-1)

@@ -195,9 +195,15 @@ def test_weights_of_four_bits_lie_two_to_a_byte(tmp_path: Path) -> None:
         assert verify_c(tmp_path / f"c{bits}", data).wrong == 0
     weights = 8 * 27 + 8 * 9 + 64 + 80
     assert sizes[8] == sizes[5]
-    # Rows begin at a byte: 8 rows of 27 need 14 bytes each, 9 taps of 8 need 4.
-    assert sizes[8] - sizes[4] == weights - (8 * 14 + 9 * 4 + 32 + 40)
+    # Rows begin at a byte: 8 rows of 27 need 14 bytes each, 9 taps of 8 need 4. What an output's weights lie about is a byte.
+    packed, outputs = 8 * 14 + 9 * 4 + 32 + 40, 8 + 8 + 8 + 10
+    assert sizes[8] - sizes[4] == weights - packed - outputs
     assert sizes[2] == sizes[4]
+    recipe = Recipe(tune=Tune(effort="fast"), weight=Weight(bits=4, symmetric=True))
+    done = convert(model, tmp_path / "s4", data=data, recipe=recipe, form="c")
+    assert done.embedded is not None
+    assert sizes[8] - done.embedded.description.constant_bytes == weights - packed
+    assert verify_c(tmp_path / "s4", data).wrong == 0
 
 
 def test_what_stays_float_is_named_and_a_way_round_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

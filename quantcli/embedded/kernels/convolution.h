@@ -8,6 +8,7 @@ typedef struct {
     int32_t packed;                       /* 1: weights of 4 bits */
     const int8_t *weights;                /* [out_c][kernel_h][kernel_w][in_c / groups]; packed rows begin at a byte.
                                              STEP values that nothing reads into a result follow the last */
+    const int8_t *centres;                /* [out_c], what packed weights lie about; 0: zero */
     const int32_t *bias;                  /* [out_c] */
     int32_t per_channel;                  /* 1: a multiplier and a shift for each output channel; 0: one for all */
     const int32_t *multiplier;

@@ -18,13 +18,17 @@ static void tap(
     }
 }
 
-/* All taps of a window that begins at (top, left); `row` is how far the weights of neighbouring taps lie apart.
+/* All taps of a window that begins at (top, left); `row` is how far the weights of neighbouring taps lie apart, and `centres` what
+ * each channel's packed ones lie about (0: zero).
  * Of several neighbouring windows, whose inputs are `apart` values from one to the next, the channels are worked on side by side. */
 static void all_taps(
-    const convolution_t *p, const activation_t *in, int32_t top, int32_t left, const int8_t *weights, int32_t row, int32_t lanes,
-    int32_t several, int32_t apart, accumulator_t *acc)
+    const convolution_t *p, const activation_t *in, int32_t top, int32_t left, const int8_t *weights, const int8_t *centres,
+    int32_t row, int32_t lanes, int32_t several, int32_t apart, accumulator_t *acc)
 {
     int32_t ky, kx;
+#if !USES_PACKED_WEIGHTS
+    (void)centres;
+#endif
     for (ky = 0; ky < p->kernel_h; ky++) {
         const int32_t iy = top + ky * p->dilation_h;
         if (iy < 0 || iy >= p->in_h) {
@@ -36,6 +40,7 @@ static void all_taps(
             const int8_t *w = weights + (ky * p->kernel_w + kx) * row;
 #if USES_PACKED_WEIGHTS
             int8_t part[LANES];
+            int32_t j;
 #endif
             if (ix < 0 || ix >= p->in_w) {
                 continue;
@@ -53,7 +58,10 @@ static void all_taps(
             }
 #if USES_PACKED_WEIGHTS
             if (p->packed) {
-                unpacked(w, lanes, part);
+                unpacked(w, lanes, 0, part);
+                for (j = 0; centres != 0 && j < lanes; j++) {
+                    part[j] = (int8_t)(part[j] + centres[j]);
+                }
                 w = part;
             }
 #endif
@@ -89,7 +97,7 @@ void depthwise(const convolution_t *restrict p, const activation_t *restrict in,
                 for (j = 0; j < many; j++) {
                     acc[j] = each.bias[j];
                 }
-                all_taps(p, in, top, left, each.weights, LANES, many, several, apart, acc);
+                all_taps(p, in, top, left, each.weights, 0, LANES, many, several, apart, acc);
                 finished(
                     acc, many, each.multiplier, each.shift, 1, p->rounding, p->out_zero, p->low, p->high, out);
                 ox += several - 1;
@@ -101,7 +109,9 @@ void depthwise(const convolution_t *restrict p, const activation_t *restrict in,
                 for (j = 0; j < lanes; j++) {
                     acc[j] = p->bias[c + j];
                 }
-                all_taps(p, in + c, top, left, p->weights + (p->packed ? c / 2 : c), row, lanes, 1, 0, acc);
+                all_taps(
+                    p, in + c, top, left, p->weights + (p->packed ? c / 2 : c), p->centres != 0 ? p->centres + c : 0, row, lanes, 1, 0,
+                    acc);
                 finished(
                     acc, lanes, p->multiplier + at, p->shift + at, p->per_channel, p->rounding, p->out_zero, p->low, p->high,
                     out + c);

@@ -27,10 +27,11 @@ void fully_connected(const fully_connected_t *restrict p, const activation_t *re
                 block[m] = p->bias[first + m] - sum;
 #if USES_PACKED_WEIGHTS
                 if (p->packed) {
+                    const int32_t centre = p->centres != 0 ? p->centres[first + m] : 0;
                     int8_t part[64];
                     for (k = 0; k < p->inputs; k += 64) {
                         const int32_t some = p->inputs - k < 64 ? p->inputs - k : 64;
-                        unpacked(weights + k / 2, some, part);
+                        unpacked(weights + k / 2, some, centre, part);
                         block[m] += row_product(x + k, p->in_zero, part, some);
                     }
                 } else

@@ -47,10 +47,11 @@ static void column_outputs(
             const int8_t *restrict weights = p->weights + (first + m) * row;
 #if USES_PACKED_WEIGHTS
             if (p->packed) {
+                const int32_t centre = p->centres != 0 ? p->centres[first + m] : 0;
                 int8_t part[64] = {0};
                 for (k = 0; k < length; k += 64) {
                     const int32_t some = length - k < 64 ? length - k : 64;
-                    unpacked(weights + k / 2, some, part);
+                    unpacked(weights + k / 2, some, centre, part);
                     products(columns + k, length, part, some, block + m);
                 }
             } else
