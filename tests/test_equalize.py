@@ -23,7 +23,7 @@ from quantcli.recipe import Activation, Calibration, Tune, Weight
 from quantcli.sidecar import MovedEntry
 from quantcli.tune.candidates import Samples, equalized, grids_of
 from quantcli.tune.equalize import Grids, Met, equalize
-from quantcli.tune.noise import CONSIDERED, Noise, Tensor, reaching
+from quantcli.tune.noise import CONSIDERED, ROUNDED, Noise, Tensor, reaching
 from quantcli.tune.noise import Weight as RoundedWeight
 from quantcli.tuning import UNTUNED
 from tests.graphs import data_for, node, normal, residual_net, save
@@ -44,7 +44,7 @@ def grids(model: ir.Model, recipe: Recipe | None = None) -> Grids:
 # ---- predicted noise -----------------------------------------------------------------------------------------------------------
 
 
-def drawn_noise(seed: int, symmetric: bool, shared: bool) -> Noise:
+def drawn_noise(seed: int, symmetric: bool, shared: bool, asymmetric: bool = False) -> Noise:
     """Return the noise of two tensors and two weights over six sets of channels."""
     draw = np.random.default_rng(seed)
 
@@ -53,15 +53,17 @@ def drawn_noise(seed: int, symmetric: bool, shared: bool) -> Noise:
 
     sets = [draw.permutation(6)[:4] for _ in range(2)]
     tensors = tuple(Tensor(own, some(4) * (draw.random(4) < 0.5), some(4), some(4) * 1e-3, some(4)) for own in sets)
-    whole = RoundedWeight.of(draw.permutation(6)[:3], sets[0][None], some(3, 4), some(1, 4), 7)
-    grouped = RoundedWeight.of(sets[0], sets[1].reshape(2, 2), some(4, 2), some(2, 2), 7)
+    low = some(3, 4) * (draw.random((3, 4)) < 0.5) * asymmetric, np.zeros((4, 2))
+    whole = RoundedWeight.of(draw.permutation(6)[:3], sets[0][None], low[0], some(3, 4), some(1, 4), 7)
+    grouped = RoundedWeight.of(sets[0], sets[1].reshape(2, 2), low[1], some(4, 2), some(2, 2), 7)
     return Noise(tensors, (whole, grouped), 15, symmetric, shared, 6)
 
 
 @settings(deadline=None)
-@given(seed=st.integers(0, 10_000), symmetric=st.booleans(), shared=st.booleans())
-def test_slopes_are_those_of_the_noise(seed: int, symmetric: bool, shared: bool) -> None:
-    noise = drawn_noise(seed, symmetric, shared)
+@given(seed=st.integers(0, 10_000), symmetric=st.booleans(), shared=st.booleans(), asymmetric=st.booleans())
+def test_slopes_are_those_of_the_noise(seed: int, symmetric: bool, shared: bool, asymmetric: bool) -> None:
+    """Weights' grids may lie about zero or not, or one of them may."""
+    noise = drawn_noise(seed, symmetric, shared, asymmetric)
     logs = np.random.default_rng(seed + 1).normal(size=6) * 0.3
     _, slope = noise.at(logs)
     step = 1e-5
@@ -118,11 +120,26 @@ def test_what_is_predicted_is_what_rounding_does() -> None:
 
 
 def test_of_long_rows_the_largest_elements_are_kept() -> None:
-    largest = np.random.default_rng(4).random((3, 100))
-    weight = RoundedWeight.of(np.arange(3), np.arange(100)[None], largest, np.ones((1, 100)), 7)
-    assert weight.largest.shape == weight.columns.shape == (3, CONSIDERED)
-    assert (np.sort(weight.largest) == np.sort(largest)[:, -CONSIDERED:]).all()
-    assert (largest[np.arange(3)[:, None], weight.columns] == weight.largest).all()
+    draw = np.random.default_rng(4)
+    low, high = draw.random((2, 3, 100))
+    weight = RoundedWeight.of(np.arange(3), np.arange(100)[None], low, high, np.ones((1, 100)), 7)
+    assert weight.low.shape == weight.high.shape == weight.columns.shape == (3, CONSIDERED)
+    furthest = np.sort(np.maximum(low, high))[:, -CONSIDERED:]
+    assert (np.sort(np.maximum(weight.low, weight.high)) == furthest).all()
+    for reach, kept in ((low, weight.low), (high, weight.high)):
+        assert (reach[np.arange(3)[:, None], weight.columns] == kept).all()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_step_of_a_weight_is_that_of_its_lowest_and_highest(shared: bool) -> None:
+    low, high = np.array([[0.0, 3.0], [1.0, 0.0]]), np.array([[5.0, 0.0], [0.0, 2.0]])
+    sets, power = np.arange(2), np.array([[0.5, 0.25]])
+    weight = RoundedWeight.of(sets, np.arange(2, 4)[None], low, high, power, 15)
+    found, _ = Noise((), (weight,), 255, False, shared, 4).at(np.zeros(4))
+    spans = np.array([8.0, 8.0]) if shared else np.array([8.0, 3.0])
+    # Norms of order 16 of two values overstate the larger one by 2^(1/16) at most, of four by 4^(1/16).
+    expected = ROUNDED / 12 * np.square(spans / 15).sum() * power.sum()
+    assert expected <= found <= expected * 4 ** (2 / 16)
 
 
 def test_what_hardly_reaches_anywhere_counts_for_more() -> None:

@@ -86,12 +86,14 @@ def grids_of(model: ir.Model, statistics: Statistics, recipe: Recipe, bits: Mapp
     target = resolve_target(recipe)
     placement = place(model, recipe, unresolvable(statistics.tensors))
     activation = IntegerType(target.activation.grid)
-    weights = {
-        str(value.name): weight_grid(target, bits.get(str(value.name))).qmax
-        for layer in placement.layers
-        for _, value, kind in layer.operands()
-        if kind is Operand.WEIGHT
-    }
+    weights = {}
+    for layer in placement.layers:
+        for _, value, kind in layer.operands():
+            if kind is Operand.WEIGHT:
+                integer = weight_grid(target, bits.get(str(value.name)))
+                symmetric = target.weight.is_symmetric(integer.bits)
+                steps = integer.qmax if symmetric else integer.qmax - integer.qmin
+                weights[str(value.name)] = steps, symmetric
     symmetric = target.activation.symmetric
     steps = activation.qmax if symmetric else activation.qmax - activation.qmin
     return Grids(placement.observed(), weights, steps, symmetric, not target.weight.per_channel)

@@ -70,14 +70,15 @@ class Grids:
 
     Attributes:
         tensors: The names of the tensors.
-        weights: The largest integer of each weight, by name.
+        weights: How many steps each weight's grid has, by name, and whether that is symmetric: from zero to its end, or from end
+            to end.
         steps: Of a tensor's grid: from end to end, or from zero to its end where it is symmetric.
         symmetric: Whether tensors' grids are symmetric about zero.
         shared: Whether all rows of a weight have one scale.
     """
 
     tensors: tuple[str, ...]
-    weights: Mapping[str, int]
+    weights: Mapping[str, tuple[int, bool]]
     steps: int
     symmetric: bool
     shared: bool
@@ -266,12 +267,15 @@ class Equalization:
             before = met.get(str(x.name)) if x is not None else None
             if weight is None or weight.name not in self.grids.weights or before is None or y is None:
                 continue
-            largest, _ = magnitudes(node)
-            taps = np.asarray(constant(weight)).size / max(largest.size, 1)
-            power = (before.variance * taps / max(y.variance.sum(), TINY)).reshape(-1, largest.shape[1])
+            low, high = reach_of_taps(node)
+            grid_steps, symmetric = self.grids.weights[str(weight.name)]
+            if symmetric:
+                low, high = np.zeros_like(low), np.maximum(low, high)
+            taps = np.asarray(constant(weight)).size / max(low.size, 1)
+            power = (before.variance * taps / max(y.variance.sum(), TINY)).reshape(-1, low.shape[1])
             rows, columns = (np.searchsorted(used, roots[node, by_row]) for by_row in (True, False))
             inputs = columns.reshape(power.shape)
-            weights.append(Weight.of(rows, inputs, largest, power, self.grids.weights[str(weight.name)]))
+            weights.append(Weight.of(rows, inputs, low, high, power, grid_steps))
         grids = self.grids
         return Noise(tensors, weights, grids.steps, grids.symmetric, grids.shared, len(used)), used
 
@@ -380,20 +384,23 @@ def is_padded(node: ir.Node) -> bool:
     )
 
 
-def magnitudes(node: ir.Node) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-    """Return the largest magnitudes of a weight by row and column within the row's group, and each one's column.
-
-    Returns:
-        (rows, columns of a group), and of the same shape the number of the column among all inputs.
-    """
-    weight = np.abs(np.asarray(constant(node.inputs[1]), dtype=np.float64))
+def reach_of_taps(node: ir.Node) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return how far a weight's taps reach below zero and above, by row and column within the row's group."""
+    weight = np.asarray(constant(node.inputs[1]), dtype=np.float64)
     if node.op_type == "Gemm":
         table = weight if node.attributes.get_int("transB", 0) else weight.T
-        return table, np.broadcast_to(np.arange(table.shape[1]), table.shape)
-    table = weight.reshape(weight.shape[0], weight.shape[1], -1).max(axis=2)
-    group = node.attributes.get_int("group", 1)
-    of = np.arange(len(table)) // (len(table) // group)
-    return table, of[:, None] * table.shape[1] + np.arange(table.shape[1])[None]
+        return np.maximum(-table, 0.0), np.maximum(table, 0.0)
+    table = weight.reshape(weight.shape[0], weight.shape[1], -1)
+    return -table.min(axis=2, initial=0.0), table.max(axis=2, initial=0.0)
+
+
+def columns_of(node: ir.Node) -> NDArray[np.intp]:
+    """Return the number among all inputs of each column within a row's group: (rows, columns of a group)."""
+    rows, columns = reach_of_taps(node)[0].shape
+    group = node.attributes.get_int("group", 1) if node.op_type != "Gemm" else 1
+    of = np.arange(rows) // (rows // group)
+    found: NDArray[np.intp] = of[:, None] * columns + np.arange(columns)[None]
+    return found
 
 
 def column_energies(node: ir.Node) -> NDArray[np.float64]:
@@ -428,7 +435,7 @@ def scale_weight(node: ir.Node, factors: NDArray[np.float64], rows: bool) -> Non
     elif rows:
         scaled = weight * factors.reshape(-1, *[1] * (weight.ndim - 1))
     else:
-        spread = magnitudes(node)[1]
+        spread = columns_of(node)
         scaled = weight * factors[spread].reshape(*weight.shape[:2], *[1] * (weight.ndim - 2))
     store(value, scaled)
     bias = node.inputs[2] if rows and len(node.inputs) > 2 else None

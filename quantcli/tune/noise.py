@@ -6,8 +6,9 @@ section 4.1): the float model stays what it is, the quantized one does not. Ever
 - a **tensor** has the step Δ that its furthest channel needs, max(y/f) − min(y/f) over the number of steps. A value that is not
   zero is rounded with an error of Δ²/12 in the mean of squares, but of no more than its own square: together u·p / (u + p), with
   u = f²·Δ²/12 and p the channel's power. Each reader multiplies that by the squares of its weights;
-- a **weight** has the step of its largest element, by row or for all of them, once its columns are multiplied by their channels'
-  factors and its rows divided by theirs. Its error is multiplied by the variance of what it meets, divided by f².
+- a **weight** has the step that its largest element needs, or its lowest and its highest where its grid is not symmetric, by row
+  or for all of them, once its columns are multiplied by their channels' factors and its rows divided by theirs. Its error is
+  multiplied by the variance of what it meets, divided by f².
 
 Nagel et al. (equation 11) make ranges of weights alike, and SmoothQuant (Xiao et al. 2022, arXiv 2211.10438, equation 4) moves a
 chosen part of the difficulty from tensors to weights. Here the sum of both noises is made least, by gradient descent on log f
@@ -66,37 +67,41 @@ class Weight:
 
     Attributes:
         rows: The set that each row (output) belongs to.
-        columns: The sets of the columns (inputs) of the elements of each row that may be its largest, (rows, elements).
-        largest: The largest magnitude of each of those elements' taps, of the same shape.
+        columns: The sets of the columns (inputs) of the elements of each row that may be its furthest, (rows, elements).
+        low: How far each of those elements' taps reach below zero, of the same shape; 0 where the grid is symmetric.
+        high: How far above, or on either side where it is symmetric.
         inputs: The sets of all columns, (groups, columns of a group); a group's rows stand together.
         power: The variance of what meets each column times the number of taps, as a part of the outputs' variance.
-        limit: The largest integer.
+        steps: How many steps the grid has: from end to end, or from zero to its end where it is symmetric.
     """
 
     rows: Sets
     columns: Sets
-    largest: Array
+    low: Array
+    high: Array
     inputs: Sets
     power: Array
-    limit: int
+    steps: int
 
     @classmethod
-    def of(cls, rows: Sets, inputs: Sets, largest: Array, power: Array, limit: int) -> Weight:
-        """Return a weight of which only the largest elements of each row are kept: no other is likely to become the largest.
+    def of(cls, rows: Sets, inputs: Sets, low: Array, high: Array, power: Array, steps: int) -> Weight:
+        """Return a weight of which only the furthest elements of each row are kept: no other is likely to become the furthest.
 
         Args:
             rows: The set of each row.
             inputs: The sets of the columns of each group.
-            largest: The largest magnitude of each element's taps, (rows, columns of a group).
+            low: How far each element's taps reach below zero, (rows, columns of a group).
+            high: How far above.
             power: As above.
-            limit: As above.
+            steps: As above.
         """
         columns = np.repeat(inputs, len(rows) // len(inputs), axis=0)
-        if largest.shape[1] > CONSIDERED:
-            places = np.sort(np.argpartition(-largest, CONSIDERED - 1, axis=1)[:, :CONSIDERED], axis=1)
-            largest = np.take_along_axis(largest, places, axis=1)
+        if low.shape[1] > CONSIDERED:
+            furthest = -np.maximum(low, high)
+            places = np.sort(np.argpartition(furthest, CONSIDERED - 1, axis=1)[:, :CONSIDERED], axis=1)
+            low, high = np.take_along_axis(low, places, axis=1), np.take_along_axis(high, places, axis=1)
             columns = np.take_along_axis(columns, places, axis=1)
-        return cls(rows, columns, largest, inputs, power, limit)
+        return cls(rows, columns, low, high, inputs, power, steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,23 +186,29 @@ class Weights:
         self.rows_of_groups = Parts.of_lengths(len(w.rows) // len(w.inputs) for w in weights for _ in w.inputs)
         self.inputs_of_groups = Parts.of_lengths(w.inputs.shape[1] for w in weights for _ in w.inputs)
         self.rows = np.concatenate([w.rows for w in weights])
-        self.limits = np.array([w.limit for w in weights], dtype=np.float64)[self.rows_of_weights.of]
+        self.steps = np.array([w.steps for w in weights], dtype=np.float64)[self.rows_of_weights.of]
         self.columns, self.inputs = (
             np.concatenate([getattr(w, name).reshape(-1) for w in weights]) for name in ("columns", "inputs")
         )
-        self.largest, self.power = (
-            np.concatenate([getattr(w, name).reshape(-1) for w in weights]) for name in ("largest", "power")
+        self.low, self.high, self.power = (
+            np.concatenate([getattr(w, name).reshape(-1) for w in weights]) for name in ("low", "high", "power")
         )
+        self.symmetric = not self.low.any()
 
     def at(self, factors: Array) -> tuple[float, Array]:
         """Return their noise, and its slope by the logarithm of each set's factor."""
         count, elements, rows = len(factors), self.elements_of_rows, self.rows_of_groups
         own = factors[self.rows] if self.shared else np.ones(len(self.rows))
-        scaled = self.largest * factors[self.columns] / own[elements.of]
-        end, share = (self.elements_of_weights if self.shared else elements).peaks(scaled)
+        scale, parts = factors[self.columns] / own[elements.of], self.elements_of_weights if self.shared else elements
+        span, share = parts.peaks(self.high * scale)
+        if not self.symmetric:
+            low, below = parts.peaks(self.low * scale)
+            both = span + low
+            share = (span[parts.of] * share + low[parts.of] * below) / np.where(both > 0, both, 1.0)[parts.of]
+            span = both
         if self.shared:
-            end = end[self.rows_of_weights.of]
-        step = ROUNDED / 12 * np.square(end / self.limits) * np.square(own)
+            span = span[self.rows_of_weights.of]
+        step = ROUNDED / 12 * np.square(span / self.steps) * np.square(own)
         met = self.power / np.square(factors[self.inputs])
         noise = step * self.inputs_of_groups.sums(met)[rows.of]
         # A larger element means a larger step: of its row, or of all rows.
