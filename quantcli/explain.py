@@ -87,7 +87,14 @@ def described(name: str, plan: Plan) -> str:
     tensor = plan.tensors.get(name)
     if tensor is None:
         return "as it is"
+    if tensor.blocks is not None:
+        blocks = tensor.blocks
+        return (
+            f"{tensor.integer.name}, {blocks.scale.size} scales, each of {blocks.size} values along axis {blocks.axis}"
+        )
+    stored = tensor.integer.dtype
+    form = stored.name if tensor.integer.bits == 8 * stored.itemsize else f"{tensor.integer.name} in {stored}"
     if len(tensor.scale) > 1:
         low, high = min(tensor.scale), max(tensor.scale)
-        return f"{tensor.integer.dtype}, {len(tensor.scale)} scales from {low:.3g} to {high:.3g}"
-    return f"{tensor.integer.dtype}, scale {tensor.scale[0]:.6g}, zero point {tensor.zero_point[0]}"
+        return f"{form}, {len(tensor.scale)} scales from {low:.3g} to {high:.3g}"
+    return f"{form}, scale {tensor.scale[0]:.6g}, zero point {tensor.zero_point[0]}"

@@ -176,12 +176,17 @@ def presence(entry: object) -> str:
     return "no" if entry is None else "yes"
 
 
+def grid_text(entry: TensorEntry) -> str:
+    """Return a tensor's grid as text, or within what those of its scales lie."""
+    each = "" if entry.grids is None else f", {entry.grids.bits} bits each"
+    return f"{entry.dtype} {entry.qmin} … {entry.qmax}{each}"
+
+
 def tensor_changes(a: TensorEntry, b: TensorEntry) -> Iterator[tuple[str, str, str]]:
     """Yield what changed of a tensor: its type, its scales (by how much at most), its zero point, its constants."""
-    if (a.dtype, a.qmin, a.qmax) != (b.dtype, b.qmin, b.qmax):
-        yield "type", f"{a.dtype} {a.qmin} … {a.qmax}", f"{b.dtype} {b.qmin} … {b.qmax}"
-    if a.grids is not None and b.grids is not None and a.grids.bits != b.grids.bits:
-        yield "bits", str(a.grids.bits), str(b.grids.bits)
+    forms = grid_text(a), grid_text(b)
+    if forms[0] != forms[1]:
+        yield "type", *forms
     if len(a.scale) != len(b.scale):
         yield "scales", str(len(a.scale)), str(len(b.scale))
     elif a.scale != b.scale:

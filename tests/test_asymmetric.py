@@ -20,7 +20,7 @@ from quantcli.arithmetic.affine import IntegerType, asymmetric_scales, lowest_in
 from quantcli.cli import run
 from quantcli.pipeline import Conversion
 from quantcli.recipe import Layers, Tune, Weight
-from quantcli.review import lint
+from quantcli.review import diff, lint
 from quantcli.targets import load_target
 from tests.graphs import data_for, node, normal, residual_net, save
 
@@ -158,6 +158,17 @@ def test_a_symmetric_target_is_told(tmp_path: Path) -> None:
     told = {one.reason for one in lint(done.sidecar, load_target("npu-int8"), {})}
     assert "the grids of 'w1' lie elsewhere for each scale, the target's about zero" in told
     assert not [one for one in lint(done.sidecar, load_target("ort-x86"), {}) if "w1" in one.reason]
+
+
+def test_a_difference_of_grids_is_told(tmp_path: Path) -> None:
+    first, second, third = (
+        converted(tmp_path, f"{name}.onnx", bits=bits, symmetric=symmetric).sidecar
+        for name, bits, symmetric in (("a", 4, True), ("b", 4, False), ("c", 3, False))
+    )
+    told = {(one.name, one.what): (one.before, one.after) for one in diff(first, second)}
+    assert told["w1", "type"] == ("int8 -8 … 7", "int8 0 … 15, 4 bits each")
+    told = {(one.name, one.what): (one.before, one.after) for one in diff(second, third)}
+    assert told["w1", "type"] == ("int8 0 … 15, 4 bits each", "int8 0 … 7, 3 bits each")
 
 
 def test_a_weight_that_leaves_its_grid_is_found(tmp_path: Path) -> None:

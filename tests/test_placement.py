@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -220,6 +221,27 @@ def test_a_weight_that_is_not_the_sidecars_is_caught_in_the_reals(tmp_path: Path
     onnx.save(written, done.model)
     found = [str(finding) for finding in verify(done.sidecar_path, tmp_path / "d.npz").findings]
     assert any("integers of 'w'" in line for line in found), found
+
+
+def test_how_weights_are_stored_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = [node("MatMul", ["x", "w"], ["m"])]
+    model = save(tmp_path / "m.onnx", nodes, {"x": ["N", 64]}, {"m": ["N", 64]}, {"w": normal(64, 64)})
+    np.savez(tmp_path / "d.npz", x=normal(8, 64))
+    told = []
+    for wishes in (
+        "--mode weights",
+        f"--data {tmp_path / 'd.npz'} --effort fast",
+        f"--data {tmp_path / 'd.npz'} --per-tensor",
+    ):
+        command = (
+            f"convert {model} {wishes} --weight-bits 4 --everywhere -o {tmp_path / 'q.onnx'} --json --explain m_node"
+        )
+        assert run(command.split()) == 0
+        found = json.loads(capsys.readouterr().out)["explained"][0]["tensors"]
+        told.append(dict(found)["w"])
+    assert told[0] == "uint4, 128 scales, each of 32 values along axis 0"
+    assert re.fullmatch(r"int4 in int8, 64 scales from \S+ to \S+", told[1])
+    assert re.fullmatch(r"int4 in int8, scale \S+, zero point 0", told[2])
 
 
 def test_every_decision_can_be_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
