@@ -283,6 +283,21 @@ def test_rows_are_what_a_convolution_multiplies(tmp_path: Path, attributes: dict
     assert np.allclose(products, result.transpose(0, 2, 3, 1).reshape(-1, 4), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "coarse", "expected"),
+    [(8, False, 8192), (1000, False, 12000), (8, True, 32768), (1024, True, 16384), (2048, True, 24576)],
+)
+def test_coarse_weights_have_more_rows(tmp_path: Path, inputs: int, coarse: bool, expected: int) -> None:
+    weight = np.ones((2, inputs), dtype=np.float32)
+    gemm = node("Gemm", ["x", "w"], ["y"], transB=1)
+    model = loaded(save(tmp_path / "g.onnx", [gemm], {"x": ["N", inputs]}, {"y": None}, {"w": weight}))
+    matrix = matrix_of(next(iter(model.graph)), weight)
+    assert matrix is not None
+    x = np.ones((40000, 1), dtype=np.float32) * np.ones(inputs, dtype=np.float32)
+    (found,), _ = drawn_rows(next(iter(model.graph)), matrix, [[x]], inputs, 0, coarse=coarse)
+    assert found.shape == (1, expected + 1, inputs)
+
+
 def test_matrices_of_gemm_and_matmul_are_rows_of_outputs() -> None:
     weight = np.arange(6.0).reshape(2, 3)
     assert (Matrix(1, True, (2, 3)).split(weight)[0] == weight.T).all()

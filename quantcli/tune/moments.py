@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Rows beyond so many per input change a second moment by little; they are drawn evenly.
 ROWS_PER_INPUT, FEWEST_ROWS = 12, 8192
+# Weights of less than 8 bits follow the moments further, and gain by so many, where those are no more numbers than that.
+COARSE_ROWS, MOST_NUMBERS = 32768, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def drawn_rows(
     inputs: int,
     seed: int,
     apart: bool = False,
+    coarse: bool = False,
 ) -> tuple[list[NDArray[np.float32]], int]:
     """Return rows of inputs, (groups, rows, inputs of a group), the same rows of each of some versions of the data.
 
@@ -77,9 +80,13 @@ def drawn_rows(
         inputs: Inputs of a group.
         seed: Of the draw.
         apart: Whether the first half of every batch stands before all second halves; of batches of one sample, every other.
+        coarse: Whether the weight has less than 8 bits.
     """
     generator = np.random.default_rng(seed)
-    wanted = max(FEWEST_ROWS, ROWS_PER_INPUT * inputs) // max(len(batches[0]), 1) + 1
+    wanted = max(FEWEST_ROWS, ROWS_PER_INPUT * inputs)
+    if coarse:
+        wanted = max(wanted, min(COARSE_ROWS, MOST_NUMBERS // (matrix.groups * inputs)))
+    wanted = wanted // max(len(batches[0]), 1) + 1
     found: list[tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]]] = [([], []) for _ in batches]
     for number, versions in enumerate(zip(*batches, strict=True)):
         samples, middle = len(versions[0]), 0

@@ -456,7 +456,7 @@ class Sweep:
         known = self.regularization.get(name)
         apart = integer.bits in steps.cross_validation and known is None
         versions = [made, real] if differs else [made]
-        rows, middle = drawn_rows(node, matrix, versions, original.shape[2], steps.seed, apart)
+        rows, middle = drawn_rows(node, matrix, versions, original.shape[2], steps.seed, apart, integer.bits < 8)
         met = self.met(layer, original, rows, middle)
         del rows
         form = ScaleForm(
