@@ -71,11 +71,11 @@ def weight_reasons(name: str, tensor: TensorEntry, target: Target) -> Iterator[s
     if len(tensor.scale) > 1 and not target.weight.per_channel:
         yield f"'{name}' has {len(tensor.scale)} scales, the target has one per tensor"
     has_wide = tensor.dtype == "int16" and target.weight.widest == 16
-    if tensor.grids is not None and tensor.grids.bits <= target.weight.bits:
-        if target.weight.is_symmetric(tensor.grids.bits):
-            yield f"the grids of '{name}' lie elsewhere for each scale, the target's about zero"
-    elif tensor.qmax >= 1 << (target.weight.bits - 1) and not has_wide:
-        yield f"'{name}' reaches {tensor.qmax}, the target's weights have {target.weight.bits} bits"
+    grids, end = tensor.grids, 1 << (target.weight.bits - 1)
+    shifted = grids is not None and grids.bits <= target.weight.bits and not target.weight.is_symmetric(grids.bits)
+    if not (shifted or has_wide or -end <= tensor.qmin <= tensor.qmax < end):
+        reached = tensor.qmax if tensor.qmax >= end else tensor.qmin
+        yield f"'{name}' reaches {reached}, the target's weights have {target.weight.bits} bits"
     if tensor.grids is None and tensor.qmin < -tensor.qmax and target.weight.is_narrow(tensor.qmax.bit_length() + 1):
         yield f"'{name}' reaches {tensor.qmin}, the target's weights {-tensor.qmax}"
     if target.weight.power_of_two and not all(is_power_of_two(scale) for scale in tensor.scale):

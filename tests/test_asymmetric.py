@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -21,7 +22,7 @@ from quantcli.cli import run
 from quantcli.pipeline import Conversion
 from quantcli.recipe import Layers, Tune, Weight
 from quantcli.review import diff, lint
-from quantcli.targets import load_target
+from quantcli.targets import WeightFormat, load_target
 from tests.graphs import data_for, node, normal, residual_net, save
 
 
@@ -153,11 +154,24 @@ def test_seven_bits_and_more_are_refused(tmp_path: Path, capsys: pytest.CaptureF
     assert run([*command, "--weight-bits", "6", "-q"]) == 0
 
 
-def test_a_symmetric_target_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "refused"),
+    [
+        (8, True, {}),  # as int8 they are integers like any others
+        (5, True, {}),
+        (4, True, {"w1": 15, "w2": -14}),
+        (4, False, {}),
+        (3, False, {"w1": 15, "w2": 5}),
+    ],
+)
+def test_which_targets_take_them(tmp_path: Path, bits: int, symmetric: bool, refused: dict[str, int]) -> None:
     done = converted(tmp_path, "q.onnx", bits=4)
-    told = {one.reason for one in lint(done.sidecar, load_target("npu-int8"), {})}
-    assert "the grids of 'w1' lie elsewhere for each scale, the target's about zero" in told
-    assert not [one for one in lint(done.sidecar, load_target("ort-x86"), {}) if "w1" in one.reason]
+    entries = done.sidecar.tensors
+    assert [(entries[name].qmin, entries[name].qmax) for name in ("w1", "w2")] == [(0, 15), (-14, 5)]
+    weight = WeightFormat("int8", symmetric, per_channel=True, bits=bits)
+    target = msgspec.structs.replace(load_target("ort-x86"), weight=weight)
+    told = {one.reason for one in lint(done.sidecar, target, {})}
+    assert told == {f"'{name}' reaches {end}, the target's weights have {bits} bits" for name, end in refused.items()}
 
 
 def test_a_difference_of_grids_is_told(tmp_path: Path) -> None:
