@@ -54,8 +54,8 @@ def test_it_loses_less_and_its_integers_verify(
     tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adaround, "STEPS", 300)
-    plain = converted(model, data, tmp_path / "a.onnx", bits=3, adaround=False)
-    done = converted(model, data, tmp_path / "b.onnx", bits=3, adaround=True)
+    plain = converted(model, data, tmp_path / "a.onnx", bits=2, adaround=False)
+    done = converted(model, data, tmp_path / "b.onnx", bits=2, adaround=True)
     assert all("learned" not in one.name for one in plain.tuned.tries)
     last = done.tuned.tries[-1]
     assert last.name.endswith(", learned")
@@ -66,11 +66,11 @@ def test_it_loses_less_and_its_integers_verify(
     for entry in done.sidecar.tensors.values():
         if entry.role == "weight":
             assert entry.grids is not None
-            assert entry.grids.bits == 3
+            assert entry.grids.bits == 2
             above = held[entry.integers] - along_axis(
                 np.array(entry.grids.lowest), held[entry.integers].ndim, entry.axis
             )
-            assert set(np.unique(above)) <= set(range(8))
+            assert set(np.unique(above)) <= set(range(4))
 
 
 def test_it_has_to_be_worth_more_than_a_sweep_over_all_samples(
@@ -78,11 +78,11 @@ def test_it_has_to_be_worth_more_than_a_sweep_over_all_samples(
 ) -> None:
     """Which is still to come for what was swept, where it is wanted, and cannot be had for what was learned."""
     monkeypatch.setattr(adaround, "STEPS", 300)
-    asked = converted(model, data, tmp_path / "a.onnx", bits=3, adaround=True)
+    asked = converted(model, data, tmp_path / "a.onnx", bits=2, adaround=True)
     learned = asked.tuned.tries[-1].sqnr - max(one.sqnr for one in asked.tuned.tries[:-1])
     monkeypatch.setattr(effort, "WORTH_LEARNING", learned + 0.5)
-    little = converted(model, data, tmp_path / "b.onnx", bits=3, adaround=True)
-    alone = converted(model, data, tmp_path / "c.onnx", bits=3, adaround=True, refit=False)
+    little = converted(model, data, tmp_path / "b.onnx", bits=2, adaround=True)
+    alone = converted(model, data, tmp_path / "c.onnx", bits=2, adaround=True, refit=False)
     assert [done.tuned.tries[-1].kept for done in (asked, little, alone)] == [True, False, True]
 
 
