@@ -29,7 +29,7 @@ from quantcli.rules import RULES, Arithmetic, Operand
 from quantcli.tuning import UNTUNED
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -318,7 +318,9 @@ def plan_weights(
                 scales = scales_wide_enough_for_bias(scales, bias, input_scale)
         if target.weight.power_of_two:
             scales = power_of_two(scales)
-        lowest = tuning.lowest.get(name, lowest_integers(lo, hi, scales, integer.qmax - integer.qmin))
+        lowest: Iterable[float] = ()
+        if not symmetric:
+            lowest = tuning.lowest.get(name, lowest_integers(lo, hi, scales, integer.qmax - integer.qmin))
         tensors[name] = TensorPlan(
             name,
             "weight",
@@ -329,7 +331,7 @@ def plan_weights(
             tuple(float(v) for v in lo),
             tuple(float(v) for v in hi),
             dead=tuple(int(i) for i in np.flatnonzero(largest == 0)),
-            lowest=() if symmetric else tuple(int(one) for one in lowest),
+            lowest=tuple(int(one) for one in lowest),
         )
     return tensors
 

@@ -394,10 +394,8 @@ def reach_of_taps(node: ir.Node) -> tuple[NDArray[np.float64], NDArray[np.float6
     return -table.min(axis=2, initial=0.0), table.max(axis=2, initial=0.0)
 
 
-def columns_of(node: ir.Node) -> NDArray[np.intp]:
+def columns_of(rows: int, columns: int, group: int) -> NDArray[np.intp]:
     """Return the number among all inputs of each column within a row's group: (rows, columns of a group)."""
-    rows, columns = reach_of_taps(node)[0].shape
-    group = node.attributes.get_int("group", 1) if node.op_type != "Gemm" else 1
     of = np.arange(rows) // (rows // group)
     found: NDArray[np.intp] = of[:, None] * columns + np.arange(columns)[None]
     return found
@@ -435,7 +433,7 @@ def scale_weight(node: ir.Node, factors: NDArray[np.float64], rows: bool) -> Non
     elif rows:
         scaled = weight * factors.reshape(-1, *[1] * (weight.ndim - 1))
     else:
-        spread = columns_of(node)
+        spread = columns_of(weight.shape[0], weight.shape[1], node.attributes.get_int("group", 1))
         scaled = weight * factors[spread].reshape(*weight.shape[:2], *[1] * (weight.ndim - 2))
     store(value, scaled)
     bias = node.inputs[2] if rows and len(node.inputs) > 2 else None
