@@ -37,7 +37,7 @@ if __package__ in {None, ""}:  # run as a file: its folder stands on the path in
 
 from benchmarks.bed import as_feeds, bed_folder, entries, interleaved, load_bed, machine
 from calibration import statistics as statistics_file
-from calibration.collect import Work, collect, pilot_of
+from calibration.collect import Known, Work, collect, pilot_of
 from calibration.histogram import Histogram
 from calibration.hooks.onnxruntime import Runner
 from calibration.lanes import Lanes, in_line
@@ -47,7 +47,7 @@ from calibration.shortcut import Shortcut, computed
 from quantcli import Recipe, convert
 from quantcli.fold import fold
 from quantcli.load import load
-from quantcli.observation import BATCH_BYTES, LARGEST_BATCH, known_floors, largest_safe, poolable
+from quantcli.observation import BATCH_BYTES, LARGEST_BATCH, known_ends, largest_safe, poolable
 from quantcli.placement import place
 from quantcli.probe import model_bytes, with_highest, with_outputs
 from quantcli.recipe import Activation, Tune
@@ -101,7 +101,7 @@ class Case:
         size = sum(values.nbytes for values in first.values())
         self.batch = fixed or max(1, min(LARGEST_BATCH, BATCH_BYTES // size))
         self.spans = [(s, min(s + self.batch, len(self.data))) for s in range(0, len(self.data), self.batch)]
-        self.floors = known_floors(self.placement)
+        self.known = Known(known_ends(self.placement), largest_safe(self.placement))
         self.built: dict[tuple[str, ...], tuple[Runner, dict[str, tuple[str, int]]]] = {}
 
     @property
@@ -131,9 +131,9 @@ class Case:
         """Calibrate as quantcli does."""
         counting = Counting(observer, samples=len(self.data))
         work = Work(self.data, self.indices, self.spans, pilot_of(self.spans), counting, lanes=self.lanes)
-        pooled = poolable(self.placement) & set(self.floors) & set(self.names)
+        pooled = poolable(self.placement) & set(self.names)
         shortcut = Shortcut(pooled, largest_safe(self.placement), self.build) if pooled else None
-        return collect(self.hook, self.names, work, None, self.floors, shortcut).tensors
+        return collect(self.hook, self.names, work, None, self.known, shortcut).tensors
 
     def build(self, settled: list[str]) -> tuple[Runner, dict[str, tuple[str, int]]]:
         """Load the shortcut's session, once: the sessions of the others are loaded before they are timed, too."""

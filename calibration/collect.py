@@ -19,7 +19,7 @@ from calibration.shortcut import Light, computed
 from calibration.together import Frames
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -87,6 +87,19 @@ class Work:
         return {name: values[chosen] for name, values in feeds.items()}
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of tensors before anything is seen of them.
+
+    Attributes:
+        ends: By name, the lowest value that a tensor can have; and the highest, infinity where that is not known.
+        limit: As long as no value is larger in magnitude, none of a tensor with a highest value can be NaN.
+    """
+
+    ends: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    limit: float = 0.0
+
+
 @dataclass
 class Seen:
     """What was counted so far.
@@ -133,7 +146,7 @@ def collect(
     tensors: Sequence[str],
     work: Work,
     seen: Seen | None = None,
-    floors: dict[str, float] | None = None,
+    known: Known | None = None,
     shortcut: Shortcut | None = None,
     progress: Callable[[int], None] = lambda _: None,
     checkpoint: Checkpoint | None = None,
@@ -145,7 +158,7 @@ def collect(
         tensors: The names of the float tensors to observe.
         work: The batches.
         seen: What an earlier run counted, to go on from.
-        floors: The lowest value that a tensor can have, where it is known.
+        known: What is known of the tensors beforehand.
         shortcut: A cheaper way to the extremes, where there is one.
         progress: Called with the number of samples done after every batch.
         checkpoint: Keeps what was counted; also where the user interrupts.
@@ -156,13 +169,15 @@ def collect(
     counting = work.counting
     if seen is None or not seen.done:
         seen = Seen({name: TensorStatistics.for_counting(counting, name in work.columns) for name in tensors})
-    for name, floor in (floors or {}).items():
-        if name in seen.tensors:
-            seen.tensors[name].floor = floor
+    known = known or Known()
+    for name in seen.tensors.keys() & known.ends.keys():
+        seen.tensors[name].floor, ceiling = known.ends[name]
+        if not counting.allow_non_finite:  # else what is not finite has to be counted
+            seen.tensors[name].ceiling = ceiling
     if not seen.done:
         prepare(hook, seen, work)
     checkpoint = checkpoint or Checkpoint()
-    counter, left = Counter(hook, seen, work), work.spans[seen.done :]
+    counter, left = Counter(hook, seen, work, known.limit), work.spans[seen.done :]
     with interruptions() as interrupted:
 
         def batches() -> Iterator[Batch]:
@@ -270,6 +285,7 @@ class Counter:
         hook: The model.
         seen: What was counted so far.
         work: The batches.
+        limit: Beyond which a value may make others that are not finite.
         light: The shortcut at work.
         frames: Batches that are counted together; None before the first batch, and where they cannot be.
         begun: Whether a batch was counted.
@@ -278,6 +294,7 @@ class Counter:
     hook: Hook
     seen: Seen
     work: Work
+    limit: float
     light: Light | None = None
     frames: Frames | None = None
     begun: bool = False
@@ -306,37 +323,49 @@ class Counter:
             self.light, found, way = None, computed(self.hook, list(self.seen.tensors), feeds), None
         if way is not None and self.frames is not None:
             if not self.frames.count(way, span[0]):
-                count(found, self.seen.tensors, span, self.work)
+                self.count_each(found, span)
             self.frames.free(way)
             return
         alone = self.work.counting.parts == {"histogram"} and not self.work.columns
         layout = Layout.of(found) if alone and not self.begun else None
-        count(found, self.seen.tensors, span, self.work)
+        self.count_each(found, span)
         self.begun = True
         if layout is not None and Frames.pay(layout, self.seen.tensors):
             self.frames = Frames(layout, feeds, span[1] - span[0], self.seen.tensors, self.hook.frame)
 
-    def settle(self) -> None:
-        """Put into the statistics what was counted together."""
-        if self.frames is not None:
-            self.frames.settle()
+    def count_each(self, found: dict[str, NDArray[Any]], span: Span) -> None:
+        """Count one batch, tensor by tensor; each is let go as soon as it was counted.
 
+        Those that are hardly read come last: a value of the others that is too large tells that they have to be.
+        """
+        tensors = self.seen.tensors
+        sealed = [name for name in found if tensors[name].sealed]
+        for name in [name for name in found if not tensors[name].sealed]:
+            self.count_one(name, found.pop(name), span)
+        if sealed and any(max(-held.minimum, held.maximum) > self.limit for held in tensors.values()):
+            for held in tensors.values():
+                held.ceiling = None
+        for name in sealed:
+            self.count_one(name, found.pop(name), span)
 
-def count(found: dict[str, NDArray[Any]], tensors: dict[str, TensorStatistics], span: Span, work: Work) -> None:
-    """Count one batch; every tensor is let go as soon as it was counted.
+    def count_one(self, name: str, values: NDArray[Any], span: Span) -> None:
+        """Count one tensor of a batch.
 
-    Raises:
-        DataError: If a value is not finite and that is not allowed, naming tensor and samples.
-    """
-    rows = span[1] - span[0]
-    for name in list(found):
-        values = found.pop(name)
-        if work.pilot == (span,):
-            tensors[name].prepare(values, rows, work.counting)
+        Raises:
+            DataError: If a value is not finite and that is not allowed, naming tensor and samples.
+        """
+        held, rows, counting = self.seen.tensors[name], span[1] - span[0], self.work.counting
+        if self.work.pilot == (span,):
+            held.prepare(values, rows, counting)
         try:
-            tensors[name].update(values, span[0], rows, work.counting)
+            held.update(values, span[0], rows, counting)
         except DataError as error:
             raise DataError(
                 f"tensor '{name}', samples {span[0]} to {span[1] - 1}: {error.what}",
                 "look for a division by zero or an overflow in the model, or clean the data, or --allow-non-finite",
             ) from error
+
+    def settle(self) -> None:
+        """Put into the statistics what was counted together."""
+        if self.frames is not None:
+            self.frames.settle()

@@ -164,6 +164,7 @@ class TensorStatistics:
         by_column: Whether they are.
         derived: Whether this follows from what was seen of another tensor, of which only the extremes are known.
         floor: The lowest value that the tensor can have, where it is known: once it was seen, the minimum is not looked for.
+        ceiling: The highest value that it can have, where that is known, and that none of its values is NaN as things are.
     """
 
     minimum: float = math.inf
@@ -178,14 +179,14 @@ class TensorStatistics:
     by_column: bool = False
     derived: bool = False
     floor: float | None = field(default=None, compare=False)
+    ceiling: float | None = field(default=None, compare=False)
 
     @classmethod
-    def for_counting(cls, counting: Counting, by_column: bool = False, floor: float | None = None) -> TensorStatistics:
+    def for_counting(cls, counting: Counting, by_column: bool = False) -> TensorStatistics:
         """Return empty statistics that will count what is asked for."""
         parts = counting.parts
         return cls(
             by_column=by_column,
-            floor=floor,
             samples=SampleRanges(momentum=counting.momentum) if "samples" in parts else None,
             histogram=Histogram() if "histogram" in parts else None,
         )
@@ -238,7 +239,8 @@ class TensorStatistics:
             lowest, highest = float(by_sample[0].min()), float(by_sample[1].max())
         if self.histogram is not None:
             values = as_float32(values)
-            lowest, highest, tails = self.extremes_and_tails(values.reshape(-1), self.histogram.tails)
+            start = self.start(values, first, rows)
+            lowest, highest, tails = self.extremes_and_tails(values.reshape(-1), self.histogram, start)
         elif by_sample is None:
             highest = float(values.max())  # carries a NaN through, as min does
             lowest = self.minimum if self.settled else float(values.min())
@@ -249,7 +251,7 @@ class TensorStatistics:
         if self.samples is not None and by_sample is not None:
             self.samples.update(*by_sample)
         if self.histogram is not None:
-            self.histogram.update(values.reshape(-1), self.start(values, first, rows), tails)
+            self.histogram.update(values.reshape(-1), start, tails)
         self.count_parts(values, values, counting)
 
     @property
@@ -257,22 +259,42 @@ class TensorStatistics:
         """Whether the minimum cannot become lower, since it is the lowest value that the tensor can have."""
         return self.floor is not None and self.minimum == self.floor
 
+    @property
+    def sealed(self) -> bool:
+        """Whether neither an extreme can change nor a value lie beyond the histogram's tails any more."""
+        return (
+            self.settled
+            and self.histogram is not None
+            and self.maximum == self.ceiling
+            and self.histogram.tails[1] >= self.maximum
+        )
+
     def start(self, values: NDArray[Any], first: int, rows: int) -> int:
         """Return the first element of a batch whose number in the whole calibration is a multiple of the histogram's stride."""
         passed = first * (values.size // rows) if rows > 0 and values.size % rows == 0 else 0
         return -passed % self.histogram.stride if self.histogram is not None else 0
 
     def extremes_and_tails(
-        self, values: NDArray[np.float32], bounds: tuple[float, float]
+        self, values: NDArray[np.float32], histogram: Histogram, start: int
     ) -> tuple[float, float, list[NDArray[np.float32]]]:
-        """Return the lowest and the highest of some values, and those that lie beyond two bounds.
+        """Return the lowest and the highest of some values, and those that lie beyond the histogram's tails.
 
-        Most values are read once: what lies within the bounds is no extreme, once something was seen that lies beyond them.
+        Most values are read once: what lies within the tails' bounds is no extreme, once something was seen that lies beyond them.
+        Where nothing can lie beyond what was seen, none is read but those that the histogram looks at.
+
+        Args:
+            values: The values, one after the other.
+            histogram: The histogram.
+            start: The first value that it looks at.
         """
-        highest, tails = beyond(values, bounds[1], self.maximum)
+        if self.sealed:
+            looked = values[start :: histogram.stride]
+            if not looked.size or np.maximum.reduce(looked) <= self.maximum:
+                return self.minimum, self.maximum, []
+        highest, tails = beyond(values, histogram.tails[1], self.maximum)
         if self.settled or math.isnan(highest):
             return self.minimum, highest, tails
-        lowest, others = beyond(values, bounds[0], self.minimum, above=False)
+        lowest, others = beyond(values, histogram.tails[0], self.minimum, above=False)
         return lowest, highest, tails + others
 
     def count_extremes(self, lowest: float, highest: float, elements: int) -> None:

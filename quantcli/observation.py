@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibration import statistics as statistics_file
-from calibration.collect import CHECK_SAMPLES, Checkpoint, Seen, Work, collect, pilot_of
+from calibration.collect import CHECK_SAMPLES, Checkpoint, Known, Seen, Work, collect, pilot_of
 from calibration.datasets import boundaries, first_samples, fitted_batch, fixes_batch, open_dataset, select
 from calibration.errors import DataError, StatisticsError
 from calibration.hooks.onnxruntime import Runner
@@ -25,7 +26,7 @@ from quantcli.errors import UsageError
 from quantcli.files import staged
 from quantcli.fold import constant
 from quantcli.placement import place
-from quantcli.plan import unresolvable
+from quantcli.plan import activation_bounds, unresolvable
 from quantcli.probe import with_highest, with_outputs
 from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.smooth import columns_needed
@@ -203,14 +204,14 @@ class Observation:
             hook = self.hook(names)
         while names:
             checkpoint = Checkpoint(self.run.seconds, lambda found: self.save(blank, found))
-            floors = known_floors(place(self.folded, self.recipe))
-            shortcut = self.shortcut(names, hook, work, floors)
+            placement = place(self.folded, self.recipe)
+            shortcut = self.shortcut(names, hook, work, placement)
             seen = collect(
                 hook,
                 names,
                 work,
                 seen,
-                floors,
+                Known(known_ends(placement), largest_safe(placement)),
                 shortcut,
                 lambda done: self.progress("calibrate", done, part.stop - part.start),
                 checkpoint,
@@ -357,14 +358,13 @@ class Observation:
             wishes.momentum,
         )
 
-    def shortcut(self, names: Sequence[str], hook: Hook, work: Work, floors: dict[str, float]) -> Shortcut | None:
+    def shortcut(self, names: Sequence[str], hook: Hook, work: Work, placement: Placement) -> Shortcut | None:
         """Return a cheaper way to the extremes, where the model and the run allow one."""
         static = all(all(size is not None for size in spec.shape[1:]) for spec in hook.inputs)
         if not static or len(work.spans) < WORTH_A_SHORTCUT or not isinstance(hook, Runner) or work.counting.parts:
             return None
-        placement = place(self.folded, self.recipe)
-        pooled = poolable(placement) & set(floors) & set(names)
-        if placement.floats or not pooled:
+        pooled = poolable(placement) & set(names)
+        if not pooled:
             return None
 
         def build(settled: list[str]) -> tuple[Hook, dict[str, tuple[str, int]]]:
@@ -448,27 +448,53 @@ def holders(value: ir.Value) -> list[ir.Value]:
     return found
 
 
-def known_floors(placement: Placement) -> dict[str, float]:
-    """Return the lowest value that a layer's output can have, where its own or an absorbed Relu or Clip sets one."""
-    floors = {}
+def known_ends(placement: Placement) -> dict[str, tuple[float, float]]:
+    """Return the lowest value that a layer's output can have, where its own or an absorbed Relu or Clip sets one; and the highest.
+
+    That is infinity where it is not known, as it is not where an operator could have made a NaN, which no Clip holds back.
+    """
+    ends = {}
+    finite = made_by_layers(placement)
     for layer in placement.layers:
         last = layer.absorbed[-1] if layer.absorbed else layer.node
         shape = layer.output.shape
-        if shape is None or len(shape) < 3:
+        if shape is None or len(shape) < 3 or last.op_type not in {"Relu", "Clip"}:
             continue
-        if last.op_type == "Relu":
-            floors[str(layer.output.name)] = 0.0
-        elif last.op_type == "Clip" and len(last.inputs) > 1 and (low := constant(last.inputs[1])) is not None:
-            floors[str(layer.output.name)] = float(low.item())
-    return floors
+        low, high = activation_bounds(last)
+        if math.isfinite(low):
+            ends[str(layer.output.name)] = low, high if finite else math.inf
+    return ends
 
 
 def poolable(placement: Placement) -> frozenset[str]:
-    """Return the outputs that have something to pool over behind sample and a known number of channels."""
+    """Return the outputs of a known lowest value that have something to pool over behind sample and a known number of channels.
+
+    None where an operator before them could make what is not finite out of values that are not large.
+    """
+    if not made_by_layers(placement):
+        return frozenset()
+    ends = known_ends(placement)
     shapes = {str(layer.output.name): layer.output.shape for layer in placement.layers}
     return frozenset(
-        name for name, shape in shapes.items() if shape is not None and len(shape) > 2 and isinstance(shape[1], int)
+        name
+        for name, shape in shapes.items()
+        if name in ends and shape is not None and len(shape) > 2 and isinstance(shape[1], int)
     )
+
+
+def made_by_layers(placement: Placement) -> bool:
+    """Tell whether everything that layers read was made by layers: no operator that stays float stands before one."""
+    floats = {layer.name for layer in placement.floats}
+    waiting = [layer.node for layer in placement.layers]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if str(node.name) in floats:
+            return False
+        before = {producer for value in node.inputs if value is not None and (producer := value.producer()) is not None}
+        waiting += before - seen
+        seen |= before
+    return True
 
 
 def largest_safe(placement: Placement) -> float:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.collect import CHECK_SAMPLES, Checkpoint, Seen, Work, collect, pilot_of
+from calibration.collect import CHECK_SAMPLES, Checkpoint, Known, Seen, Work, collect, pilot_of
 from calibration.datasets import InputSpec
 from calibration.errors import DataError, RunError
 from calibration.hooks.onnxruntime import Runner
@@ -420,7 +420,10 @@ def wide_model(columns: int) -> Runner:
     )
 
 
-WIDE, FLOORS = ["x", "turned", "clipped", "between", "summed"], {"clipped": 0.0, "between": -1.0}
+WIDE, KNOWN = (
+    ["x", "turned", "clipped", "between", "summed"],
+    Known({"clipped": (0.0, math.inf), "between": (-1.0, 0.5)}, 1e9),
+)
 
 
 @pytest.mark.parametrize("lanes", LANES)
@@ -435,13 +438,40 @@ def test_tensors_counted_together_are_counted_alike(observer: str, spoilt: bool,
         rows[40, 1], rows[41, 2], rows[90, 0] = np.nan, np.inf, -np.inf
     counting = Counting(observer, allow_non_finite=spoilt, samples=150)
     framed = Framed(wide_model(columns))
-    together = collect(framed, WIDE, work(rows, 4, counting, lanes), None, FLOORS)
-    alone = collect(Around(wide_model(columns)), WIDE, work(rows, 4, counting), None, FLOORS)
+    together = collect(framed, WIDE, work(rows, 4, counting, lanes), None, KNOWN)
+    alone = collect(Around(wide_model(columns)), WIDE, work(rows, 4, counting), None, KNOWN)
     # All whole batches but those that were begun before the first was counted.
     assert 37 - (1 + WAITING) * lanes.workers <= framed.framed <= 36
     assert counted(together) == counted(alone)
     assert alone.tensors["x"].histogram is not None
     assert (alone.tensors["x"].histogram.stride > 1) == (columns > 5)
+
+
+@pytest.mark.parametrize("largest", [50.0, 2e9])
+def test_a_clip_is_read_whole_again_once_a_value_is_too_large_to_know_what_it_gives(largest: float) -> None:
+    """Where no value is that large, nothing can be NaN behind a Clip, and nobody looks for it there."""
+
+    class Overflowing(Around):
+        def run(self, feeds: dict[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+            found = super().run(feeds, outputs)
+            if feeds["x"].max() == largest:
+                found["between"] = found["between"].copy()
+                found["between"][0, 2] = (
+                    np.nan
+                )  # of every third element one is looked at, and of this batch the first is one
+            return found
+
+    rows = np.random.default_rng(3).normal(size=(150, 600)).astype(np.float32)
+    rows[100, 0] = largest
+    job = work(rows, 4, Counting("percentile", samples=150))
+    if largest > KNOWN.limit:
+        with pytest.raises(DataError, match=r"tensor 'between', samples 100 to 103: 1 of 2400 values are not finite"):
+            collect(Overflowing(wide_model(600)), WIDE, job, None, KNOWN)
+        return
+    found = collect(Overflowing(wide_model(600)), WIDE, job, None, KNOWN)
+    assert found.tensors["between"].histogram is not None
+    assert found.tensors["between"].histogram.stride == 7
+    assert counted(found) == counted(collect(wide_model(600), WIDE, job, None, KNOWN))
 
 
 def test_a_checkpoint_holds_what_was_counted_together() -> None:
@@ -454,7 +484,7 @@ def test_a_checkpoint_holds_what_was_counted_together() -> None:
         assert histogram is not None
         held.append((seen.tensors["turned"].elements, int(histogram.counts.sum()) + histogram.waiting))
 
-    collect(wide_model(300), WIDE, job, None, FLOORS, checkpoint=Checkpoint(0.0, save))
+    collect(wide_model(300), WIDE, job, None, KNOWN, checkpoint=Checkpoint(0.0, save))
     assert held == [(1200 * batches, 1200 * batches) for batches in range(1, 11)]
 
 
@@ -506,8 +536,8 @@ def test_the_shortcut_counts_what_the_whole_tensors_hold(limit: float, lanes: La
     """A value above the limit gives it up for good: that batch, and what follows, is counted from the whole tensors."""
     light = Highest(model("n"))
     shortcut = Shortcut(frozenset({"clipped"}), limit, lambda settled: (light, dict.fromkeys(settled, ("peaks", 3))))
-    names, floors = ["x", "doubled", "clipped"], {"clipped": 0.0}
-    found = collect(model("n"), names, work(ROWS, 2, lanes=lanes), None, floors, shortcut)
+    names, known = ["x", "doubled", "clipped"], Known({"clipped": (0.0, math.inf)})
+    found = collect(model("n"), names, work(ROWS, 2, lanes=lanes), None, known, shortcut)
     assert found.tensors == collect(model("n"), names, work(ROWS, 2)).tensors
     assert light.runs == 5
 
@@ -516,7 +546,7 @@ def test_a_tensor_whose_floor_was_not_seen_is_not_settled() -> None:
     shortcut = Shortcut(frozenset({"clipped"}), 1e9, lambda settled: pytest.fail(f"{settled} is not settled"))
     rows = np.abs(ROWS) + 5  # Relu has nothing to clip
     names = ["doubled", "clipped"]
-    found = collect(model("n"), names, work(rows, 2), None, {"clipped": 0.0}, shortcut)
+    found = collect(model("n"), names, work(rows, 2), None, Known({"clipped": (0.0, math.inf)}), shortcut)
     assert found.tensors == collect(model("n"), names, work(rows, 2)).tensors
     assert found.tensors["clipped"].minimum > 0
 
@@ -531,7 +561,9 @@ def test_empty_tensors_have_no_shortcut() -> None:
             found = super().run(feeds, [name for name in outputs or () if name != "empty"])
             return {**found, "empty": found["clipped"][:, :0]}
 
-    found = collect(Empty(model("n")), ["clipped", "empty"], work(ROWS, 2), None, {"clipped": 0.0}, shortcut).tensors
+    found = collect(
+        Empty(model("n")), ["clipped", "empty"], work(ROWS, 2), None, Known({"clipped": (0.0, math.inf)}), shortcut
+    ).tensors
     assert found["empty"] == TensorStatistics()
     assert found["clipped"].elements == ROWS.size
 

@@ -93,7 +93,8 @@ def test_values_that_are_not_finite_are_refused_and_not_counted(
 def test_a_settled_minimum_changes_nothing(observer: str) -> None:
     rows = np.maximum(np.random.default_rng(1).normal(size=(4, 40_000)), 0).astype(np.float32)
     counting = Counting(observer, samples=4)
-    plain, settled = TensorStatistics.for_counting(counting), TensorStatistics.for_counting(counting, floor=0.0)
+    plain, settled = TensorStatistics.for_counting(counting), TensorStatistics.for_counting(counting)
+    settled.floor = 0.0
     for seen in (plain, settled):
         seen.prepare(rows[:2], 2, counting)
         seen.update(rows[:2], 0, 2, counting)
@@ -105,12 +106,67 @@ def test_a_settled_minimum_changes_nothing(observer: str) -> None:
         assert (plain.histogram.counts == settled.histogram.counts).all()
 
 
+def clipped(seen: TensorStatistics, high: float = 1.0) -> TensorStatistics:
+    """Return statistics of what a Clip to [0, high] gives."""
+    seen.floor, seen.ceiling = 0.0, high
+    return seen
+
+
+@pytest.mark.parametrize("high", [0.5, 1.0, 2.5])  # the tails begin there, there, and below
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_a_known_ceiling_changes_nothing(observer: str, high: float) -> None:
+    rows = np.random.default_rng(1).normal(size=(8, 40_000)).clip(0, high).astype(np.float32)
+    counting = Counting(observer, samples=8)
+    plain, known = TensorStatistics.for_counting(counting), clipped(TensorStatistics.for_counting(counting), high)
+    for seen in (plain, known):
+        seen.prepare(rows[:2], 2, counting)
+        for start in range(0, 8, 2):
+            seen.update(rows[start : start + 2], start, 2, counting)
+        if seen.histogram is not None:
+            seen.histogram.flush()
+    assert plain.maximum == high
+    assert (plain.minimum, plain.maximum, plain.samples) == (known.minimum, known.maximum, known.samples)
+    if plain.histogram is not None and known.histogram is not None:
+        assert (plain.histogram.counts == known.histogram.counts).all()
+
+
+def test_what_lies_below_a_ceiling_and_beyond_the_tails_is_counted_to_the_last_element() -> None:
+    rows = np.random.default_rng(1).normal(size=(8, 40_000)).clip(0, 3.5).astype(np.float32)
+    counting = Counting("percentile", samples=8)
+    seen = clipped(TensorStatistics.for_counting(counting), 3.5)
+    for start in range(0, 8, 2):
+        if not start:
+            seen.prepare(rows[:2], 2, counting)
+        seen.update(rows[start : start + 2], start, 2, counting)
+    assert seen.histogram is not None
+    seen.histogram.flush()
+    bound = seen.histogram.tails[1]
+    assert bound < seen.maximum == 3.5
+    first = math.ceil(math.ldexp(bound, -seen.histogram.exponent))  # the first bin that lies beyond it whole
+    assert seen.histogram.counts[BINS + first :].sum() == (rows >= math.ldexp(first, seen.histogram.exponent)).sum()
+
+
+def test_what_is_no_number_is_seen_where_a_histogram_looks_though_both_ends_are_known() -> None:
+    rows = np.random.default_rng(1).normal(size=(4, 40_000)).clip(0, 1).astype(np.float32)
+    counting = Counting("percentile", samples=4)
+    seen = clipped(TensorStatistics.for_counting(counting))
+    seen.prepare(rows[:2], 2, counting)
+    seen.update(rows[:2], 0, 2, counting)
+    assert seen.histogram is not None
+    assert seen.histogram.stride > 1
+    values = rows[2:].copy()
+    values.flat[seen.start(values, 2, 2)] = np.nan
+    with pytest.raises(DataError, match=r"1 of 80000 values are not finite"):
+        seen.update(values, 2, 2, counting)
+
+
 def test_what_lies_just_above_a_floor_is_counted() -> None:
     """A Relu that cuts next to nothing: its lowest values lie in the tail, and are none of its extremes."""
     rows = np.random.default_rng(2).uniform(0.001, 1, size=(64, 20_000)).astype(np.float32)
     rows[:, 7] = 0.0
     counting = Counting("percentile", samples=64)
-    seen = TensorStatistics.for_counting(counting, floor=0.0)
+    seen = TensorStatistics.for_counting(counting)
+    seen.floor = 0.0
     seen.prepare(rows[:8], 8, counting)
     for start in range(0, 64, 8):
         seen.update(rows[start : start + 8], start, 8, counting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import signal
 import subprocess
@@ -16,7 +17,12 @@ import pytest
 from onnx import TensorProto
 
 from calibration import statistics
+from quantcli import Recipe
 from quantcli.cli import run
+from quantcli.fold import fold
+from quantcli.load import load
+from quantcli.observation import known_ends, poolable
+from quantcli.placement import place
 from tests.graphs import node, normal, residual_net, save
 
 MAIN = [sys.executable, "-c", "from quantcli.cli import main; main()"]
@@ -151,7 +157,7 @@ LONG = f"{CALIBRATE} --batch 1 --observer all --checkpoint 0 -o s.stats"
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_goes_on_to_the_same_file(here: Path, number: int) -> None:
     """Stopped twice at moments drawn at random, after its first checkpoint."""
-    stored = np.random.default_rng(3).normal(size=(400, 3, 8, 8)).astype(np.float32)
+    stored = np.random.default_rng(3).normal(size=(480, 3, 8, 8)).astype(np.float32)
     np.savez(here / "d.npz", x=stored)
     assert run([*LONG.replace("s.stats", "whole.stats").split(), "-q"]) == 0
     draw, partial = random.Random(int(number)), here / "s.stats.partial"
@@ -332,3 +338,54 @@ def test_sequences_of_different_lengths_calibrate(here: Path) -> None:
     (here / "d.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     assert run(["convert", "t.onnx", "--data", "d.jsonl", "--verify", "-o", "t.int8.onnx"]) == 0
     assert json.loads(Path("t.int8.json").read_text())["calibration"]["samples"] == 6
+
+
+def clipping(between: str | None) -> None:
+    """Write convolutions with a Relu6 each and a Softmax behind them, and perhaps an operator between."""
+    constants = {
+        "w": normal(16, 3, 3, 3, seed=1),
+        "v": normal(5, 16, 1, 1, seed=2),
+        "low": np.array(0, np.float32),
+        "high": np.array(6, np.float32),
+    }
+    nodes = [
+        node("Conv", ["x", "w"], ["a"]),
+        node("Clip", ["a", "low", "high"], ["ar"]),
+        *([node(between, ["ar"], ["p"])] if between else []),
+        node("Conv", ["p" if between else "ar", "v"], ["b"]),
+        node("Clip", ["b", "low", "high"], ["br"]),
+        node("Softmax", ["br"], ["y"], axis=1),
+    ]
+    save(Path("m.onnx"), nodes, {"x": ["N", 3, 8, 8]}, {"y": ["N", 5, 6, 6]}, constants)
+
+
+def test_a_softmax_behind_everything_that_is_observed_does_not_matter() -> None:
+    """It could make a NaN, but nobody would read it: extremes may leave the graph alone, and ceilings hold."""
+    clipping(None)
+    placement = place(fold(load(Path("m.onnx")).graph), Recipe())
+    assert [layer.operator for layer in placement.floats] == ["Softmax"]
+    assert poolable(placement) == {"ar", "br"}
+    assert known_ends(placement) == {"ar": (0.0, 6.0), "br": (0.0, 6.0)}
+
+
+def test_behind_an_operator_that_stays_float_no_extreme_leaves_the_graph_alone() -> None:
+    clipping("Log")
+    placement = place(fold(load(Path("m.onnx")).graph), Recipe())
+    assert [layer.operator for layer in placement.floats] == ["Log", "Softmax"]
+    assert poolable(placement) == frozenset()
+    assert known_ends(placement) == {"ar": (0.0, math.inf), "br": (0.0, math.inf)}
+
+
+@pytest.mark.parametrize("observer", ["minmax", "percentile", "all"])
+def test_statistics_do_not_depend_on_what_is_known_of_a_clip(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, observer: str
+) -> None:
+    clipping(None)
+    np.savez("d.npz", x=np.random.default_rng(6).normal(size=(480, 3, 8, 8)).astype(np.float32))
+    told(capsys, f"calibrate m.onnx --data d.npz --batch 3 --observer {observer} -o a.stats")
+    monkeypatch.setattr("quantcli.observation.made_by_layers", lambda _: False)
+    told(capsys, f"calibrate m.onnx --data d.npz --batch 3 --observer {observer} -o b.stats")
+    assert Path("a.stats").read_bytes() == Path("b.stats").read_bytes()
+    seen = statistics.load(Path("a.stats")).tensors["ar"]
+    assert (seen.minimum, seen.maximum) == (0.0, 6.0)
+    assert seen.histogram is None or seen.histogram.stride > 1
