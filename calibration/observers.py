@@ -230,6 +230,10 @@ class TensorStatistics:
         """
         if values.size == 0:
             return
+        if self.sealed and self.histogram is not None and not counting.channels:
+            self.elements += values.size
+            self.histogram.update(as_float32(values).reshape(-1), self.start(values, first, rows), [])
+            return
         whole = rows > 0 and values.size % rows == 0
         tails: list[NDArray[np.float32]] = []
         by_sample: tuple[NDArray[np.floating], NDArray[np.floating]] | None = None
@@ -239,8 +243,7 @@ class TensorStatistics:
             lowest, highest = float(by_sample[0].min()), float(by_sample[1].max())
         if self.histogram is not None:
             values = as_float32(values)
-            start = self.start(values, first, rows)
-            lowest, highest, tails = self.extremes_and_tails(values.reshape(-1), self.histogram, start)
+            lowest, highest, tails = self.extremes_and_tails(values.reshape(-1), self.histogram.tails)
         elif by_sample is None:
             highest = float(values.max())  # carries a NaN through, as min does
             lowest = self.minimum if self.settled else float(values.min())
@@ -251,7 +254,7 @@ class TensorStatistics:
         if self.samples is not None and by_sample is not None:
             self.samples.update(*by_sample)
         if self.histogram is not None:
-            self.histogram.update(values.reshape(-1), start, tails)
+            self.histogram.update(values.reshape(-1), self.start(values, first, rows), tails)
         self.count_parts(values, values, counting)
 
     @property
@@ -261,13 +264,14 @@ class TensorStatistics:
 
     @property
     def sealed(self) -> bool:
-        """Whether neither an extreme can change nor a value lie beyond the histogram's tails any more."""
-        return (
-            self.settled
-            and self.histogram is not None
-            and self.maximum == self.ceiling
-            and self.histogram.tails[1] >= self.maximum
-        )
+        """Whether nothing of a batch is of interest any more but what the histogram looks at.
+
+        No extreme can change, no value can lie beyond the histogram's tails, and nothing else is counted.
+        """
+        if self.ceiling is None or self.maximum != self.ceiling or not self.settled:
+            return False
+        alone = self.samples is None and not self.by_column
+        return alone and self.histogram is not None and self.histogram.tails[1] >= self.maximum
 
     def start(self, values: NDArray[Any], first: int, rows: int) -> int:
         """Return the first element of a batch whose number in the whole calibration is a multiple of the histogram's stride."""
@@ -275,26 +279,16 @@ class TensorStatistics:
         return -passed % self.histogram.stride if self.histogram is not None else 0
 
     def extremes_and_tails(
-        self, values: NDArray[np.float32], histogram: Histogram, start: int
+        self, values: NDArray[np.float32], bounds: tuple[float, float]
     ) -> tuple[float, float, list[NDArray[np.float32]]]:
-        """Return the lowest and the highest of some values, and those that lie beyond the histogram's tails.
+        """Return the lowest and the highest of some values, and those that lie beyond two bounds.
 
-        Most values are read once: what lies within the tails' bounds is no extreme, once something was seen that lies beyond them.
-        Where nothing can lie beyond what was seen, none is read but those that the histogram looks at.
-
-        Args:
-            values: The values, one after the other.
-            histogram: The histogram.
-            start: The first value that it looks at.
+        Most values are read once: what lies within the bounds is no extreme, once something was seen that lies beyond them.
         """
-        if self.sealed:
-            looked = values[start :: histogram.stride]
-            if not looked.size or np.maximum.reduce(looked) <= self.maximum:
-                return self.minimum, self.maximum, []
-        highest, tails = beyond(values, histogram.tails[1], self.maximum)
+        highest, tails = beyond(values, bounds[1], self.maximum)
         if self.settled or math.isnan(highest):
             return self.minimum, highest, tails
-        lowest, others = beyond(values, histogram.tails[0], self.minimum, above=False)
+        lowest, others = beyond(values, bounds[0], self.minimum, above=False)
         return lowest, highest, tails + others
 
     def count_extremes(self, lowest: float, highest: float, elements: int) -> None:

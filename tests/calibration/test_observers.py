@@ -146,20 +146,6 @@ def test_what_lies_below_a_ceiling_and_beyond_the_tails_is_counted_to_the_last_e
     assert seen.histogram.counts[BINS + first :].sum() == (rows >= math.ldexp(first, seen.histogram.exponent)).sum()
 
 
-def test_what_is_no_number_is_seen_where_a_histogram_looks_though_both_ends_are_known() -> None:
-    rows = np.random.default_rng(1).normal(size=(4, 40_000)).clip(0, 1).astype(np.float32)
-    counting = Counting("percentile", samples=4)
-    seen = clipped(TensorStatistics.for_counting(counting))
-    seen.prepare(rows[:2], 2, counting)
-    seen.update(rows[:2], 0, 2, counting)
-    assert seen.histogram is not None
-    assert seen.histogram.stride > 1
-    values = rows[2:].copy()
-    values.flat[seen.start(values, 2, 2)] = np.nan
-    with pytest.raises(DataError, match=r"1 of 80000 values are not finite"):
-        seen.update(values, 2, 2, counting)
-
-
 def test_what_lies_just_above_a_floor_is_counted() -> None:
     """A Relu that cuts next to nothing: its lowest values lie in the tail, and are none of its extremes."""
     rows = np.random.default_rng(2).uniform(0.001, 1, size=(64, 20_000)).astype(np.float32)
