@@ -102,6 +102,7 @@ class Case:
         self.batch = fixed or max(1, min(LARGEST_BATCH, BATCH_BYTES // size))
         self.spans = [(s, min(s + self.batch, len(self.data))) for s in range(0, len(self.data), self.batch)]
         self.known = Known(known_ends(self.placement), largest_safe(self.placement))
+        self.pooled = poolable(self.placement) & set(self.names)
         self.built: dict[tuple[str, ...], tuple[Runner, dict[str, tuple[str, int]]]] = {}
 
     @property
@@ -131,8 +132,7 @@ class Case:
         """Calibrate as quantcli does."""
         counting = Counting(observer, samples=len(self.data))
         work = Work(self.data, self.indices, self.spans, pilot_of(self.spans), counting, lanes=self.lanes)
-        pooled = poolable(self.placement) & set(self.names)
-        shortcut = Shortcut(pooled, largest_safe(self.placement), self.build) if pooled else None
+        shortcut = Shortcut(self.pooled, self.known.limit, self.build) if self.pooled else None
         return collect(self.hook, self.names, work, None, self.known, shortcut).tensors
 
     def build(self, settled: list[str]) -> tuple[Runner, dict[str, tuple[str, int]]]:
