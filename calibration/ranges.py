@@ -104,7 +104,8 @@ def range_of(spec: RangeSpec, name: str, seen: TensorStatistics, grid: Grid) -> 
         StatisticsError: If the statistics do not hold what the range needs.
     """
     lo, hi = (minmax if seen.derived else RANGES[spec.name])(spec, name, seen, grid)
-    return max(lo, seen.minimum), min(hi, seen.maximum)
+    # A percentile is linear within a bin, of which the values may fill a part, or one place.
+    return min(max(lo, seen.minimum), seen.maximum), max(min(hi, seen.maximum), seen.minimum)
 
 
 def minmax(spec: RangeSpec, name: str, seen: TensorStatistics, grid: Grid) -> tuple[float, float]:

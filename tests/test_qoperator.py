@@ -12,7 +12,7 @@ from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe, convert, verify
 from quantcli.cli import run
 from quantcli.integer_operators import INTEGER_OPERATORS, REAL_OPERATORS
-from quantcli.recipe import Layers
+from quantcli.recipe import Layers, Tune
 from quantcli.rules import RULES
 from quantcli.write.onnx_qoperator import MOVES
 from tests.graphs import EVERYWHERE, data_for, node, normal, residual_net, save
@@ -64,6 +64,33 @@ def test_a_whole_net_is_integer_from_edge_to_edge(tmp_path: Path) -> None:
     other = convert(model, tmp_path / "qdq.onnx", data=data, recipe=EVERYWHERE)
     x = normal(4, 3, 8, 8, seed=40)
     assert (Runner(tmp_path / "q.onnx").run({"x": x})["y"] == Runner(other.model).run({"x": x})["y"]).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layers_of_16_bits_stay_between_q_and_dq(tmp_path: Path, name: str) -> None:
+    """ONNX has integer operators for 8 bits alone."""
+    nodes, constants, opset = CASES[name]
+    model = save(tmp_path / "m.onnx", nodes, {"x": ["N", 3, 8, 8]}, {"o": None}, constants, opset=opset)
+    np.savez(tmp_path / "d.npz", x=normal(6, 3, 8, 8, seed=5))
+    recipe = Recipe(target="npu-int16", tune=Tune(effort="fast"))
+    written = [
+        onnx.load(
+            convert(
+                model, tmp_path / f"{form}.onnx", data=tmp_path / "d.npz", recipe=recipe, form=form, verified=True
+            ).model
+        ).graph
+        for form in ("qdq", "qoperator")
+    ]
+    assert [n.op_type for n in written[0].node] == [n.op_type for n in written[1].node]
+
+
+def test_it_is_said_where_layers_of_16_bits_have_no_integer_operator(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = residual_net(tmp_path / "m.onnx"), data_for(tmp_path / "d.npz")
+    options = ["--target", "npu-int16", "--effort", "fast", "--format", "qoperator", "-q"]
+    assert run(["convert", str(model), "--data", str(data), "-o", str(tmp_path / "q.onnx"), *options]) == 0
+    assert "layers have activations of 16 bits" in capsys.readouterr().err
 
 
 def test_a_clamp_that_saturation_does_not_give_keeps_its_activation(tmp_path: Path) -> None:

@@ -286,15 +286,21 @@ def clip_bounds(executor: Executor, node: ir.Node) -> list[float]:
 
 
 def expected_table(executor: Executor, entry: LayerEntry, node: ir.Node) -> list[int]:
-    """Return the lookup table, or the exponentials, that the scales and the function make."""
+    """Return the lookup table, or the exponentials, that the scales and the function make.
+
+    Of the type's whole grid; a narrower one has a part of it.
+    """
     x, y = (executor.sidecar.tensors[name] for name in (entry.inputs[0], entry.outputs[0]))
+    count = x.qmax - x.qmin + 1
     if entry.arithmetic == "softmax":
-        found: list[int] = exponentials((IntegerType(x.dtype), np.float32(x.scale[0]))).tolist()
+        found: list[int] = exponentials((IntegerType(x.dtype), np.float32(x.scale[0])))[:count].tolist()
         return found
     layer = executor.layer(entry, node, {}, dict(executor.stored))
     parameters = function_parameters(layer)
     ends = [(IntegerType(t.dtype), np.float32(t.scale[0]), t.zero_point[0]) for t in (x, y)]
-    values: list[int] = table(entry.operator, parameters, ends[0], ends[1]).tolist()
+    whole = table(entry.operator, parameters, ends[0], ends[1])
+    first = x.qmin - ends[0][0].qmin
+    values: list[int] = np.clip(whole[first : first + count], y.qmin, y.qmax).tolist()
     return values
 
 

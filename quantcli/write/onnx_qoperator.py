@@ -1,11 +1,13 @@
 """Write ONNX in QOperator form: QLinearConv, QLinearMatMul, QLinearAdd, … in place of what stands between Q/DQ pairs.
 
 The same plan, the same names and the same integers as the QDQ form, which it starts from. An operator without an integer
-counterpart, and one with a clamp that saturation does not give, keeps its QDQ form.
+counterpart, one with a clamp that saturation does not give, and one of activations of 16 bits, for which there are none, keeps its
+QDQ form.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -17,7 +19,10 @@ from quantcli.write import onnx_qdq
 from quantcli.write.integers import attributes_of, dequantizer_of, move_integers, put, quantizer_of
 
 if TYPE_CHECKING:
+    from quantcli.plan import LayerPlan, Plan
     from quantcli.quantize import QuantizedModel
+
+logger = logging.getLogger(__name__)
 
 # What only moves values does so with integers as well as with reals, but for interpolation, which makes values of its own, and for
 # operators without an integer kernel.
@@ -32,14 +37,20 @@ def write(quantized: QuantizedModel) -> ir.Model:
     """Return the quantized model as ONNX in QOperator form."""
     model = onnx_qdq.write(quantized)
     nodes = {str(node.name): node for node in model.graph}
+    wide = {layer.name for layer in quantized.plan.layers if is_wide(layer, quantized.plan)}
+    if wide:
+        logger.warning(
+            "%d of %d layers have activations of 16 bits, for which ONNX has no integer operators: they stay between Q and DQ",
+            len(wide),
+            len(quantized.plan.layers),
+        )
     for layer in quantized.plan.layers:
+        if layer.name in wide:
+            continue
         node = nodes[layer.name]
         targets = [quantizer_of(value) for value in node.outputs if value.uses() or value.is_graph_output()]
         if layer.accumulator_scale is not None:
-            if (
-                quantized.plan.tensors[layer.inputs[0]].integer.dtype.itemsize == 1
-            ):  # there is no such kernel for 16 bits
-                replace_real(model, node)
+            replace_real(model, node)
         elif all(target is not None for target in targets):
             replace(model, node, [target for target in targets if target is not None])
     passes.RemoveUnusedNodesPass()(model)
@@ -47,6 +58,15 @@ def write(quantized: QuantizedModel) -> ir.Model:
     if any(node.domain == MICROSOFT for node in model.graph):
         model.opset_imports[MICROSOFT] = 1
     return model
+
+
+def is_wide(layer: LayerPlan, plan: Plan) -> bool:
+    """Tell whether a layer reads or makes integers of 16 bits."""
+    return any(
+        plan.tensors[name].integer.dtype.itemsize == 2
+        for name in (*layer.inputs, *layer.outputs)
+        if name in plan.tensors
+    )
 
 
 def replace(model: ir.Model, node: ir.Node, targets: list[ir.Node]) -> None:

@@ -299,6 +299,19 @@ def test_minmax_is_what_was_seen() -> None:
     assert range_of(RangeSpec("minmax"), "t", TensorStatistics(-1.5, 2.25, 7), Grid()) == (-1.5, 2.25)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("value", [0.0, 2.0, -3.7, 1e-40])
+@pytest.mark.parametrize("name", [name for name in OBSERVERS if name != "all"])
+def test_a_tensor_of_one_value_has_that_as_its_range(name: str, value: float, symmetric: bool) -> None:
+    """A Relu that cuts everything; and a bin of a histogram reaches further than one value."""
+    rows = np.full((8, 50), value, dtype=np.float32)
+    held = float(rows[0, 0])
+    found = range_of(
+        parse_range(name), "t", counted(rows, counting=Counting(name, samples=8)), Grid(symmetric=symmetric)
+    )
+    assert found == (held, held)
+
+
 @pytest.mark.parametrize("percent", [99.0, 99.9, 99.99, 100.0])
 def test_a_percentile_holds_its_share_up_to_a_bin(sample: tuple[Array, TensorStatistics], percent: float) -> None:
     rows, seen = sample

@@ -17,10 +17,11 @@ import onnxruntime
 import pytest
 
 from calibration.hooks.onnxruntime import Runner
-from quantcli import Conversion, convert
+from quantcli import Conversion, Recipe, convert, verify
 from quantcli.integer.executor import Executor
 from quantcli.integer.layers import INTEGER_LAYERS
 from quantcli.integer.moves import MOVES
+from quantcli.recipe import Activation, Layers
 from quantcli.rules import RULES, Arithmetic
 from tests.graphs import EVERYWHERE, Array, node, normal, save
 
@@ -214,12 +215,18 @@ CASES: dict[str, Case] = {
 }
 
 
-def converted(folder: Path, case: Case, offset: float) -> tuple[Conversion, Array]:
+NARROW = [
+    Recipe(layers=Layers(everywhere=True), activation=Activation(bits=4)),
+    Recipe(layers=Layers(everywhere=True), activation=Activation(bits=5), target="npu-int8"),
+]
+
+
+def converted(folder: Path, case: Case, offset: float, recipe: Recipe = EVERYWHERE) -> tuple[Conversion, Array]:
     nodes, constants, opset = case
     model = save(folder / "m.onnx", nodes, {"x": ["N", 3, 8, 8]}, {"o": None}, constants, opset=opset)
     x = normal(6, 3, 8, 8, seed=5) + np.float32(offset)
     np.savez(folder / "d.npz", x=x)
-    return convert(model, folder / "q.onnx", data=folder / "d.npz", recipe=EVERYWHERE), x
+    return convert(model, folder / "q.onnx", data=folder / "d.npz", recipe=recipe), x
 
 
 def without_fusion(path: Path, x: Array) -> Array:
@@ -250,6 +257,17 @@ def test_the_executor_equals_onnx_runtime(tmp_path: Path, name: str, offset: flo
         name.split(",", maxsplit=1)[0] not in {"Tanh", "Softmax"} or offset == 0
     ):  # saturated outputs hold one value: no noise, no ratio
         assert done.check.sqnr["o"] > 20
+
+
+@pytest.mark.parametrize("recipe", NARROW, ids=["4 bits", "5 bits, symmetric"])
+@pytest.mark.parametrize("name", CASES)
+def test_narrow_grids_are_verified_as_whole_ones_are(tmp_path: Path, name: str, recipe: Recipe) -> None:
+    """Clamps and tables are those of a part of the type's integers."""
+    done, _ = converted(tmp_path, CASES[name], 0.0, recipe)
+    found = verify(done.sidecar_path, tmp_path / "d.npz")
+    assert (found.findings, found.layers) == ([], len(done.plan.layers))
+    spans = {t.qmax - t.qmin for t in done.sidecar.tensors.values() if t.role == "activation"}
+    assert max(spans) < 32
 
 
 def test_every_operator_of_the_table_is_here() -> None:
