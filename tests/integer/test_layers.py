@@ -21,7 +21,7 @@ from quantcli import Conversion, Recipe, convert, verify
 from quantcli.integer.executor import Executor
 from quantcli.integer.layers import INTEGER_LAYERS
 from quantcli.integer.moves import MOVES
-from quantcli.recipe import Activation, Layers
+from quantcli.recipe import Activation, Layers, Multiplier
 from quantcli.rules import RULES, Arithmetic
 from tests.graphs import EVERYWHERE, Array, node, normal, save
 
@@ -268,6 +268,21 @@ def test_narrow_grids_are_verified_as_whole_ones_are(tmp_path: Path, name: str, 
     assert (found.findings, found.layers) == ([], len(done.plan.layers))
     spans = {t.qmax - t.qmin for t in done.sidecar.tensors.values() if t.role == "activation"}
     assert max(spans) < 32
+
+
+@pytest.mark.parametrize("operator", ["Tanh", "Sigmoid", "Softmax"])
+def test_tables_are_rounded_to_nearest_where_products_are_not(tmp_path: Path, operator: str) -> None:
+    """Of integers of 16 bits some lie on a tie for the runtime's float32, whichever way products are rounded."""
+    case = CASES[next(name for name in CASES if name.startswith(operator))]
+    recipe = Recipe(
+        target="ort-arm",
+        layers=Layers(everywhere=True),
+        activation=Activation(dtype="int16"),
+        multiplier=Multiplier(rounding="floor"),
+    )
+    done, x = converted(tmp_path, case, 0.0, recipe)
+    np.savez(tmp_path / "d.npz", x=np.concatenate([x + shift for shift in np.linspace(0, 1, 20, dtype=np.float32)]))
+    assert verify(done.sidecar_path, tmp_path / "d.npz").findings == []
 
 
 def test_every_operator_of_the_table_is_here() -> None:
