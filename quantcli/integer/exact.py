@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quantcli.arithmetic.tables import ATTRIBUTES, FUNCTIONS
-from quantcli.integer.layers import JOINS, accumulator, centred, sums_and_counts
+from quantcli.integer.layers import JOINS, accumulator, centred, centred_magnitudes, sums_and_counts
 from quantcli.integer.resize import resize
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def exact(layer: Layer, operands: list[NDArray[np.int64]]) -> Exact | None:
         real = along(layer, 0, acc.ndim, axis)
         if layer.narrow:
             return of_terms(layer, acc * real)  # every product and sum of 8-bit integers is exact in the runtime too
-        magnitudes, _ = accumulator(layer, [np.abs(q) for q in operands])
+        magnitudes, _ = accumulator(layer, centred_magnitudes(layer, operands))
         return with_errors(layer, acc * real, magnitudes * real)
     if kind == "product":
         a, b = centred(layer, operands)
@@ -72,13 +72,13 @@ def exact(layer: Layer, operands: list[NDArray[np.int64]]) -> Exact | None:
         return with_errors(layer, sums * factor, magnitude * factor)
     if kind == "mean":
         sums, counts = sums_and_counts(layer, centred(layer, operands)[0])
-        magnitude, _ = sums_and_counts(layer, np.abs(operands[0]))
+        magnitude, _ = sums_and_counts(layer, np.abs(centred(layer, operands)[0]))
         return with_errors(layer, sums / counts, magnitude / counts)
     if kind in {"table", "softmax"}:
         return of_function(layer, operands[0])
     if operator == "Resize" and layer.attributes.get("mode", "nearest") == "linear":
         reals = resize(centred(layer, operands)[0], layer.attributes, layer.plain.get(2), layer.plain.get(3))
-        return with_errors(layer, reals, np.full(reals.shape, 256.0))
+        return with_errors(layer, reals, np.full(reals.shape, layer.output.qmax - layer.output.qmin + 1.0))
     return None
 
 
