@@ -20,7 +20,7 @@ from quantcli.arithmetic.affine import (
     symmetric_parameters,
     symmetric_scales,
 )
-from quantcli.arithmetic.fixed_point import headroom_multipliers, signed_fixed_point
+from quantcli.arithmetic.fixed_point import headroom_multipliers, headroom_of, signed_fixed_point
 from quantcli.errors import PlanError
 from quantcli.fold import constant, unmapped
 from quantcli.placement import FloatLayer, PlacedLayer, Placement, place
@@ -379,7 +379,8 @@ def plan_layer(layer: PlacedLayer, tensors: dict[str, TensorPlan], target: Targe
         reals = [(None, scales[inputs[0]] * scales[inputs[1]] / output.scale[0])]
     elif layer.rule.arithmetic is Arithmetic.SUM and rounding == "double":
         a, b = (float(scales[name][0]) for name in inputs)
-        first, second, last = headroom_multipliers(a, b, output.scale[0])
+        headroom = headroom_of(*(tensors[name].integer.dtype.name for name in inputs))
+        first, second, last = headroom_multipliers(a, b, output.scale[0], headroom)
         reals = [(inputs[0], np.array([first])), (inputs[1], np.array([second])), (None, np.array([last]))]
     elif layer.rule.arithmetic in {Arithmetic.SUM, Arithmetic.RESCALE}:
         reals = [(name, scales[name] / output.scale[0]) for name in inputs]

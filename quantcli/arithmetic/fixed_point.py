@@ -65,22 +65,29 @@ def real_value(multiplier: NDArray[np.int64], shift: NDArray[np.int64]) -> NDArr
     return np.ldexp(np.asarray(multiplier, dtype=np.float64), -np.asarray(shift, dtype=np.int64).astype(np.intc))
 
 
-# How far TFLite shifts the operands of a sum to the left before it rescales them (its add.cc: kept in 32 bits).
-HEADROOM = 20
+# How far TFLite shifts the operands of a sum to the left before it rescales them (its add.cc), and operands of 16 bits: it all
+# stays within 32 bits.
+HEADROOM, WIDE_HEADROOM = 20, 15
 
 
-def headroom_multipliers(first: float, second: float, output: float) -> tuple[float, float, float]:
+def headroom_of(*types: str) -> int:
+    """Return how far the operands of a sum are shifted to the left, by the names of their integer types."""
+    return WIDE_HEADROOM if any(name.endswith("16") for name in types) else HEADROOM
+
+
+def headroom_multipliers(first: float, second: float, output: float, headroom: int) -> tuple[float, float, float]:
     """Return the three real multipliers of a sum as TFLite defines it (equation 14a).
 
-    The operands, shifted left by 20, are rescaled to twice the larger scale, added, and the sum is rescaled to the output.
+    The operands, shifted left, are rescaled to twice the larger scale, added, and the sum is rescaled to the output.
 
     Args:
         first: The scale of one operand.
         second: The scale of the other.
         output: The scale of the sum.
+        headroom: How far the operands are shifted.
     """
     common = 2.0 * max(first, second)
-    return first / common, second / common, common / (2.0**HEADROOM * output)
+    return first / common, second / common, common / (2.0**headroom * output)
 
 
 def multiply(

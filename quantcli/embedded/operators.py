@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantcli.arithmetic.fixed_point import fixed_point
+from quantcli.arithmetic.fixed_point import fixed_point, headroom_of
 from quantcli.arithmetic.gemmlowp import INPUT_BITS, LARGEST
 from quantcli.embedded.axes import grouped, mean_multiplier, output_fields, scalar
 from quantcli.embedded.lowering import Lowering, loop_fields
@@ -65,11 +65,12 @@ def total(low: Lowering, layer: Layer, entry: LayerEntry) -> None:
     reads = tuple((value.buffer, 0) for value in values)
     furthest = [low.furthest(name) for name in entry.inputs]
     if entry.multipliers[-1].operand is None:
+        headroom = headroom_of(*(layer.tensors[one].dtype for one in entry.inputs))
         parts = [
-            scalar(low, entry, one, far << 20)
+            scalar(low, entry, one, far << headroom)
             for one, far in zip(entry.multipliers, [*furthest, sum(furthest)], strict=True)
         ]
-        fields |= zeros | ends | {"minus": int(minus)}
+        fields |= zeros | ends | {"minus": int(minus), "headroom": headroom}
         fields |= {key: [part[key] for part in parts] for key in ("multiplier", "shift")}
         name = "sum_headroom"
     else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantcli.arithmetic import gemmlowp
-from quantcli.arithmetic.fixed_point import HEADROOM, multiply
+from quantcli.arithmetic.fixed_point import headroom_of, multiply
 from quantcli.arithmetic.rounding import divide, divide_half_away
 from quantcli.integer import kernels
 from quantcli.integer.layer import IntegerError, Layer
@@ -150,10 +150,11 @@ def total(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.in
 
 
 def headroom_sum(layer: Layer, operands: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Equation 14a, TFLite's: operands shifted left by 20, rescaled to a common scale, added, rescaled to the output."""
+    """Equation 14a, TFLite's: operands shifted left, rescaled to a common scale, added, rescaled to the output."""
     *entries, last = layer.entry.multipliers
+    headroom = headroom_of(*(layer.tensors[name].dtype for name in layer.entry.inputs))
     a, b = (
-        rescaled(layer, q << HEADROOM, entry, None) for q, entry in zip(centred(layer, operands), entries, strict=True)
+        rescaled(layer, q << headroom, entry, None) for q, entry in zip(centred(layer, operands), entries, strict=True)
     )
     together = a - b if layer.entry.operator == "Sub" else a + b
     return rescaled(layer, together, last, None) + layer.zero_point(layer.entry.outputs[0])

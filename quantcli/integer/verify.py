@@ -16,7 +16,7 @@ import numpy as np
 
 from calibration.hooks.onnxruntime import Runner
 from quantcli.arithmetic.affine import IntegerType, along_axis, quantize
-from quantcli.arithmetic.fixed_point import headroom_multipliers, signed_fixed_point
+from quantcli.arithmetic.fixed_point import headroom_multipliers, headroom_of, signed_fixed_point
 from quantcli.arithmetic.tables import exponentials, table
 from quantcli.integer.exact import FLOAT32_ERROR, exact, function_parameters
 from quantcli.integer.executor import Executor, quantized
@@ -238,8 +238,10 @@ def multiplier_findings(
     sidecar = executor.sidecar
     output = sidecar.tensors[entry.outputs[0]].scale[0]
     if entry.arithmetic == "sum" and entry.multipliers[-1].operand is None:
-        a, b = (sidecar.tensors[name].scale[0] for name in entry.inputs)
-        real = np.array([headroom_multipliers(a, b, output)[entry.multipliers.index(multiplier)]])
+        operands = [sidecar.tensors[name] for name in entry.inputs]
+        headroom = headroom_of(*(tensor.dtype for tensor in operands))
+        a, b = (tensor.scale[0] for tensor in operands)
+        real = np.array([headroom_multipliers(a, b, output, headroom)[entry.multipliers.index(multiplier)]])
     elif entry.operator == "PRelu" and multiplier.operand is None:
         slopes = executor.stored.get(str(node.inputs[1].name)) if node.inputs[1] is not None else None
         if slopes is None:

@@ -1,4 +1,4 @@
-"""Random graphs of operators from the table: what convert writes loads, is finite, and computes what the sidecar says."""
+"""Random graphs of operators from the table, and random recipes: what is written loads, is finite, and is what the sidecar says."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 import onnx
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from calibration.hooks.onnxruntime import Runner
-from quantcli import convert
-from quantcli.recipe import Layers, Recipe
+from quantcli import convert, verify_c
+from quantcli.errors import EmbeddedError, RecipeError
+from quantcli.recipe import Activation, Layers, Multiplier, Recipe, Tune, Weight
 from tests.graphs import Array, node, normal, save
 
 CHANNELS, SIZE, SAMPLES = 4, 6, 6
+TARGETS = ("ort-x86", "ort-x86-avx2", "ort-arm", "npu-int8", "npu-int16", "npu-pow2", "tflite", "cmsis-nn", "fixed16")
 # `QUANTCLI_FUZZ=2000 pytest tests/fuzz/test_graphs.py` looks longer.
 EXAMPLES = int(os.environ.get("QUANTCLI_FUZZ", "30"))
 
@@ -112,3 +114,63 @@ def test_random_graphs(drawn: tuple[list[onnx.NodeProto], dict[str, Array], list
         for name, values in expected.items():
             assert found[name].shape == values.shape
             assert np.isfinite(found[name]).all()
+
+
+def maybe(*values: Any) -> st.SearchStrategy[Any]:
+    """Draw one of some values, or None, which leaves it to the target: as often as all of them together."""
+    return st.sampled_from([*[None] * len(values), *values])
+
+
+RECIPES = st.builds(
+    Recipe,
+    target=st.sampled_from(TARGETS),
+    weight=st.builds(
+        Weight,
+        bits=maybe(2, 3, 4, 6),
+        per_channel=maybe(True, False),
+        symmetric=st.sampled_from([None, None, True, False]),
+    ),
+    activation=st.builds(
+        Activation,
+        bits=maybe(2, 4, 7, 12),
+        dtype=maybe("int8", "uint8", "int16"),
+        symmetric=maybe(True, False),
+        range=maybe("mse", "percentile:99.9", "entropy", "mean-minmax", "moving-average"),
+    ),
+    multiplier=st.builds(Multiplier, bits=maybe(8, 16, 32), rounding=maybe("single", "double", "half_even", "floor")),
+    layers=st.builds(Layers, everywhere=st.booleans()),
+    tune=st.builds(
+        Tune,
+        effort=st.sampled_from(["fast", "fast", "default"]),
+        equalize=maybe(True),
+        ranges=maybe(False, "outputs"),
+        widen=maybe(True),
+        centre=maybe(True, False),
+        align=maybe(True, False),
+    ),
+)
+
+
+@settings(deadline=None, max_examples=EXAMPLES, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(graphs(), RECIPES, st.sampled_from(["qdq", "qoperator", "c"]))
+def test_random_recipes(
+    drawn: tuple[list[onnx.NodeProto], dict[str, Array], list[str]], recipe: Recipe, form: str
+) -> None:
+    """What cannot be is refused as a recipe, or as C source; everything else is verified."""
+    nodes, constants, outputs = drawn
+    used = {name for n in nodes for name in n.input}
+    held = {name: value for name, value in constants.items() if name in used}
+    x = normal(SAMPLES, CHANNELS, SIZE, SIZE, seed=7)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        path = save(folder / "m.onnx", nodes, {"x": ["N", CHANNELS, SIZE, SIZE]}, dict.fromkeys(outputs), held)
+        np.savez(folder / "d.npz", x=x)
+        output = folder / ("c" if form == "c" else "q.onnx")
+        try:
+            done = convert(path, output, data=folder / "d.npz", recipe=recipe, form=form, verified=form != "c")
+        except (RecipeError, EmbeddedError):
+            reject()
+        if form == "c":
+            verify_c(output, data=folder / "d.npz")
+            return
+        assert all(np.isfinite(values).all() for values in Runner(done.model).run({"x": x}).values())

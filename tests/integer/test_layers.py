@@ -21,7 +21,7 @@ from quantcli import Conversion, Recipe, convert, verify
 from quantcli.integer.executor import Executor
 from quantcli.integer.layers import INTEGER_LAYERS
 from quantcli.integer.moves import MOVES
-from quantcli.recipe import Activation, Layers, Multiplier
+from quantcli.recipe import Activation, Layers, Multiplier, Tune
 from quantcli.rules import RULES, Arithmetic
 from tests.graphs import EVERYWHERE, Array, node, normal, save
 
@@ -223,6 +223,9 @@ FORMS = {
         activation=Activation(symmetric=False),
         multiplier=Multiplier(bits=8, rounding="single"),
         target="npu-int16",
+    ),
+    "16 bits, as TFLite adds": Recipe(
+        layers=Layers(everywhere=True), activation=Activation(dtype="int16"), target="tflite", tune=Tune(effort="fast")
     ),
 }
 

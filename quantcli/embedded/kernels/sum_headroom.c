@@ -1,7 +1,7 @@
 void sum_headroom(const sum_headroom_t *p, const activation_t *a, const activation_t *b, activation_t *out)
 {
     const loops_t *n = &p->loops;
-    const int64_t headroom = (int64_t)1 << 20;
+    const int64_t headroom = (int64_t)1 << p->headroom;
     int32_t i, j, k, l;
     for (i = 0; i < n->size[0]; i++) {
         for (j = 0; j < n->size[1]; j++) {
