@@ -90,3 +90,58 @@ def test_what_is_no_exported_program_is_refused(tmp_path: Path) -> None:
     for name in ("text.pt2", "zip.pt2"):
         with pytest.raises(ModelError, match="not an exported program"):
             convert(tmp_path / name, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz"))
+
+
+class Attending(nn.Module):
+    """Attention without an axis of heads, which torch's exporter does not take, and torch itself takes apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(*self.inner(x).chunk(3, -1))
+
+
+class Bessel(nn.Module):
+    """A function that ONNX does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = torch.special.bessel_j0(self.inner(x))
+        return found
+
+
+def program_of(module: nn.Module, folder: Path) -> Path:
+    """Save a module as an exported program of a free batch, and data for it."""
+    torch.manual_seed(0)
+    dynamic = ({0: torch.export.Dim("N", min=2, max=64)},)
+    torch.export.save(
+        torch.export.export(module.eval(), (torch.randn(2, 5, 8),), dynamic_shapes=dynamic), folder / "m.pt2"
+    )
+    np.savez(folder / "d.npz", x=normal(40, 5, 8, seed=3))
+    return folder / "m.pt2"
+
+
+@pytest.mark.parametrize("output", ["q.onnx", "q.pt2"])
+def test_what_the_exporter_does_not_take_is_taken_apart(tmp_path: Path, output: str) -> None:
+    model = program_of(Attending(), tmp_path)
+    done = convert(model, tmp_path / output, data=tmp_path / "d.npz", verified=output.endswith("onnx"))
+    assert done.plan.layers[0].operator == "MatMul"
+    assert min(done.check.sqnr.values()) > 30
+
+
+def test_what_cannot_be_expressed_is_named_and_why(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"cannot be expressed in ONNX \(.*bessel_j0.*\)") as refused:
+        convert(program_of(Bessel(), tmp_path), tmp_path / "q.onnx", data=tmp_path / "d.npz")
+    assert "\x1b" not in str(refused.value)
+
+
+def test_the_line_is_named_that_the_exporter_fails_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantcli.load.exporter.without", lambda *_: None)
+    line = r"scaled_dot_product_attention.*: only 4D .*, at test_torch.py, line \d+, in forward"
+    with pytest.raises(ModelError, match=line):
+        convert(program_of(Attending(), tmp_path), tmp_path / "q.onnx", data=tmp_path / "d.npz")

@@ -98,7 +98,8 @@ def self_check(
         real = values.dtype.kind == "f"
         if real and np.isfinite(reference[name]).all() and not np.isfinite(values).all():
             raise OutputError(
-                f"output '{name}' of the quantized model is not finite", "please report this, with the model"
+                f"output '{name}' of the quantized model is not finite",
+                "something small may be zero on its grid, and divided by: exclude what gives it, or give activations more bits",
             )
     comparison = Comparison()
     comparison.update(reference, result)

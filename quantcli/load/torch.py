@@ -6,12 +6,9 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
-import io
 import logging
 import pickle
 import sys
-import traceback
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +21,7 @@ from calibration.errors import ReportedError
 from calibration.hooks.torch import register_operators
 from quantcli.errors import ModelError, UsageError
 from quantcli.load import Opening, trust
+from quantcli.load.exporter import causes, expressed, quiet, reason, where
 from quantcli.load.learned import learned_of
 from quantcli.load.onnx import as_arrays
 
@@ -37,8 +35,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The exporter writes this operator set; naming it keeps the output the same when torch changes its default.
-OPSET = 20
 # Under what names checkpoints keep a state dict, and what wrappers put before its keys.
 WRAPPINGS = ("state_dict", "model_state_dict", "model", "net", "module")
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
@@ -103,27 +99,8 @@ def opened(path: Path, program: Any, names: Sequence[str] | None = None, sources
         ModelError: If the exporter cannot express it in ONNX.
     """
     import onnx
-    import torch
 
-    try:
-        with quiet():
-            onnx_program = torch.onnx.export(
-                program,
-                dynamo=True,
-                verbose=False,
-                opset_version=OPSET,
-                input_names=list(names) if names else None,
-                output_names=output_names(program),
-            )
-            if onnx_program is None:
-                raise ModelError(f"{path} gave no ONNX model")
-            data = onnx_program.model_proto.SerializeToString(deterministic=True)
-    except ReportedError:
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"{path} cannot be expressed in ONNX ({reason(error)})", "see the exporter's report: -v"
-        ) from error
+    data = expressed(program, names, path)
     graph = ir.from_proto(onnx.load_from_string(data))
     as_arrays(graph, len(data))
     return Opened(graph, data, program, sources, aliases_of(program, graph))
@@ -137,17 +114,6 @@ def aliases_of(program: Any, graph: ir.Model) -> dict[str, str]:
         *zip(graph.graph.outputs, signature.user_outputs, strict=False),
     ]
     return {str(value.name): node for value, node in pairs if isinstance(node, str) and value.name != node}
-
-
-def output_names(program: Any) -> list[str] | None:
-    """Return the keys of a dict of outputs as their names; None for outputs that have none."""
-    import torch.utils._pytree as pytree
-
-    spec = program.call_spec.out_spec
-    if spec is None or spec.type is not dict:
-        return None
-    leaves = pytree.tree_leaves_with_path(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))
-    return ["_".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in keys) for keys, _ in leaves]
 
 
 # ---- exported programs and TorchScript -----------------------------------------------------------------------------------------
@@ -182,13 +148,6 @@ def program_at(path: Path, trusted: bool = False) -> Any:
 def is_quantized(program: Any) -> bool:
     """Tell whether a program holds quantized integers."""
     return any("quantized_decomposed" in str(node.target) for node in program.graph.nodes)
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and those that it came from."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def script_at(path: Path, opening: Opening, example: Example | None) -> tuple[Any, tuple[str, ...]]:
@@ -510,41 +469,3 @@ def rows(array: NDArray[Any]) -> NDArray[Any]:
 
 
 # ---- what went wrong -----------------------------------------------------------------------------------------------------------
-
-
-def reason(error: BaseException) -> str:
-    """Return the first telling line of what torch says."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def where(error: BaseException) -> str:
-    """Return the last line of the user's own code that an error came through; empty where there is none."""
-    import torch
-
-    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
-    for cause in reversed(list(causes(error))):
-        frames = traceback.extract_tb(cause.__traceback__)
-        for frame in reversed(frames):
-            if not frame.filename.startswith((*ours, "<")) and "importlib" not in frame.filename:
-                return f", at {Path(frame.filename).name}, line {frame.lineno}, in {frame.name}: {frame.line}"
-    return ""
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the exporter's progress prints and warnings away from the user's terminal."""
-    loggers = {name: logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._export")}
-    levels = {name: found.level for name, found in loggers.items()}
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
-        for found in loggers.values():
-            found.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for name, found in loggers.items():
-                found.setLevel(levels[name])

@@ -20,7 +20,8 @@ from torch import nn
 
 from calibration.hooks.torch import register_operators
 from quantcli.errors import OutputError
-from quantcli.load.torch import ROWS, quiet, reason
+from quantcli.load.exporter import quiet, reason
+from quantcli.load.torch import ROWS
 from quantcli.write.torch_operators import Stored, computed, operators
 
 if TYPE_CHECKING:

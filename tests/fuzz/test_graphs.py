@@ -47,6 +47,8 @@ UNARY: dict[str, dict[str, Any]] = {
 }
 BINARY = ("Add", "Sub", "Mul", "Concat", "Max", "Min", "Div")
 KINDS = (*UNARY, *BINARY, "Conv", "Conv", "Conv", "MatMul", "PRelu")
+# On a grid of two bits a divisor may be zero; and C source takes none.
+WITHOUT_QUOTIENTS = tuple(kind for kind in KINDS if kind != "Div")
 
 
 @st.composite
@@ -152,7 +154,7 @@ RECIPES = st.builds(
 
 
 @settings(deadline=None, max_examples=EXAMPLES, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-@given(graphs(), RECIPES, st.sampled_from(["qdq", "qoperator", "c"]))
+@given(graphs(WITHOUT_QUOTIENTS), RECIPES, st.sampled_from(["qdq", "qoperator", "c"]))
 def test_random_recipes(
     drawn: tuple[list[onnx.NodeProto], dict[str, Array], list[str]], recipe: Recipe, form: str
 ) -> None:

@@ -1,0 +1,149 @@
+"""A PyTorch program's ONNX form, by torch's exporter; and what torch says where it fails, in a line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import traceback
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantcli.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+# The exporter writes this operator set; naming it keeps the output the same when torch changes its default.
+OPSET = 20
+
+
+def expressed(program: Any, names: Sequence[str] | None, path: Path) -> bytes:
+    """Return a program's ONNX form, as a message; operators that the exporter does not take are taken apart.
+
+    Args:
+        program: An exported program.
+        names: Its inputs' names; None for its own.
+        path: Where it comes from, for errors.
+
+    Raises:
+        ModelError: If it cannot be expressed in ONNX.
+    """
+    while True:
+        try:
+            return onnx_of(program, names)
+        except Exception as error:
+            simpler = without(untranslated(error, program), program)
+            if simpler is None:
+                raise ModelError(
+                    f"{path} cannot be expressed in ONNX ({told(error, program)})",
+                    "write that part of the model otherwise, or export it to .onnx by other means",
+                ) from error
+            program = simpler
+
+
+def onnx_of(program: Any, names: Sequence[str] | None) -> bytes:
+    """Return a program's ONNX form, as a message."""
+    import torch
+
+    with quiet():
+        found = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=list(names) if names else None,
+            output_names=output_names(program),
+        )
+        if found is None:
+            raise RuntimeError("the exporter gave no model")
+        data: bytes = found.model_proto.SerializeToString(deterministic=True)
+        return data
+
+
+def output_names(program: Any) -> list[str] | None:
+    """Return the keys of a dict of outputs as their names; None for outputs that have none."""
+    import torch.utils._pytree as pytree
+
+    spec = program.call_spec.out_spec
+    if spec is None or spec.type is not dict:
+        return None
+    leaves = pytree.tree_leaves_with_path(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))
+    return ["_".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in keys) for keys, _ in leaves]
+
+
+def untranslated(error: BaseException, program: Any) -> Any:
+    """Return the node of a program that the exporter could not translate; None where that is not told."""
+    found = re.search(r"translating node %(\w+) ", "\n".join(map(str, causes(error))))
+    return next((node for node in program.graph.nodes if found is not None and node.name == found[1]), None)
+
+
+def without(node: Any, program: Any) -> Any:
+    """Return a program in which an operator is taken apart into simpler ones, as torch does it; None where there are none."""
+    import torch
+
+    if node is None or (apart := dict(torch.export.default_decompositions()).get(node.target)) is None:
+        return None
+    with quiet(), contextlib.suppress(Exception):  # what the exporter said first is what is told
+        simpler = program.run_decompositions({node.target: apart})
+        return simpler if all(other.target != node.target for other in simpler.graph.nodes) else None
+    return None
+
+
+def told(error: BaseException, program: Any) -> str:
+    """Return what the exporter could not translate, why, and the line of the user's code that it stands for, as far as it tells."""
+    *_, last = causes(error)
+    node = untranslated(error, program)
+    if node is None:
+        return reason(last)
+    frames = re.findall(r'File "(.+)", line (\d+), in (\S+)', node.meta.get("stack_trace") or "")
+    place = f", at {Path(frames[-1][0]).name}, line {frames[-1][1]}, in {frames[-1][2]}" if frames else ""
+    return f"{node.target}: {reason(last)}{place}"
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def reason(error: BaseException) -> str:
+    """Return the first telling line of what torch says, without colours."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    return next((line.strip() for line in plain.splitlines() if line.strip()), type(error).__name__)
+
+
+def where(error: BaseException) -> str:
+    """Return the last line of the user's own code that an error came through; empty where there is none."""
+    import torch
+
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
+    for cause in reversed(list(causes(error))):
+        frames = traceback.extract_tb(cause.__traceback__)
+        for frame in reversed(frames):
+            if not frame.filename.startswith((*ours, "<")) and "importlib" not in frame.filename:
+                return f", at {Path(frame.filename).name}, line {frame.lineno}, in {frame.name}: {frame.line}"
+    return ""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporter's progress prints and warnings away from the user's terminal."""
+    loggers = {name: logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._export")}
+    levels = {name: found.level for name, found in loggers.items()}
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        for found in loggers.values():
+            found.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, found in loggers.items():
+                found.setLevel(levels[name])
