@@ -96,17 +96,25 @@ def graphs(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS) -> tuple[list[onnx.N
     return nodes, constants, outputs
 
 
-@settings(deadline=None, max_examples=EXAMPLES, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-@given(graphs(), st.booleans())
-def test_random_graphs(drawn: tuple[list[onnx.NodeProto], dict[str, Array], list[str]], everywhere: bool) -> None:
+Drawn = tuple[list[onnx.NodeProto], dict[str, Array], list[str]]
+
+
+def written(folder: Path, drawn: Drawn) -> tuple[Path, Array]:
+    """Write a model and its calibration data, d.npz, and return the model's path and the data."""
     nodes, constants, outputs = drawn
     used = {name for n in nodes for name in n.input}
     held = {name: value for name, value in constants.items() if name in used}
     x = normal(SAMPLES, CHANNELS, SIZE, SIZE, seed=7)
+    np.savez(folder / "d.npz", x=x)
+    return save(folder / "m.onnx", nodes, {"x": ["N", CHANNELS, SIZE, SIZE]}, dict.fromkeys(outputs), held), x
+
+
+@settings(deadline=None, max_examples=EXAMPLES, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(graphs(), st.booleans())
+def test_random_graphs(drawn: Drawn, everywhere: bool) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        path = save(folder / "m.onnx", nodes, {"x": ["N", CHANNELS, SIZE, SIZE]}, dict.fromkeys(outputs), held)
-        np.savez(folder / "d.npz", x=x)
+        path, x = written(folder, drawn)
         recipe = Recipe(layers=Layers(everywhere=everywhere))
         # The executor is run beside ONNX Runtime: a difference that rounding does not explain raises VerifyError.
         done = convert(path, folder / "q.onnx", data=folder / "d.npz", recipe=recipe, verified=True)
@@ -155,18 +163,11 @@ RECIPES = st.builds(
 
 @settings(deadline=None, max_examples=EXAMPLES, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(graphs(WITHOUT_QUOTIENTS), RECIPES, st.sampled_from(["qdq", "qoperator", "c"]))
-def test_random_recipes(
-    drawn: tuple[list[onnx.NodeProto], dict[str, Array], list[str]], recipe: Recipe, form: str
-) -> None:
+def test_random_recipes(drawn: Drawn, recipe: Recipe, form: str) -> None:
     """What cannot be is refused as a recipe, or as C source; everything else is verified."""
-    nodes, constants, outputs = drawn
-    used = {name for n in nodes for name in n.input}
-    held = {name: value for name, value in constants.items() if name in used}
-    x = normal(SAMPLES, CHANNELS, SIZE, SIZE, seed=7)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        path = save(folder / "m.onnx", nodes, {"x": ["N", CHANNELS, SIZE, SIZE]}, dict.fromkeys(outputs), held)
-        np.savez(folder / "d.npz", x=x)
+        path, x = written(folder, drawn)
         output = folder / ("c" if form == "c" else "q.onnx")
         try:
             done = convert(path, output, data=folder / "d.npz", recipe=recipe, form=form, verified=form != "c")
