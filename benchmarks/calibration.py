@@ -37,7 +37,7 @@ if __package__ in {None, ""}:  # run as a file: its folder stands on the path in
 
 from benchmarks.bed import as_feeds, bed_folder, entries, interleaved, load_bed, machine
 from calibration import statistics as statistics_file
-from calibration.collect import Known, Work, collect, pilot_of
+from calibration.collect import Work, collect, pilot_of
 from calibration.histogram import Histogram
 from calibration.hooks.onnxruntime import Runner
 from calibration.lanes import Lanes, in_line
@@ -47,7 +47,7 @@ from calibration.shortcut import Shortcut, computed
 from quantcli import Recipe, convert
 from quantcli.fold import fold
 from quantcli.load import load
-from quantcli.observation import BATCH_BYTES, LARGEST_BATCH, known_ends, largest_safe, poolable
+from quantcli.observation import BATCH_BYTES, LARGEST_BATCH, known_of, poolable
 from quantcli.placement import place
 from quantcli.probe import model_bytes, with_highest, with_outputs
 from quantcli.recipe import Activation, Tune
@@ -101,8 +101,8 @@ class Case:
         size = sum(values.nbytes for values in first.values())
         self.batch = fixed or max(1, min(LARGEST_BATCH, BATCH_BYTES // size))
         self.spans = [(s, min(s + self.batch, len(self.data))) for s in range(0, len(self.data), self.batch)]
-        self.known = Known(known_ends(self.placement), largest_safe(self.placement))
-        self.pooled = poolable(self.placement) & set(self.names)
+        self.known = known_of(self.placement)
+        self.pooled = poolable(self.placement, self.known) & set(self.names)
         self.built: dict[tuple[str, ...], tuple[Runner, dict[str, tuple[str, int]]]] = {}
 
     @property

@@ -205,13 +205,14 @@ class Observation:
         while names:
             checkpoint = Checkpoint(self.run.seconds, lambda found: self.save(blank, found))
             placement = place(self.folded, self.recipe)
-            shortcut = self.shortcut(names, hook, work, placement)
+            known = known_of(placement)
+            shortcut = self.shortcut(names, hook, work, poolable(placement, known) & set(names), known.limit)
             seen = collect(
                 hook,
                 names,
                 work,
                 seen,
-                Known(known_ends(placement), largest_safe(placement)),
+                known,
                 shortcut,
                 lambda done: self.progress("calibrate", done, part.stop - part.start),
                 checkpoint,
@@ -358,12 +359,13 @@ class Observation:
             wishes.momentum,
         )
 
-    def shortcut(self, names: Sequence[str], hook: Hook, work: Work, placement: Placement) -> Shortcut | None:
+    def shortcut(
+        self, names: Sequence[str], hook: Hook, work: Work, pooled: frozenset[str], limit: float
+    ) -> Shortcut | None:
         """Return a cheaper way to the extremes, where the model and the run allow one."""
         static = all(all(size is not None for size in spec.shape[1:]) for spec in hook.inputs)
         if not static or len(work.spans) < WORTH_A_SHORTCUT or not isinstance(hook, Runner) or work.counting.parts:
             return None
-        pooled = poolable(placement) & set(names)
         if not pooled:
             return None
 
@@ -371,7 +373,7 @@ class Observation:
             data, pooled = with_highest(self.folded, names, settled)
             return Runner(data, self.run.lanes.threads, self.source.name), pooled
 
-        return Shortcut(pooled, largest_safe(placement), build)
+        return Shortcut(pooled, limit, build)
 
     def save(self, blank: Statistics, seen: Seen) -> None:
         """Keep a checkpoint."""
@@ -448,13 +450,12 @@ def holders(value: ir.Value) -> list[ir.Value]:
     return found
 
 
-def known_ends(placement: Placement) -> dict[str, tuple[float, float]]:
-    """Return the lowest value that a layer's output can have, where its own or an absorbed Relu or Clip sets one; and the highest.
+def known_of(placement: Placement) -> Known:
+    """Return the ends of layers' outputs, where their own or an absorbed Relu or Clip sets a lowest one.
 
-    That is infinity where it is not known, as it is not where an operator could have made a NaN, which no Clip holds back.
+    How large values may be is 0 where an operator that stays float could make a NaN out of any, which no Clip holds back.
     """
     ends = {}
-    finite = made_by_layers(placement)
     for layer in placement.layers:
         last = layer.absorbed[-1] if layer.absorbed else layer.node
         shape = layer.output.shape
@@ -462,23 +463,22 @@ def known_ends(placement: Placement) -> dict[str, tuple[float, float]]:
             continue
         low, high = activation_bounds(last)
         if math.isfinite(low):
-            ends[str(layer.output.name)] = low, high if finite else math.inf
-    return ends
+            ends[str(layer.output.name)] = low, high
+    return Known(ends, largest_safe(placement) if made_by_layers(placement) else 0.0)
 
 
-def poolable(placement: Placement) -> frozenset[str]:
+def poolable(placement: Placement, known: Known) -> frozenset[str]:
     """Return the outputs of a known lowest value that have something to pool over behind sample and a known number of channels.
 
-    None where an operator before them could make what is not finite out of values that are not large.
+    None where what is not finite could be made of values of any size.
     """
-    if not made_by_layers(placement):
+    if not known.limit:
         return frozenset()
-    ends = known_ends(placement)
     shapes = {str(layer.output.name): layer.output.shape for layer in placement.layers}
     return frozenset(
         name
         for name, shape in shapes.items()
-        if name in ends and shape is not None and len(shape) > 2 and isinstance(shape[1], int)
+        if name in known.ends and shape is not None and len(shape) > 2 and isinstance(shape[1], int)
     )
 
 

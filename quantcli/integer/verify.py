@@ -369,8 +369,8 @@ def compare_output(
         values = np.clip(reference.values, low, high)
         nearest = np.abs(theirs - values) <= 0.5 + reference.float_error
         # Means and what a table gives are rounded to nearest whatever is done to products.
-        nearest_alone = layer.entry.arithmetic == "mean" or layer.entry.table is not None
-        rounding = "single" if nearest_alone else layer.entry.rounding
+        without_products = layer.entry.arithmetic == "mean" or layer.entry.table is not None
+        rounding = "single" if without_products else layer.entry.rounding
         explained = nearest & rounding_of(rounding, ours - values, reference.integer_error)
     report(layer.entry.name, f"output '{name}'", ours, theirs, explained, result)
 

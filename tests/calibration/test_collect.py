@@ -456,9 +456,7 @@ def test_a_clip_is_read_whole_again_once_a_value_is_too_large_to_know_what_it_gi
             found = super().run(feeds, outputs)
             if feeds["x"].max() == largest:
                 found["between"] = found["between"].copy()
-                found["between"][0, 2] = (
-                    np.nan
-                )  # of every third element one is looked at, and of this batch the first is one
+                found["between"][0, 2] = np.nan  # of this batch the fifth is looked at, the twelfth, …
             return found
 
     rows = np.random.default_rng(3).normal(size=(150, 600)).astype(np.float32)

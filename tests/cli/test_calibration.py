@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from quantcli import Recipe
 from quantcli.cli import run
 from quantcli.fold import fold
 from quantcli.load import load
-from quantcli.observation import known_ends, poolable
+from quantcli.observation import known_of, poolable
 from quantcli.placement import place
 from tests.graphs import node, normal, residual_net, save
 
@@ -157,7 +156,7 @@ LONG = f"{CALIBRATE} --batch 1 --observer all --checkpoint 0 -o s.stats"
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_goes_on_to_the_same_file(here: Path, number: int) -> None:
     """Stopped twice at moments drawn at random, after its first checkpoint."""
-    stored = np.random.default_rng(3).normal(size=(480, 3, 8, 8)).astype(np.float32)
+    stored = np.random.default_rng(3).normal(size=(400, 3, 8, 8)).astype(np.float32)
     np.savez(here / "d.npz", x=stored)
     assert run([*LONG.replace("s.stats", "whole.stats").split(), "-q"]) == 0
     draw, partial = random.Random(int(number)), here / "s.stats.partial"
@@ -364,16 +363,19 @@ def test_a_softmax_behind_everything_that_is_observed_does_not_matter() -> None:
     clipping(None)
     placement = place(fold(load(Path("m.onnx")).graph), Recipe())
     assert [layer.operator for layer in placement.floats] == ["Softmax"]
-    assert poolable(placement) == {"ar", "br"}
-    assert known_ends(placement) == {"ar": (0.0, 6.0), "br": (0.0, 6.0)}
+    known = known_of(placement)
+    assert known.ends == {"ar": (0.0, 6.0), "br": (0.0, 6.0)}
+    assert 1e9 < known.limit < 1e15
+    assert poolable(placement, known) == {"ar", "br"}
 
 
 def test_behind_an_operator_that_stays_float_no_extreme_leaves_the_graph_alone() -> None:
     clipping("Log")
     placement = place(fold(load(Path("m.onnx")).graph), Recipe())
     assert [layer.operator for layer in placement.floats] == ["Log", "Softmax"]
-    assert poolable(placement) == frozenset()
-    assert known_ends(placement) == {"ar": (0.0, math.inf), "br": (0.0, math.inf)}
+    known = known_of(placement)
+    assert known.limit == 0
+    assert poolable(placement, known) == frozenset()
 
 
 @pytest.mark.parametrize("observer", ["minmax", "percentile", "all"])
