@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 # A quantized model that does not reach this part of float's speed is slower, noise or not.
 SLOW = 0.85
 # What a look at the speed may take, in seconds, and of how large a model: above, two of them would need too much memory.
-LOOK, LARGEST = 0.5, 1 << 28
-RUNS, ENOUGH = 20, 3
+LOOK, LARGEST = 0.25, 1 << 28
+RUNS, ENOUGH = 8, 3
 # Below this a run is mostly the call itself.
 SHORTEST = 2e-4
 # Below this a self-check warns: the quantized output is then more noise than most uses bear.

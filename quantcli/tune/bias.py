@@ -42,43 +42,49 @@ def corrected(
     bias: NDArray[np.float32],
     real: Sequence[NDArray[np.float32]],
     made: Sequence[NDArray[np.float32]],
-    axis: int,
     bounds: tuple[float, float] | None = None,
 ) -> NDArray[np.float32]:
     """Return a bias with the mean error of every channel taken from it.
 
     Args:
         bias: (channels,).
-        real: Batches of the float layer's outputs, before any activation.
+        real: Batches of the float layer's outputs, before any activation; their second axis are channels.
         made: The same of the quantized layer.
-        axis: The channel axis of both.
         bounds: What the activation behind cuts: what lies outside counts for less. None for no activation.
     """
     if bounds is None:
-        return (bias + channel_means(real, axis) - channel_means(made, axis)).astype(np.float32)
-    weights = [within(values, bounds, axis) for values in real]
+        return (bias - mean_errors(real, made)).astype(np.float32)
+    weights = [within(values, bounds) for values in real]
     lost = [(a - b) * weight for a, b, weight in zip(real, made, weights, strict=True)]
-    return (bias + channel_means(lost, axis) / channel_means(weights, axis)).astype(np.float32)
+    return (bias + channel_means(lost) / channel_means(weights)).astype(np.float32)
 
 
-def within(values: NDArray[np.float32], bounds: tuple[float, float], axis: int) -> NDArray[np.float32]:
-    """Return how much errors of values count before an activation that cuts what lies outside of bounds.
+def mean_errors(real: Sequence[NDArray[np.float32]], made: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
+    """Return by how much a quantized layer gives too much on average, channel by channel."""
+    return channel_means(made) - channel_means(real)
+
+
+def within(values: NDArray[np.float32], bounds: tuple[float, float]) -> NDArray[np.float32]:
+    """Return how much errors of values, whose second axis are channels, count before an activation that cuts what is out of bounds.
 
     What is cut anyway counts for a little: it must not come back over the bound.
     """
-    others = tuple(a for a in range(values.ndim) if a != axis)
+    others = tuple(axis for axis in range(values.ndim) if axis != 1)
     room = values.std(axis=others, keepdims=True) * np.float32(ROOM)
     inside = (values > np.float32(bounds[0]) - room) & (values < np.float32(bounds[1]) + room)
     return np.where(inside, np.float32(1), np.float32(OUTSIDE))
 
 
-def channel_means(batches: Sequence[NDArray[np.float32]], axis: int) -> NDArray[np.float64]:
+def channel_means(batches: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
     """Return the mean of every channel over some batches."""
-    sums = np.zeros(batches[0].shape[axis])
-    count = 0
-    for values in batches:
-        others = tuple(a for a in range(values.ndim) if a != axis)
-        sums += values.sum(axis=others, dtype=np.float64)
-        count += values.size // max(values.shape[axis], 1)
-    means: NDArray[np.float64] = sums / max(count, 1)
+    count = sum(values.size for values in batches) // max(batches[0].shape[1], 1)
+    means: NDArray[np.float64] = sum(map(channel_sums, batches), np.zeros(batches[0].shape[1])) / max(count, 1)
     return means
+
+
+def channel_sums(values: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return the sum of every channel: those of single samples' channels in the values' precision, and of these in float64."""
+    rows = values.reshape(*values.shape[:2], -1)
+    by_sample = rows @ np.ones(rows.shape[2], dtype=rows.dtype) if rows.shape[2] > 1 else rows[..., 0]
+    sums: NDArray[np.float64] = by_sample.sum(axis=0, dtype=np.float64)
+    return sums

@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from quantcli.fold import constant
 from quantcli.plan import activation_bounds
-from quantcli.tune.bias import biased
+from quantcli.tune.bias import biased, channel_sums
 from quantcli.tune.channels import Channels, is_layer
 from quantcli.tune.noise import STEPS, TINY, Noise, Tensor, Weight, reaching
 from quantcli.tune.values import values_in_parts
@@ -107,15 +107,16 @@ class Met:
     @classmethod
     def of(cls, batch: NDArray[Any]) -> Met:
         """Look at a batch, whose second axis are channels."""
-        axes = tuple(axis for axis in range(batch.ndim) if axis != 1)
-        low, high = np.maximum(-batch.min(axis=axes), 0), np.maximum(batch.max(axis=axes), 0)
-        active = (batch != 0).reshape(*batch.shape[:2], -1).sum(axis=(0, 2), dtype=np.int32)
+        rows = batch.reshape(*batch.shape[:2], -1)
+        if rows.shape[2] == 1:
+            rows = np.ascontiguousarray(rows[:, :, 0].T)[None]
+        low, high = np.maximum(-rows.min(axis=2).min(axis=0), 0), np.maximum(rows.max(axis=2).max(axis=0), 0)
+        active = (rows != 0).sum(axis=2, dtype=np.int32).sum(axis=0)
         with np.errstate(over="ignore"):
-            squares = np.square(batch).sum(axis=axes, dtype=np.float64)
+            squares = np.matmul(rows[:, :, None], rows[..., None])[..., 0, 0].sum(axis=0, dtype=np.float64)
         if not np.isfinite(squares).all():  # a mask's lowest values, say
-            squares = np.square(batch, dtype=np.float64).sum(axis=axes)
-        sums = active, batch.sum(axis=axes, dtype=np.float64), squares
-        parts = (np.asarray(part, dtype=np.float64) for part in sums)
+            squares = np.square(rows, dtype=np.float64).sum(axis=(0, 2))
+        parts = (np.asarray(part, dtype=np.float64) for part in (active, channel_sums(batch), squares))
         return cls(low.astype(np.float64), high.astype(np.float64), batch.size // batch.shape[1], *parts)
 
     def with_more(self, other: Met) -> Met:

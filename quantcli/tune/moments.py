@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-# Rows beyond so many per input change a second moment by little; they are drawn evenly.
-ROWS_PER_INPUT, FEWEST_ROWS = 12, 8192
-# Weights of less than 8 bits follow the moments further, and gain by so many, where those are no more numbers than that.
-COARSE_ROWS, MOST_NUMBERS = 32768, 1 << 24
+# Rows beyond so many per input, but so many in all if they are enough for that, change a second moment by little; rows are drawn
+# evenly.
+ROWS_PER_INPUT, MANY_ROWS, ENOUGH_PER_INPUT = 256, 8192, 4
+# Weights of less than 8 bits follow the moments further, and gain by more: by so many where those are no more numbers than that.
+COARSE_PER_INPUT, FEWEST_COARSE, COARSE_ROWS, MOST_NUMBERS = 12, 8192, 32768, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,11 @@ def drawn_rows(
         coarse: Whether the weight has less than 8 bits.
     """
     generator = np.random.default_rng(seed)
-    wanted = max(FEWEST_ROWS, ROWS_PER_INPUT * inputs)
     if coarse:
-        wanted = max(wanted, min(COARSE_ROWS, MOST_NUMBERS // (matrix.groups * inputs)))
+        most = min(COARSE_ROWS, MOST_NUMBERS // (matrix.groups * inputs))
+        wanted = max(FEWEST_COARSE, COARSE_PER_INPUT * inputs, most)
+    else:
+        wanted = max(min(ROWS_PER_INPUT * inputs, MANY_ROWS), ENOUGH_PER_INPUT * inputs)
     wanted = wanted // max(len(batches[0]), 1) + 1
     found: list[tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]]] = [([], []) for _ in batches]
     for number, versions in enumerate(zip(*batches, strict=True)):

@@ -186,26 +186,20 @@ def best_scales(
 
 
 def rounded(
-    weights: NDArray[np.float64],
-    scales: NDArray[np.float64],
-    moments: NDArray[np.float64],
-    ends: Ends,
-    damping: float = DAMPING,
+    weights: NDArray[np.float64], scales: NDArray[np.float64], moments: NDArray[np.float64], ends: Ends
 ) -> NDArray[np.float64]:
     """Return integers, (groups, outputs, inputs), for which tr(Δ·H·Δᵀ) is small: steps 2 and 3 above.
 
     Args:
         weights: The weights that are to be met.
         scales: (groups, outputs).
-        moments: H, not damped.
+        moments: H, damped.
         ends: The lowest and the highest integer.
-        damping: What is added to the variances, as a part of their mean.
     """
-    stable = damped(moments, damping)
     plain = nearest(weights, scales, ends)
-    found = descended(weights, propagated(weights, scales, stable, ends), scales, stable, ends)
+    found = descended(weights, propagated(weights, scales, moments, ends), scales, moments, ends)
     step = scales[..., None]
-    worse = output_error(found * step - weights, stable) > output_error(plain * step - weights, stable)
+    worse = output_error(found * step - weights, moments) > output_error(plain * step - weights, moments)
     return np.where(worse[..., None], plain, found)
 
 
@@ -226,45 +220,47 @@ def propagated(
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """Second moments H as MᵀM, as far as what one column loses is carried on by it.
+    """Second moments H as L·Lᵀ, as far as what one column loses is carried on by it: L is M of `propagated`, columns backwards.
 
     Attributes:
-        order: The columns, those of large second moments first.
-        diagonal: Mᵢᵢ in that order, (groups, inputs).
-        lower: Mᵢⱼ / Mᵢᵢ, (groups, inputs, inputs).
+        order: The columns, those of small second moments first.
+        lower: L, in that order, (groups, inputs, inputs).
+        diagonal: Its diagonal, (groups, inputs).
     """
 
     order: NDArray[np.intp]
-    diagonal: NDArray[np.float64]
     lower: NDArray[np.float64]
+    diagonal: NDArray[np.float64]
 
     @classmethod
     def of(cls, moments: NDArray[np.float64]) -> Factor:
         """Return the factor of second moments, (groups, inputs, inputs)."""
-        order = np.argsort(-np.einsum("gii->gi", moments).mean(axis=0), kind="stable")
-        least = order[::-1]
-        flipped = np.linalg.cholesky(moments[:, least[:, None], least])
-        factor = flipped[:, ::-1, ::-1].transpose(0, 2, 1)
-        diagonal = np.einsum("gii->gi", factor).copy()
-        return cls(order, diagonal, np.ascontiguousarray(factor / diagonal[:, :, None]))
+        order = np.argsort(-np.einsum("gii->gi", moments).mean(axis=0), kind="stable")[::-1]
+        lower = np.linalg.cholesky(moments[:, order[:, None], order])
+        return cls(order, lower, np.einsum("gii->gi", lower).copy())
 
     def carried(
         self, weights: NDArray[np.float64], scales: NDArray[np.float64], ends: Ends
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return integers, each column's error carried on to those behind it, and how far each is from what was best there.
+        """Return integers, each column's error carried on to those that follow, and how far each is from what was best there.
 
-        Both are (groups, inputs, outputs), columns in `order`.
+        The last column is the first one to be rounded. Both are (groups, inputs, outputs), columns in `order`.
         """
         given = np.ascontiguousarray((weights / scales[..., None])[:, :, self.order].transpose(0, 2, 1))
         wanted, found, lost = given.copy(), np.empty_like(given), np.empty_like(given)
-        for first in range(0, len(self.order), BLOCK):
-            last = min(first + BLOCK, len(self.order))
-            wanted[:, first:last] += self.lower[:, first:last, :first] @ lost[:, :first]
-            for column in range(first, last):
+        for last in range(len(self.order), 0, -BLOCK):
+            first = max(last - BLOCK, 0)
+            pivots = self.diagonal[:, first:last]
+            if last < len(self.order):
+                wanted[:, first:last] += (
+                    self.lower[:, last:, first:last].transpose(0, 2, 1) @ lost[:, last:] / pivots[..., None]
+                )
+            block = self.lower[:, first:last, first:last] / pivots[:, None]
+            for column in range(last - 1, first - 1, -1):
                 integer = np.rint(wanted[:, column], out=found[:, column])
                 np.minimum(np.maximum(integer, ends[0], out=integer), ends[1], out=integer)
                 error = np.subtract(given[:, column], integer, out=lost[:, column])
-                wanted[:, column + 1 : last] += self.lower[:, column + 1 : last, column, None] * error[:, None]
+                wanted[:, first:column] += block[:, column - first, : column - first, None] * error[:, None]
         return found, np.subtract(wanted, found, out=wanted)
 
 

@@ -30,7 +30,7 @@ from quantcli.island import captured, single_node
 from quantcli.plan import activation_bounds, activation_parameters, bias_of, weight_grid, widest_scales
 from quantcli.probe import runnable
 from quantcli.rules import Arithmetic, Operand
-from quantcli.tune.bias import biased, corrected, within
+from quantcli.tune.bias import BIASED, biased, corrected, within
 from quantcli.tune.moments import drawn_rows, matrix_of, moments_of, together, weighted_moments
 from quantcli.tune.outputs import OLDEST_OPSET, RANKED, Ahead, Channels, Expected, range_for_outputs
 from quantcli.tune.ranges import ENOUGH, ENOUGH_COARSE, Grid, best_range, look
@@ -366,18 +366,15 @@ class Sweep:
     def correct_bias(self, layer: PlacedLayer, real: Batches, made: Batches) -> Batches:
         """Correct a layer's bias, and return its outputs with the new one, in the same arrays."""
         node = layer.node
-        axis = 1 if node.op_type != "MatMul" else real[0].ndim - 1
-        bias = biased(node, real[0].shape[axis], self.model.graph)
+        bias = biased(node, real[0].shape[1], self.model.graph) if node.op_type in BIASED else None
         if bias is None or not all(array.size for array in real):
             return made
-        found = corrected(bias, real, made, axis, self.bounds(layer))
-        change = found - bias
+        found = corrected(bias, real, made, self.bounds(layer))
+        change = (found - bias).reshape(-1, *[1] * (real[0].ndim - 2))
         before = squared(made[0], real[0])
-        shaped = change.reshape([-1 if a == axis else 1 for a in range(real[0].ndim)])
         for array in made:
-            np.add(array, shaped, out=array)
-        after = squared(made[0], real[0])
-        self.gains.count("bias", before, after)
+            np.add(array, change, out=array)
+        self.gains.count("bias", before, squared(made[0], real[0]))
         value = node.inputs[2]
         assert value is not None  # noqa: S101 - `biased` has seen to it
         value.const_value = ir.tensor(found, name=value.name)
@@ -495,7 +492,7 @@ class Sweep:
             if bias is not None:
                 results += bias.reshape(weights.shape[0], 1, -1)
             by_output = results.transpose(1, 0, 2).reshape(results.shape[1], -1)
-            counts = within(by_output, bounds, 1).reshape(results.shape[1], *weights.shape[:2]).transpose(1, 0, 2)
+            counts = within(by_output, bounds).reshape(results.shape[1], *weights.shape[:2]).transpose(1, 0, 2)
             moments = weighted_moments(real, made, counts, centred)
             return Met(weights.reshape(-1, 1, weights.shape[2]), moments, made.shape[1])
         if not 0 < middle < made.shape[1]:
@@ -506,9 +503,8 @@ class Sweep:
 
 
 def squared(made: NDArray[np.float32], real: NDArray[np.float32]) -> float:
-    """Return the sum of the squares of a difference."""
-    difference = made - real
-    return float(np.vdot(difference, difference))
+    """Return the sum of the squares of a difference: sample by sample, since a sample's may stay in the caches."""
+    return sum(float(np.vdot(one, one)) for one in map(np.subtract, made, real))
 
 
 def run_cached(

@@ -152,10 +152,11 @@ def fitted(
         gains.append(("scales", before, middle))
     if steps.rounding:
         found = replace(found, damping=best_damping(wanted, scales, halves, levels)) if halves else found
+        held = stable if found.damping == DAMPING else damped(moments.covariance, found.damping)
         if steps.scales and integer.bits <= FEW_BITS and met.rows >= ENOUGH_ROWS * wanted.shape[2]:
-            flat = scales_for_rounding(wanted, widest, damped(moments.covariance, found.damping), levels, form)
+            flat = scales_for_rounding(wanted, widest, held, levels, form)
             scales = spread(flat, wanted)
-        integers = rounded(wanted, scales, moments.covariance, levels.at(scales), found.damping)
+        integers = rounded(wanted, scales, held, levels.at(scales))
         gains.append(("rounding", middle, error(integers, scales)))
     lowest = None if form.symmetric else np.asarray(levels.at(scales)[0]).reshape(-1)[: len(flat)].astype(np.int64)
     return Fitted(integers, flat, lowest, scales, found, tuple(gains))
