@@ -27,7 +27,7 @@ from quantcli.probe import with_outputs
 from quantcli.recipe import Activation, Layers, Tune, Weight
 from quantcli.tune import rounding
 from quantcli.tune import weights as of_weights
-from quantcli.tune.bias import channel_means, corrected
+from quantcli.tune.bias import channel_means, channel_sums, corrected
 from quantcli.tune.effort import wanted_samples
 from quantcli.tune.moments import Matrix, drawn_rows, matrix_of, moments_of
 from quantcli.tune.outputs import is_distribution, logarithms
@@ -285,7 +285,14 @@ def test_rows_are_what_a_convolution_multiplies(tmp_path: Path, attributes: dict
 
 @pytest.mark.parametrize(
     ("inputs", "coarse", "expected"),
-    [(8, False, 2048), (100, False, 8192), (3000, False, 12000), (8, True, 32768), (1024, True, 16384), (2048, True, 24576)],
+    [
+        (8, False, 2048),
+        (100, False, 8192),
+        (3000, False, 12000),
+        (8, True, 32768),
+        (1024, True, 16384),
+        (2048, True, 24576),
+    ],
 )
 def test_coarse_weights_have_more_rows(tmp_path: Path, inputs: int, coarse: bool, expected: int) -> None:
     weight = np.ones((2, inputs), dtype=np.float32)
@@ -489,3 +496,11 @@ def test_the_bytes_do_not_depend_on_how_many_threads_there_are(tmp_path: Path) -
         subprocess.run(command, cwd=tmp_path, env={**os.environ, **given}, check=True)
         written.append((tmp_path / f"{threads}.onnx").read_bytes())
     assert written[0] == written[1] == written[2]
+
+
+@given(st.lists(st.integers(1, 5), min_size=2, max_size=4), st.integers(0, 2**32 - 1))
+def test_channels_are_summed_one_by_one(shape: list[int], seed: int) -> None:
+    values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    expected = np.moveaxis(values.astype(np.float64), 1, 0).reshape(shape[1], -1).sum(axis=1)
+    # At most 25 values below 8 in float32: each of the additions errs by 2^-24 of at most 25·8.
+    assert channel_sums(values) == pytest.approx(expected, abs=25 * 25 * 8 * 2**-24)
