@@ -236,7 +236,7 @@ class Factor:
     def of(cls, moments: NDArray[np.float64]) -> Factor:
         """Return the factor of second moments, (groups, inputs, inputs)."""
         order = np.argsort(-np.einsum("gii->gi", moments).mean(axis=0), kind="stable")[::-1]
-        lower: NDArray[np.float64] = np.linalg.cholesky(moments[:, order[:, None], order])
+        lower = np.asarray(np.linalg.cholesky(moments[:, order[:, None], order]), dtype=np.float64)
         return cls(order, lower, np.einsum("gii->gi", lower).copy())
 
     def carried(
