@@ -466,6 +466,3 @@ def example_inputs(
 def rows(array: NDArray[Any]) -> NDArray[Any]:
     """Return two rows of an array: a batch of one would be taken for a batch that is always one."""
     return np.ascontiguousarray(np.repeat(array[:1], ROWS, axis=0)) if array.ndim else array
-
-
-# ---- what went wrong -----------------------------------------------------------------------------------------------------------

@@ -53,15 +53,10 @@ def corrected(
         bounds: What the activation behind cuts: what lies outside counts for less. None for no activation.
     """
     if bounds is None:
-        return (bias - mean_errors(real, made)).astype(np.float32)
+        return (bias - (channel_means(made) - channel_means(real))).astype(np.float32)
     weights = [within(values, bounds) for values in real]
     lost = [(a - b) * weight for a, b, weight in zip(real, made, weights, strict=True)]
     return (bias + channel_means(lost) / channel_means(weights)).astype(np.float32)
-
-
-def mean_errors(real: Sequence[NDArray[np.float32]], made: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
-    """Return by how much a quantized layer gives too much on average, channel by channel."""
-    return channel_means(made) - channel_means(real)
 
 
 def within(values: NDArray[np.float32], bounds: tuple[float, float]) -> NDArray[np.float32]:
