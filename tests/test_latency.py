@@ -11,6 +11,7 @@ import pytest
 
 from quantcli import convert, verify
 from quantcli.cli import run
+from quantcli.evaluation.check import measured
 from quantcli.fold import fold
 from quantcli.load import load
 from quantcli.recipe import Recipe, Tune
@@ -130,3 +131,40 @@ def test_nothing_is_told_of_the_speed_of_what_is_meant_to_run_elsewhere(
     told = capsys.readouterr()
     assert "speed" not in told.out + told.err
     assert "self-check" in told.out
+
+
+class Timed:
+    """What takes as long as it is said to, on a clock of its own."""
+
+    def __init__(self, clock: list[float], seconds: list[float]) -> None:
+        self.clock, self.seconds = clock, seconds
+
+    def run(self, feeds: object) -> None:
+        del feeds
+        self.clock[0] += self.seconds.pop(0) if len(self.seconds) > 1 else self.seconds[0]
+
+
+@pytest.mark.parametrize(
+    ("quantized", "speed", "runs"),
+    [
+        ([0.01], 2.0, 8),  # fast at the first look
+        ([0.04] * 8 + [0.01], 2.0, 40),  # disturbed while that lasted
+        ([0.04], 0.5, 8 + 17),  # slow, for longer than a second, too
+    ],
+)
+def test_a_model_is_slow_where_a_second_look_says_so(
+    monkeypatch: pytest.MonkeyPatch, quantized: list[float], speed: float, runs: int
+) -> None:
+    clock, looks = [0.0], []
+    monkeypatch.setattr("quantcli.evaluation.check.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("quantcli.evaluation.check.LOOKS", ((1e9, 8), (1.0, 40)))
+    reference, other = Timed(clock, [0.02]), Timed(clock, quantized)
+    monkeypatch.setattr(other, "run", lambda feeds: (looks.append(1), Timed.run(other, feeds)))
+    assert measured(reference, other, {}) == pytest.approx(speed)  # type: ignore[arg-type]
+    assert len(looks) == runs
+
+
+def test_the_speed_of_what_takes_no_time_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("quantcli.evaluation.check.time.perf_counter", lambda: clock[0])
+    assert measured(Timed(clock, [1e-5]), Timed(clock, [1e-5]), {}) is None  # type: ignore[arg-type]

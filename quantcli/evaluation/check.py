@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 
 # A quantized model that does not reach this part of float's speed is slower, noise or not.
 SLOW = 0.85
-# What a look at the speed may take, in seconds, and of how large a model: above, two of them would need too much memory.
-LOOK, LARGEST = 0.25, 1 << 28
-RUNS, ENOUGH = 8, 3
+# What a look at the speed may take, in seconds and runs, and what a second one may that has to agree before a model is called slow.
+LOOKS = ((0.25, 8), (1.0, 40))
+# Of how large a model: above, two of them would need too much memory.
+LARGEST = 1 << 28
+ENOUGH = 3
 # Below this a run is mostly the call itself.
 SHORTEST = 2e-4
 # Below this a self-check warns: the quantized output is then more noise than most uses bear.
@@ -128,15 +130,24 @@ def outputs_of_program(
 def measured(reference: Runner, quantized: Runner, feeds: dict[str, NDArray[Any]]) -> float | None:
     """Return how many times faster the quantized model runs, by the fastest of a few runs in turn.
 
+    What else a machine does disturbs so short a look, and can make a fast model seem slow. So where it does, a longer
+    look goes on from there.
+
     Returns:
         None where that takes long, or hardly any time.
     """
     times: tuple[list[float], list[float]] = ([], [])
-    began = time.perf_counter()
-    while time.perf_counter() - began < LOOK and len(times[0]) < RUNS:
-        for runner, spent in zip((reference, quantized), times, strict=True):
-            start = time.perf_counter()
-            runner.run(feeds)
-            spent.append(time.perf_counter() - start)
-    known = len(times[0]) >= ENOUGH and min(times[0]) >= SHORTEST
-    return min(times[0]) / min(times[1]) if known else None
+    speed = None
+    for seconds, runs in LOOKS:
+        began = time.perf_counter()
+        while time.perf_counter() - began < seconds and len(times[0]) < runs:
+            for runner, spent in zip((reference, quantized), times, strict=True):
+                start = time.perf_counter()
+                runner.run(feeds)
+                spent.append(time.perf_counter() - start)
+        if len(times[0]) < ENOUGH or min(times[0]) < SHORTEST:
+            return None
+        speed = min(times[0]) / min(times[1])
+        if speed >= SLOW:
+            break
+    return speed
