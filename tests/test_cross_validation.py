@@ -16,7 +16,7 @@ from quantcli.fold import fold
 from quantcli.load import load
 from quantcli.recipe import Tune, Weight
 from quantcli.tune import weights as of_weights
-from quantcli.tune.cross_validation import DAMPINGS, RIDGES, best_damping, best_ridge
+from quantcli.tune.cross_validation import DAMPINGS, RIDGES, best_damping, best_ridge, ways
 from quantcli.tune.moments import Moments, drawn_rows, matrix_of, moments_of, together
 from quantcli.tune.rounding import Levels, compensated, damped, propagated
 from tests.graphs import data_for, node, normal, residual_net, rows, save
@@ -110,6 +110,22 @@ def test_the_damping_leaves_least_on_the_half_that_it_was_not_fitted_to(seed: in
     assert best_damping(weights, scales, halves, Levels(ENDS)) == DAMPINGS[int(errors.argmin())]
 
 
+def test_one_half_of_a_large_layers_samples_judges_what_is_fitted_to_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (moments_of(None, rows(1, 12, 8, seed), centred=False) for seed in (1, 2))
+    both = ((first, second), (second, first))
+    assert [pair == one for pair, one in zip(ways([first, second]), both, strict=True)] == [True, True]
+    monkeypatch.setattr("quantcli.tune.cross_validation.BOTH_WAYS", 7)
+    (pair,) = ways([first, second])
+    assert pair == both[0]
+    weights = normal(1, 4, 8, seed=3).astype(np.float64)
+    scales = np.abs(weights).max(axis=2) / ENDS[1]
+    errors = []
+    for damping in DAMPINGS:
+        found = propagated(weights, scales, damped(first.covariance, damping), ENDS) * scales[..., None] - weights
+        errors.append(float(np.sum((found @ second.covariance) * found)))
+    assert best_damping(weights, scales, [first, second], Levels(ENDS)) == DAMPINGS[int(np.argmin(errors))]
+
+
 def test_a_layer_of_chance_is_held_back_and_one_of_many_samples_is_not() -> None:
     weights = normal(1, 16, 40, seed=5).astype(np.float64)
     scales = np.abs(weights).max(axis=2) / ENDS[1]
@@ -123,10 +139,21 @@ def test_a_layer_of_chance_is_held_back_and_one_of_many_samples_is_not() -> None
 
 
 @pytest.mark.parametrize(
-    ("bits", "wished", "asked"), [(4, None, 1), (4, False, 0), (8, None, 0), (8, True, 1), (3, None, 0), (2, True, 1)]
+    ("weight", "wished", "asked"),
+    [
+        (Weight(bits=4), None, 1),
+        (Weight(bits=4), False, 0),
+        (Weight(), None, 0),
+        (Weight(), True, 1),
+        (Weight(bits=3), None, 0),
+        (Weight(bits=2), True, 1),
+        (Weight(per_channel=False), None, 1),
+        (Weight(per_channel=False), False, 0),
+        (Weight(per_channel=False, bits=3), None, 0),
+    ],
 )
 def test_it_is_asked_once_of_coarse_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, wished: bool | None, asked: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: Weight, wished: bool | None, asked: int
 ) -> None:
     calls: list[Any] = []
 
@@ -136,9 +163,7 @@ def test_it_is_asked_once_of_coarse_weights(
 
     monkeypatch.setattr(of_weights, "best_damping", counted)
     model, data = residual_net(tmp_path / "m.onnx"), data_for(tmp_path / "d.npz")
-    recipe = Recipe(
-        weight=Weight(bits=bits), tune=Tune(cross_validation=wished, equalize=False, ranges=True, refit=True)
-    )
+    recipe = Recipe(weight=weight, tune=Tune(cross_validation=wished, equalize=False, ranges=True, refit=True))
     done = convert(model, tmp_path / "q.onnx", data=data, recipe=recipe)
     weights = [name for name, entry in done.sidecar.tensors.items() if entry.role == "weight"]
     # The sweep over all samples takes what the first one found.

@@ -23,7 +23,7 @@ from quantcli.recipe import Activation, Calibration, Tune, Weight
 from quantcli.sidecar import MovedEntry
 from quantcli.tune.candidates import Samples, equalized, grids_of
 from quantcli.tune.equalize import Grids, Met, equalize
-from quantcli.tune.noise import CONSIDERED, ROUNDED, Noise, Tensor, reaching
+from quantcli.tune.noise import CONSIDERED, ROUNDED, Cut, Noise, Tensor, reaching
 from quantcli.tune.noise import Weight as RoundedWeight
 from quantcli.tuning import UNTUNED
 from tests.graphs import data_for, node, normal, residual_net, save
@@ -45,7 +45,7 @@ def grids(model: ir.Model, recipe: Recipe | None = None) -> Grids:
 
 
 def drawn_noise(seed: int, symmetric: bool, shared: bool, asymmetric: bool = False) -> Noise:
-    """Return the noise of two tensors and two weights over six sets of channels."""
+    """Return the noise of two tensors, two weights and a Clip over six sets of channels."""
     draw = np.random.default_rng(seed)
 
     def some(*shape: int) -> Array:
@@ -56,7 +56,10 @@ def drawn_noise(seed: int, symmetric: bool, shared: bool, asymmetric: bool = Fal
     low = some(3, 4) * (draw.random((3, 4)) < 0.5) * asymmetric, np.zeros((4, 2))
     whole = RoundedWeight.of(draw.permutation(6)[:3], sets[0][None], low[0], some(3, 4), some(1, 4), 7)
     grouped = RoundedWeight.of(sets[0], sets[1].reshape(2, 2), low[1], some(4, 2), some(2, 2), 7)
-    return Noise(tensors, (whole, grouped), 15, symmetric, shared, 6)
+    # What a Clip costs grows with the distance from a factor of 1, and slopes leap at the factors that are known.
+    known = np.linspace(-1.5, 1.0, 11)
+    cut = Cut(draw.permutation(6)[:3], known, np.square(known) * some(3, 1))
+    return Noise(tensors, (whole, grouped), 15, symmetric, shared, 6, [cut])
 
 
 @settings(deadline=None)
@@ -263,21 +266,66 @@ def test_equalization_absorbs_what_relu_never_cuts(tmp_path: Path) -> None:
     assert (np.asarray(constant(changed.graph.initializers["b1"]))[[0, 2]] < [2, 2]).all()
 
 
-@pytest.mark.parametrize(("bound", "may"), [(100.0, True), (0.01, False)])
-def test_a_clip_that_clips_keeps_its_channels(tmp_path: Path, bound: float, may: bool) -> None:
-    spread = np.array([1, 10, 0.1, 5], np.float32)[:, None, None, None]
+def clipping(path: Path, bound: float, column: float = 1.0) -> Path:
+    """A convolution of uneven channels, a Clip, and another convolution, with so large weights of the second channel."""
+    spread, columns = np.array([[1, 10, 0.1, 5], [1, column, 1, 1]], np.float32)
     tensors = {
-        "w1": normal(4, 3, 1, 1, seed=1) * spread,
-        "w2": normal(2, 4, 1, 1, seed=2),
+        "w1": normal(4, 3, 1, 1, seed=1) * spread[:, None, None, None],
+        "w2": normal(2, 4, 1, 1, seed=2) * columns[None, :, None, None],
         "lo": np.array(0, np.float32),
         "hi": np.array(bound, np.float32),
     }
     nodes = [node("Conv", ["x", "w1"], ["a"]), node("Clip", ["a", "lo", "hi"], ["r"]), node("Conv", ["r", "w2"], ["y"])]
-    model = loaded(save(tmp_path / "m.onnx", nodes, {"x": ["N", 3, 4, 4]}, {"y": None}, tensors))
-    x = normal(8, 3, 4, 4, seed=3)
+    return save(path, nodes, {"x": ["N", 3, 8, 8]}, {"y": None}, tensors)
+
+
+@pytest.mark.parametrize("bound", [100.0, 8.0])
+def test_what_a_clip_cuts_often_keeps_its_factor_and_what_it_never_cuts_does_not(tmp_path: Path, bound: float) -> None:
+    model, x = loaded(clipping(tmp_path / "m.onnx", bound)), normal(64, 3, 8, 8, seed=3)
     changed, done = equalize(model, [{"x": x}], grids(model))
-    assert bool(done.layers) == may
-    assert np.allclose(outputs(changed, x), outputs(model, x), rtol=1e-4, atol=1e-5)
+    assert done.layers
+    assert done.exact
+    assert np.allclose(outputs(changed, x), outputs(model, x), rtol=1e-4, atol=1e-3)
+    cut = Runner(with_outputs(model, ["a"])).run({"x": x}, ["a"])["a"].max(axis=(0, 2, 3)) > bound
+    assert cut.tolist() == [False, bound == 8.0, False, bound == 8.0]
+    moved_by = np.abs(np.array(done.moved["r"].factor) - 1)
+    assert (moved_by[cut] == 0).all()
+    assert (moved_by[~cut] > 0.1).all()
+
+
+def test_a_clip_cuts_otherwise_where_weights_gain_more_by_it(tmp_path: Path) -> None:
+    """All channels are cut nearly always, so that another bound changes a constant, and 4 bits do not hold uneven columns."""
+    model, x = loaded(clipping(tmp_path / "m.onnx", 0.01, 64.0)), normal(64, 3, 8, 8, seed=3)
+    changed, done = equalize(model, [{"x": x}], grids(model, Recipe(weight=Weight(bits=4))))
+    assert not done.exact
+    assert done.gained > 0.2
+    before, after = outputs(model, x).astype(np.float64), outputs(changed, x).astype(np.float64)
+    assert 0 < np.square(after - before).mean() < 1e-3 * before.var()
+
+
+@pytest.mark.parametrize(("bound", "bits", "times"), [(100.0, 8, 1), (0.01, 4, 2)])
+def test_a_model_whose_clips_cut_otherwise_is_observed_again(
+    tmp_path: Path, bound: float, bits: int, times: int
+) -> None:
+    path, recipe = clipping(tmp_path / "m.onnx", bound, 64.0), Recipe(weight=Weight(bits=bits))
+    x = normal(24, 3, 8, 8, seed=3)
+    np.savez(tmp_path / "d.npz", x=x)
+    asked: list[bool] = []
+
+    def observe(model: ir.Model, channels: bool = False) -> Statistics:
+        asked.append(channels)
+        changed = tmp_path / f"{len(asked)}.onnx"
+        changed.write_bytes(model_bytes(model))
+        return calibrate(changed, tmp_path / "d.npz", recipe=Recipe(calibration=Calibration(channels=channels)))
+
+    seen, samples = calibrate(path, tmp_path / "d.npz"), Samples(({"x": x[:16]},), ({"x": x[16:]},))
+    candidate = equalized(loaded(path), seen, recipe, samples, observe, UNTUNED)
+    assert candidate is not None
+    assert asked == [True, False][:times]
+    after = observe(candidate.model)
+    for name in candidate.tuning.moved.keys() & after.tensors.keys():
+        found, expected = candidate.statistics.tensors[name], after.tensors[name]
+        assert (found.minimum, found.maximum) == pytest.approx((expected.minimum, expected.maximum), rel=1e-5)
 
 
 @pytest.mark.parametrize("observer", [None, "percentile"])
@@ -316,7 +364,8 @@ def test_the_equalized_models_statistics_are_what_is_seen_of_it(uneven: Path, tm
         (Weight(), 4, {}, [False]),
         (Weight(), 4, {"equalize": True}, [True]),
         (Weight(), 8, {"equalize": False}, [False]),
-        (Weight(per_channel=False), 8, {"compensation": False}, [False, True]),
+        (Weight(per_channel=False), 8, {}, [True]),
+        (Weight(per_channel=False), 4, {}, [False, True]),
     ],
 )
 def test_equalization_is_tried_where_it_pays(
@@ -327,6 +376,16 @@ def test_equalization_is_tried_where_it_pays(
     done = convert(uneven, tmp_path / "q.onnx", data=data, recipe=recipe)
     assert ["equalization" in one.name for one in done.tuned.tries[1:]][: len(tried)] == tried
     assert verify(done.sidecar_path, data).findings == []
+
+
+@pytest.mark.parametrize(("gain", "tried"), [(0.1, [False, True]), (2.9, [False, True]), (3.1, [True])])
+def test_with_one_scale_a_model_is_tried_both_ways_unless_much_is_predicted(
+    uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float, tried: list[bool]
+) -> None:
+    monkeypatch.setattr("quantcli.tune.effort.foreseen", lambda *_: gain)
+    recipe = Recipe(weight=Weight(per_channel=False))
+    done = convert(uneven, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz", samples=24), recipe=recipe)
+    assert ["equalization" in one.name for one in done.tuned.tries[1:]][: len(tried)] == tried
 
 
 @pytest.mark.parametrize(

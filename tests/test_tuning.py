@@ -399,20 +399,21 @@ def test_each_step_can_be_left_out(tmp_path: Path) -> None:
     assert (stored["w1_quantized"] == plain["w1_quantized"]).all()
 
 
-def test_coarse_weights_are_tried_with_and_without_compensation(tmp_path: Path) -> None:
+def test_weights_are_compensated_where_they_are_coarse_and_tried_both_ways_with_powers_of_two(tmp_path: Path) -> None:
     model, data = residual_net(tmp_path / "net.onnx"), data_for(tmp_path / "d.npz", samples=24)
 
-    def tried(weight: Weight, **wishes: Any) -> list[bool]:
-        recipe = Recipe(
-            weight=weight, tune=Tune(ranges=False, **wishes)
-        )  # without ranges, there is no try without them
+    def tried(weight: Weight, target: str = "ort-x86", **wishes: Any) -> list[bool]:
+        # Without ranges, there is no try without them.
+        recipe = Recipe(target=target, weight=weight, tune=Tune(ranges=False, widen=False, **wishes))
         done = convert(model, tmp_path / "a.onnx", data=data, recipe=recipe)
         return ["compensation" in one.name for one in done.tuned.tries[1:]]
 
     shared = Weight(per_channel=False)
-    assert tried(shared) == [False, False, True]  # plain, equalized, and the better one again
-    assert tried(shared, compensation=True) == [True, True]
+    assert tried(shared) == [True, True]  # plain and equalized
     assert tried(shared, compensation=False) == [False, False]
+    assert tried(Weight(), "npu-pow2") == [False, True]
+    assert tried(Weight(), "npu-pow2", compensation=True) == [True]
+    assert tried(shared, "npu-pow2") == [False, False, True]  # the better one again
     assert tried(Weight()) == [False]
     assert tried(Weight(bits=4)) == [True]
 

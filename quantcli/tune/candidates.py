@@ -122,7 +122,7 @@ def equalized(
     """Return the equalized model with statistics of its own; None where nothing changed.
 
     Where ranges begin at the extremes, those of the channels tell what the statistics become, exactly: a channel's factor is above
-    zero. Else the changed model is observed.
+    zero. Else, and where a Clip cuts otherwise than it did, the changed model is observed.
     """
     whole = observe(model, channels=True)
     extremes = {name: seen.channels for name, seen in whole.tensors.items() if seen.channels is not None}
@@ -130,7 +130,8 @@ def equalized(
     changed, done = equalize(model, samples.swept, grids, extremes)
     if not done.layers and not done.absorbed:
         return None
-    if OBSERVERS[observer_of(recipe)] or not done.moved.keys() & whole.tensors.keys() <= extremes.keys():
+    derived = done.exact and not OBSERVERS[observer_of(recipe)]
+    if not derived or not done.moved.keys() & whole.tensors.keys() <= extremes.keys():
         after = observe(changed)
     else:
         tensors = dict(statistics.tensors)

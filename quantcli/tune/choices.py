@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from quantcli.targets import Target
 
 
-# The widths of weights that are fitted to halves of the samples, as the recipe wishes: where it says nothing, neither those
-# that lose little anyway nor 2 and 3 bits, where some networks lost by it (docs/accuracy.md).
-CROSS_VALIDATED = {None: range(4, 8), True: range(2, 17), False: range(0)}
-
-
 @dataclass(frozen=True)
 class Choice:
     """What a candidate is made by.
@@ -77,15 +72,14 @@ def freed(target: Target, **changes: bool) -> Target:
 def first_choices(recipe: Recipe, equalizing: Sequence[bool], outputs: int, images: bool) -> list[Choice]:
     """Return what is tried in any case; ranges by what they do to the outputs over so many batches, to their readers if 0."""
     wishes, target = recipe.tune, resolve_target(recipe)
-    narrow = target.weight.bits < 8
     steps = Steps(
         ranges=wishes.ranges is not False,
         outputs=outputs,
-        compensation=narrow if wishes.compensation is None else wishes.compensation,
+        compensation=is_fitted(target) if wishes.compensation is None else wishes.compensation,
         scales=wishes.scales is not False,
         rounding=wishes.rounding is not False,
         bias=wishes.bias is not False,
-        cross_validation=CROSS_VALIDATED[wishes.cross_validation],
+        cross_validation=cross_validated(wishes.cross_validation, target),
         activations=wishes.activations is True,
         seed=recipe.calibration.seed,
     )
@@ -101,9 +95,28 @@ def learns(recipe: Recipe) -> bool:
     return recipe.tune.effort == "best" and resolve_target(recipe).weight.bits < 8 if wished is None else wished
 
 
-def is_coarse(target: Target) -> bool:
-    """Tell whether weights have 8 bits whose grid is coarse: compensation helps some models then, and others not."""
-    return target.weight.bits >= 8 and (not target.weight.per_channel or target.weight.power_of_two)
+def is_fitted(target: Target) -> bool:
+    """Tell whether weights are so coarse that they have to follow the samples: less than 8 bits, or one scale for all rows.
+
+    Where small rows share the scale of large ones, a few of its integers are all that they have.
+    """
+    weight = target.weight
+    return weight.bits < 8 or (weight.bits == 8 and not weight.per_channel and not weight.power_of_two)
+
+
+def cross_validated(wished: bool | None, target: Target) -> range:
+    """Return the widths of weights that are fitted to halves of the samples, as the recipe wishes.
+
+    Where it says nothing, neither those that lose little anyway nor 2 and 3 bits, where some networks lost (docs/accuracy.md).
+    """
+    if wished is None:
+        return range(4, 9 if is_fitted(target) and not target.weight.per_channel else 8)
+    return range(2, 17) if wished else range(0)
+
+
+def is_torn(target: Target) -> bool:
+    """Tell whether compensation helps some models and not others: where weights have 8 bits and scales of powers of two."""
+    return target.weight.bits >= 8 and target.weight.power_of_two
 
 
 def open_steps(recipe: Recipe, may_equalize: bool, images: bool) -> list[str]:

@@ -30,6 +30,16 @@ DAMPINGS = (0.01, 0.1, 0.3)
 OUTPUTS = 32
 # Bytes of second moments that are worked on at once.
 ROOM = 1 << 26
+# Of layers with more inputs than these one half is fitted to and the other judges, but not the other way round, since that takes
+# time that grows with their cube.
+BOTH_WAYS = 1024
+
+
+def ways(halves: Sequence[Moments]) -> list[tuple[Moments, Moments]]:
+    """Return which half is fitted to and which judges."""
+    first, second = halves
+    both = first.covariance.shape[-1] <= BOTH_WAYS
+    return [(first, second), (second, first)] if both else [(first, second)]
 
 
 def best_ridge(weights: NDArray[np.float64], halves: Sequence[Moments]) -> float:
@@ -42,7 +52,7 @@ def best_ridge(weights: NDArray[np.float64], halves: Sequence[Moments]) -> float
         halves: The moments of both halves, with what the float model says.
     """
     errors = dict.fromkeys(RIDGES, 0.0)
-    for fitted, other in (halves, halves[::-1]):
+    for fitted, other in ways(halves):
         assert other.cross is not None  # noqa: S101 - as the arguments say
         wanted = 2 * (weights @ other.cross)
         for ridge in RIDGES:
@@ -63,9 +73,9 @@ def best_damping(
         levels: The integers.
     """
     few = slice(None, None, -(-weights.shape[1] // OUTPUTS))
-    given, steps = (np.concatenate([array[:, few]] * 2) for array in (weights, scales))
-    fitted = np.concatenate([half.covariance for half in halves])
-    other = np.concatenate([half.covariance for half in halves[::-1]])
+    pairs = ways(halves)
+    given, steps = (np.concatenate([array[:, few]] * len(pairs)) for array in (weights, scales))
+    fitted, other = (np.concatenate([pair[place].covariance for pair in pairs]) for place in (0, 1))
     together = max(1, ROOM // max(fitted.nbytes, 1))
     errors = dict.fromkeys(DAMPINGS, 0.0)
     for first in range(0, len(DAMPINGS), together):
@@ -73,7 +83,7 @@ def best_damping(
         stable = np.concatenate([damped(fitted, damping) for damping in part])
         many = len(part)
         tried = np.tile(steps, (many, 1))
-        ends = levels.some(few, (2 * many, 1)).at(tried)
+        ends = levels.some(few, (len(pairs) * many, 1)).at(tried)
         found = propagated(np.tile(given, (many, 1, 1)), tried, stable, ends)
         for damping, integers in zip(part, np.split(found, many), strict=True):
             errors[damping] = float(output_error(integers * steps[..., None] - given, other).sum())

@@ -43,7 +43,7 @@ from quantcli.quantize import quantize
 from quantcli.recipe import resolve_target
 from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.candidates import Candidate, Gained, Observe, Samples, aligned, centred, equalized, foreseen, swept
-from quantcli.tune.choices import Choice, first_choices, freed, is_coarse, learns, open_steps
+from quantcli.tune.choices import Choice, first_choices, freed, is_fitted, is_torn, learns, open_steps
 from quantcli.tune.outputs import TRIES, logarithms
 from quantcli.tune.smooth import Smoothed, smooth
 from quantcli.tune.steps import Steps
@@ -83,7 +83,9 @@ LARGEST = 1 << 30
 # Where each channel of a weight has a scale, equalization is tried by default if it is to lower the noise by so many dB; of weights
 # of 3 to 7 bits by less, which was kept on samples that were not seen; of 2 bits not always (LeNet lost 3 dB).
 WORTH_EQUALIZING, COARSE_BITS, WORTH_EQUALIZING_COARSE = 0.75, range(3, 8), 0.15
-# Nor is that asked of a model with a weight of more elements, which takes much memory to look at.
+# With one scale for all channels the model is tried both ways, unless so much is predicted.
+CLEARLY_WORTH_EQUALIZING = 3.0
+# Nothing is predicted of a model with a weight of more elements, which takes much memory to look at.
 LARGEST_WEIGHT = 1 << 24
 # A candidate is kept only where it is better by so many dB.
 MARGIN = 0.05
@@ -222,7 +224,7 @@ def tune(
         trying.attempt(choice)
         if choice.equalize and not trying.found:  # there was nothing to scale
             trying.attempt(choice.toggled("equalize"))
-    if trying.found and recipe.tune.compensation is None and is_coarse(resolve_target(recipe)):
+    if trying.found and recipe.tune.compensation is None and is_torn(resolve_target(recipe)):
         trying.attempt(trying.best.toggled("compensation"))
     again = open_steps(recipe, observe is not None, trying.images) if recipe.tune.effort == "best" else []
     if not again and recipe.tune.ranges is None and all(one.sqnr <= found[0][0].sqnr for one, _ in trying.found):
@@ -306,10 +308,8 @@ class Trying:
         if wished:
             return (True,)
         target = resolve_target(self.recipe)
-        if not target.weight.per_channel:
-            return (False, True)
         if target.activation.width < 8:  # the prediction is of ranges that cut nothing, and others are chosen then
-            return (False,)
+            return (False,) if target.weight.per_channel else (False, True)
         held = [value.const_value for value in self.judge.model.graph.initializers.values()]
         if max((array.size for array in held if array is not None), default=0) > LARGEST_WEIGHT:
             return (False,)
@@ -319,6 +319,8 @@ class Trying:
         except Exception as error:  # noqa: BLE001 - the model as it is is there in any case
             logger.debug("what equalization would bring cannot be told: %s", first_line(error))
             gain = 0.0
+        if not target.weight.per_channel:
+            return (True,) if gain >= CLEARLY_WORTH_EQUALIZING else (False, True)
         return (gain >= (WORTH_EQUALIZING_COARSE if target.weight.bits in COARSE_BITS else WORTH_EQUALIZING),)
 
     @property
@@ -390,9 +392,9 @@ class Trying:
         """Whether what is kept of sweeps is swept over all samples: where that is wanted, and there is room for them."""
         wished, target = self.recipe.tune.refit, resolve_target(self.recipe)
         # Ranges of narrow activations are what matters most there, and more samples make them no better.
-        narrow = target.weight.bits < 8 <= target.activation.width
+        fitted = is_fitted(target) and target.activation.width >= 8
         rows = sum(len(next(iter(feeds.values()))) for feeds in self.every)
-        return (narrow if wished is None else wished) and rows <= room_for(self.judge.model)
+        return (fitted if wished is None else wished) and rows <= room_for(self.judge.model)
 
     def choice_of(self, candidate: Candidate) -> Choice | None:
         """Return what a candidate was swept with; None where that alone did not make it."""

@@ -3,8 +3,9 @@
 Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction" (arXiv 1906.04721), section 4.1: for a
 positively homogeneous f, W₂·f(W₁x + b₁) = (W₂S)·f(S⁻¹W₁x + S⁻¹b₁) for any diagonal S above zero. Here every channel of every tensor
 belongs to a set of channels that must keep one factor: Relu, pools and Pad tie a channel to itself, Add ties its operands and its
-result, Concat ties the places that it copies to. A set has producers (rows of weights) and consumers (columns), and gets the factor
-for which the predicted noise of all of them and of the tensors between is least (`quantcli.tune.noise`).
+result, Concat ties the places that it copies to. Clip does as Relu does, but its bound moves with the factor, which costs something
+where it cuts (`quantcli.tune.clips`). A set has producers (rows of weights) and consumers (columns), and gets the factor for which
+the predicted noise of all of them and of the tensors between is least (`quantcli.tune.noise`).
 
 Section 4.1.3: what a channel always exceeds can be absorbed into the next bias: y = W₂·f(x) + b₂ = W₂·f(x − c) + (b₂ + W₂c) where
 x ≥ c always.
@@ -22,7 +23,8 @@ from quantcli.fold import constant
 from quantcli.plan import activation_bounds
 from quantcli.tune.bias import biased, channel_sums
 from quantcli.tune.channels import Channels, is_layer
-from quantcli.tune.noise import STEPS, TINY, Noise, Tensor, Weight, reaching
+from quantcli.tune.clips import FACTORS, Spread
+from quantcli.tune.noise import STEPS, TINY, Cut, Noise, Tensor, Weight, reaching
 from quantcli.tune.values import values_in_parts
 from quantcli.tuning import Moved
 
@@ -39,7 +41,7 @@ ENOUGH = 1e-3
 MET = 64
 # So many of them, and so many steps, tell about what factors would be worth.
 FEW, FEW_STEPS = 16, 15
-# A clipped channel counts as one that is never clipped where it stays this part below its bound.
+# What stays below this part of a Clip's bound counts as what is never cut, and stays there.
 SAFE = 0.9
 
 
@@ -54,6 +56,7 @@ class Equalized:
         refused: The tensors whose channels keep their factor, with the reason.
         moved: What became of tensors, by name.
         gained: By how many dB that lowers the noise, as predicted.
+        exact: Whether the model computes what it did: no channel that a Clip cuts has a factor.
     """
 
     channels: int = 0
@@ -62,6 +65,7 @@ class Equalized:
     refused: tuple[tuple[str, str], ...] = ()
     moved: dict[str, Moved] = field(default_factory=dict)
     gained: float = 0.0
+    exact: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +145,7 @@ class Equalization:
 
     Args:
         model: The folded model; the weights and biases of its layers change.
-        feeds: Samples that tell what tensors hold, and what Clip operators really clip.
+        feeds: Samples that tell what tensors hold, and what Clip operators cut.
         grids: What is rounded.
         extremes: The lowest and highest values of tensors' channels, by name, where more samples than those were seen.
         samples: How many samples tell what is met on average.
@@ -158,16 +162,29 @@ class Equalization:
         self.model, self.feeds, self.grids, self.extremes = model, feeds, grids, extremes or {}
         self.samples = samples
         self.channels = Channels(model)
+        self.bounds: dict[str, float] = {}
+        for node in self.channels.clips:
+            if node.inputs[0] is not None and np.isfinite(bound := activation_bounds(node)[1]):
+                self.bounds[str(node.inputs[0].name)] = bound
         self.held: dict[ir.Value, NDArray[np.float64]] = {}
 
     def run(self) -> Equalized:
         """Equalize, and absorb high biases."""
-        factors, gained = self.solve(self.clip_bounds(self.highest()), self.met(self.looked_at()))
+        spreads = self.spreads()
+        factors, gained = self.solve(spreads, self.met(self.looked_at()))
         changed = self.apply(factors)
         absorbed = self.absorb()
         reasons = {(name, reason) for name, reason in self.channels.frozen.values()}
         count = int((np.abs(factors - 1) > ENOUGH).sum())
-        return Equalized(count, tuple(changed), absorbed, tuple(sorted(reasons)), self.moved(factors), gained)
+        refused, exact = tuple(sorted(reasons)), self.is_exact(factors, spreads)
+        return Equalized(count, tuple(changed), absorbed, refused, self.moved(factors), gained, exact)
+
+    def is_exact(self, factors: NDArray[np.float64], spreads: Mapping[str, Spread]) -> bool:
+        """Tell whether no channel that a Clip cuts has a factor."""
+        return not any(
+            ((np.abs(factors[self.channels.roots(x)] - 1) > ENOUGH) & (self.highest(x, y, spreads) > 1)).any()
+            for x, y in self.clips()
+        )
 
     def moved(self, factors: NDArray[np.float64]) -> dict[str, Moved]:
         """Return what became of every tensor that is not what it was."""
@@ -178,55 +195,44 @@ class Equalization:
                 found[str(value.name)] = Moved(tuple(own.tolist()), tuple((-held).tolist()))
         return found
 
-    def highest(self) -> dict[str, NDArray[np.float64]]:
-        """Return the highest value of every channel that a Clip gets, over all samples, by tensor."""
-        found: dict[str, NDArray[np.float64]] = {}
-        names = self.clipped()
-        for results in values_in_parts(self.model, self.feeds, names) if names else ():
-            for name in names:
-                values = results[name]
-                highest = values.max(axis=tuple(axis for axis in range(values.ndim) if axis != 1)).astype(np.float64)
-                found[name] = np.maximum(found[name], highest) if name in found else highest
+    def spreads(self, samples: int | None = None) -> dict[str, Spread]:
+        """Return how what Clips get is spread, by tensor, over some of the samples or all."""
+        found: dict[str, Spread] = {}
+        for results in values_in_parts(self.model, self.feeds, [*self.bounds], samples) if self.bounds else ():
+            for name, bound in self.bounds.items():
+                spread = Spread.of(results[name], bound)
+                found[name] = found[name].with_more(spread) if name in found else spread
         return found
 
-    def clipped(self) -> list[str]:
-        """Return what Clip operators get."""
-        return [str(node.inputs[0].name) for node in self.channels.clips if node.inputs[0] is not None]
+    def clips(self) -> list[tuple[ir.Value, ir.Value]]:
+        """Return what each Clip that has an upper bound gets and gives."""
+        pairs = [(node.inputs[0], node.outputs[0]) for node in self.channels.clips]
+        return [(x, y) for x, y in pairs if x is not None and str(x.name) in self.bounds]
 
-    def clip_bounds(self, highest: Mapping[str, NDArray[np.float64]]) -> dict[int, float]:
-        """Return by channel the smallest factor that leaves a Clip without effect; channels that it clips are frozen.
+    def highest(self, x: ir.Value, y: ir.Value, spreads: Mapping[str, Spread]) -> NDArray[np.float64]:
+        """Return how high each channel that a Clip gets was seen to reach, as a part of where it would count as cut."""
+        seen, after = spreads[str(x.name)].highest, self.extremes.get(str(y.name))
+        if after is not None and len(after.maximum) == len(seen):
+            seen = np.maximum(seen, after.maximum)
+        return seen / (SAFE * self.bounds[str(x.name)])
 
-        Args:
-            highest: The highest value of every channel that a Clip gets, or 0 where that is higher, by tensor.
-        """
+    def least_factors(self, spreads: Mapping[str, Spread]) -> dict[int, float]:
+        """Return by channel the smallest factor that may be: of what a Clip has not cut, one that leaves it so."""
         least: dict[int, float] = {}
-        for node in self.channels.clips:
-            value = node.inputs[0]
-            _, bound = activation_bounds(node)
-            if value is None or np.isinf(bound):
-                continue
-            seen = highest.get(str(value.name))
-            after = self.extremes.get(str(node.outputs[0].name))
-            if seen is not None and after is not None and len(after.maximum) == len(seen):
-                seen = np.maximum(seen, after.maximum)
-            for place, channel in enumerate(self.channels.of[value].tolist()):
+        for x, y in self.clips():
+            highest = self.highest(x, y, spreads)
+            own = np.where(highest > 1, FACTORS[0], highest)
+            for channel, factor in zip(self.channels.of[x].tolist(), own.tolist(), strict=True):
                 root = self.channels.sets.find(channel)
-                if seen is None or seen[place] > SAFE * bound:
-                    self.channels.frozen.setdefault(
-                        root, (str(value.name), f"Clip '{node.name}' clips some of its channels")
-                    )
-                else:
-                    least[root] = max(least.get(root, 0.0), seen[place] / (SAFE * bound))
+                least[root] = max(least.get(root, 0.0), factor)
         return least
 
     def foreseen(self) -> float:
         """Return by how many dB factors would lower the noise, about; the model is not changed."""
-        met = self.met(self.looked_at() | {*self.clipped()})
-        highest = {name: met[name].high for name in self.clipped() if name in met}
-        return self.solve(self.clip_bounds(highest), met, FEW_STEPS)[1]
+        return self.solve(self.spreads(self.samples), self.met(self.looked_at()), FEW_STEPS)[1]
 
     def solve(
-        self, least: Mapping[int, float], met: Mapping[str, Met], steps: int = STEPS
+        self, spreads: Mapping[str, Spread], met: Mapping[str, Met], steps: int = STEPS
     ) -> tuple[NDArray[np.float64], float]:
         """Return the factor of every channel's set, by the channel that stands for it, and by how many dB they lower the noise."""
         count = len(self.channels.sets.parent)
@@ -234,13 +240,12 @@ class Equalization:
         for channel in self.channels.frozen:
             free[self.channels.sets.find(channel)] = False
         lowest = np.full(count, -np.inf)
-        for root, bound in least.items():
-            place = self.channels.sets.find(root)
-            lowest[place] = max(lowest[place], np.log(bound) if bound > 0 else -np.inf)
-        noise, used = self.noise(met)
+        for root, factor in self.least_factors(spreads).items():
+            lowest[root] = np.log(factor) if factor > 0 else -np.inf
+        noise, used = self.noise(met, spreads)
         logs, gained = noise.least(free[used], lowest[used], steps)
         factors = np.ones(count)
-        factors[used] = np.exp(logs)
+        factors[used] = np.where(np.abs(np.expm1(logs)) > ENOUGH, np.exp(logs), 1.0)
         return factors, gained
 
     def looked_at(self) -> set[str]:
@@ -251,7 +256,7 @@ class Equalization:
         wanted = {*self.grids.tensors} & values | {str(node.outputs[0].name) for node in (*layers, *sums)}
         return wanted | {str(node.inputs[0].name) for node in layers if node.inputs[0] is not None}
 
-    def noise(self, met: Mapping[str, Met]) -> tuple[Noise, NDArray[np.intp]]:
+    def noise(self, met: Mapping[str, Met], spreads: Mapping[str, Spread]) -> tuple[Noise, NDArray[np.intp]]:
         """Return what is rounded, in terms of sets of channels by their place among some, and those sets."""
         values = {str(value.name): value for value in self.channels.of}
         layers = [use.node for use in self.channels.uses if use.rows]
@@ -277,8 +282,15 @@ class Equalization:
             rows, columns = (np.searchsorted(used, roots[node, by_row]) for by_row in (True, False))
             inputs = columns.reshape(power.shape)
             weights.append(Weight.of(rows, inputs, low, high, power, grid_steps))
+        cuts = []
+        for clipped, result in self.clips():
+            sets = self.channels.roots(clipped)
+            known = np.isin(sets, used)
+            name = str(clipped.name)
+            changes = self.gain(result, met)[:, None] * spreads[name].changes(self.bounds[name])
+            cuts.append(Cut(np.searchsorted(used, sets[known]), np.log(FACTORS), changes[known]))
         grids = self.grids
-        return Noise(tensors, weights, grids.steps, grids.symmetric, grids.shared, len(used)), used
+        return Noise(tensors, weights, grids.steps, grids.symmetric, grids.shared, len(used), cuts), used
 
     def met(self, wanted: set[str]) -> dict[str, Met]:
         """Return what is met in the channels of tensors, over some of the samples, and at the ends of all that were seen."""
@@ -366,11 +378,11 @@ def equalize(
     grids: Grids,
     extremes: Mapping[str, ChannelRanges] | None = None,
 ) -> tuple[ir.Model, Equalized]:
-    """Return an equalized copy of a folded model, which computes the same, and what was done.
+    """Return an equalized copy of a folded model, which computes the same but for what Clips cut, and what was done.
 
     Args:
         model: The folded model; it is not changed.
-        feeds: Samples, for what tensors hold, what Clip operators clip and what biases can be absorbed.
+        feeds: Samples, for what tensors hold, what Clip operators cut and what biases can be absorbed.
         grids: What is rounded.
         extremes: The lowest and highest values of tensors' channels, by name, where more samples than those were seen.
     """

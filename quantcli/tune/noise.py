@@ -1,7 +1,8 @@
 """Predicted noise: what rounding tensors and weights adds to the outputs of a model's layers, and the factors that make it least.
 
 A channel may be divided by a factor f before it is rounded and multiplied by it behind (Nagel et al. 2019, arXiv 1906.04721,
-section 4.1): the float model stays what it is, the quantized one does not. Every layer's noise is a part of its outputs' variance:
+section 4.1): the float model stays what it is but for Clips, the quantized one does not. Every layer's noise is a part of the
+variance of what it gives:
 
 - a **tensor** has the step Δ that its furthest channel needs, max(y/f) − min(y/f) over the number of steps. A value that is not
   zero is rounded with an error of Δ²/12 in the mean of squares, but of no more than its own square: together u·p / (u + p), with
@@ -36,7 +37,8 @@ ROUNDED = 0.5
 LEAST_REACH = 0.3
 # So many elements of a row may become its largest.
 CONSIDERED = 64
-STEPS, RATE, DECAYS = 150, 0.1, (0.9, 0.99)
+# Few steps are longer.
+STEPS, RATE, FEW_RATE, DECAYS = 100, 0.05, 0.1, (0.9, 0.95)
 # No factor is further from 1 than e^8.
 FURTHEST = 8.0
 TINY = 1e-30
@@ -102,6 +104,47 @@ class Weight:
             low, high = np.take_along_axis(low, places, axis=1), np.take_along_axis(high, places, axis=1)
             columns = np.take_along_axis(columns, places, axis=1)
         return cls(rows, columns, low, high, inputs, power, steps)
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """What a Clip cuts off a tensor's channels where they have factors (`quantcli.tune.clips`).
+
+    Attributes:
+        sets: The set of channels that each channel belongs to.
+        logs: The logarithms of some factors, rising.
+        noise: What each of them adds to the readers' outputs, as a part of their variance, (channels, factors).
+    """
+
+    sets: Sets
+    logs: Array
+    noise: Array
+
+
+class Cuts:
+    """Clips, their channels one after the other.
+
+    Between two factors the root of the noise is interpolated, since it grows about in proportion to what a bound moves by.
+
+    Args:
+        cuts: One or more, of the same factors.
+    """
+
+    def __init__(self, cuts: Sequence[Cut]) -> None:
+        self.sets = np.concatenate([cut.sets for cut in cuts])
+        self.logs, self.roots = cuts[0].logs, np.sqrt(np.concatenate([cut.noise for cut in cuts]))
+        self.slopes = np.diff(self.roots, axis=1) / np.diff(self.logs)
+
+    def at(self, factors: Array) -> tuple[float, Array]:
+        """Return their noise, and its slope by the logarithm of each set's factor."""
+        wanted = np.log(factors[self.sets])
+        logs = np.clip(wanted, self.logs[0], self.logs[-1])
+        place = np.clip(np.searchsorted(self.logs, logs, side="right") - 1, 0, len(self.logs) - 2)
+        rows = np.arange(len(logs))
+        slopes = np.where(logs == wanted, self.slopes[rows, place], 0.0)
+        roots = self.roots[rows, place] + self.slopes[rows, place] * (logs - self.logs[place])
+        slope = np.bincount(self.sets, 2 * roots * slopes, len(factors))
+        return float(np.square(roots).sum()), slope.astype(np.float64, copy=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,6 +276,7 @@ class Noise:
         symmetric: Whether tensors' grids are symmetric about zero.
         shared: Whether all rows of a weight have one scale.
         count: How many sets of channels there are.
+        cuts: What Clips cut.
     """
 
     def __init__(
@@ -243,13 +287,16 @@ class Noise:
         symmetric: bool,
         shared: bool,
         count: int,
+        cuts: Sequence[Cut] = (),
     ) -> None:
         self.count = count
-        self.parts: list[Tensors | Weights] = []
+        self.parts: list[Tensors | Weights | Cuts] = []
         if some := [tensor for tensor in tensors if tensor.sets.size]:
             self.parts.append(Tensors(some, steps, symmetric))
         if others := [weight for weight in weights if weight.columns.size and weight.inputs.size]:
             self.parts.append(Weights(others, shared))
+        if clipping := [cut for cut in cuts if cut.sets.size]:
+            self.parts.append(Cuts(clipping))
 
     def at(self, logs: Array) -> tuple[float, Array]:
         """Return the noise at the logarithms of the sets' factors, and its slope."""
@@ -268,6 +315,7 @@ class Noise:
             lowest: The lowest logarithm of each set's factor, at most 0.
             steps: Of the descent.
         """
+        rate = RATE if steps >= STEPS else FEW_RATE
         logs = np.zeros(self.count)
         mean, square = np.zeros(self.count), np.zeros(self.count)
         before, _ = self.at(logs)
@@ -281,7 +329,7 @@ class Noise:
             slope = np.where(free, slope, 0.0) / max(noise, TINY)
             mean = DECAYS[0] * mean + (1 - DECAYS[0]) * slope
             square = DECAYS[1] * square + (1 - DECAYS[1]) * np.square(slope)
-            pace = RATE * (1 - turn / (steps + 1)) / (1 - DECAYS[0] ** turn)
+            pace = rate * (1 - turn / (steps + 1)) / (1 - DECAYS[0] ** turn)
             moved = logs - pace * mean / (np.sqrt(square / (1 - DECAYS[1] ** turn)) + 1e-12)
             logs = np.where(free, np.clip(moved, np.maximum(lowest, -FURTHEST), FURTHEST), 0.0)
         return best, 10 * math.log10(before / least) if least > 0 else 0.0
