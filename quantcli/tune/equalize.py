@@ -175,15 +175,14 @@ class Equalization:
         changed = self.apply(factors)
         absorbed = self.absorb()
         reasons = {(name, reason) for name, reason in self.channels.frozen.values()}
-        count = int((np.abs(factors - 1) > ENOUGH).sum())
+        count = int((factors != 1).sum())
         refused, exact = tuple(sorted(reasons)), self.is_exact(factors, spreads)
         return Equalized(count, tuple(changed), absorbed, refused, self.moved(factors), gained, exact)
 
     def is_exact(self, factors: NDArray[np.float64], spreads: Mapping[str, Spread]) -> bool:
         """Tell whether no channel that a Clip cuts has a factor."""
         return not any(
-            ((np.abs(factors[self.channels.roots(x)] - 1) > ENOUGH) & (self.highest(x, y, spreads) > 1)).any()
-            for x, y in self.clips()
+            ((factors[self.channels.roots(x)] != 1) & (self.highest(x, y, spreads) > 1)).any() for x, y in self.clips()
         )
 
     def moved(self, factors: NDArray[np.float64]) -> dict[str, Moved]:
@@ -191,7 +190,7 @@ class Equalization:
         found = {}
         for value, channels in self.channels.of.items():
             own, held = 1 / factors[self.channels.roots(value)], self.held.get(value, np.zeros(len(channels)))
-            if np.abs(own - 1).max(initial=0.0) > ENOUGH or held.any():
+            if (own != 1).any() or held.any():
                 found[str(value.name)] = Moved(tuple(own.tolist()), tuple((-held).tolist()))
         return found
 
@@ -329,7 +328,7 @@ class Equalization:
         changed: dict[str, None] = {}
         for use in self.channels.uses:
             own = factors[self.channels.sets.roots(use.channels)]
-            if np.abs(own - 1).max(initial=0.0) <= ENOUGH:
+            if (own == 1).all():
                 continue
             scale_weight(use.node, 1 / own if use.rows else own, use.rows)
             changed[str(use.node.name)] = None
