@@ -24,7 +24,7 @@ from quantcli.plan import activation_bounds
 from quantcli.tune.bias import biased, channel_sums
 from quantcli.tune.channels import Channels, is_layer
 from quantcli.tune.clips import FACTORS, Spread
-from quantcli.tune.noise import STEPS, TINY, Cut, Noise, Tensor, Weight, reaching
+from quantcli.tune.noise import BRIEF, TINY, Cut, Descent, Noise, Tensor, Weight, reaching
 from quantcli.tune.values import values_in_parts
 from quantcli.tuning import Moved
 
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 ENOUGH = 1e-3
 # So many samples tell what is met on average.
 MET = 64
-# So many of them, and so many steps, tell about what factors would be worth.
-FEW, FEW_STEPS = 16, 15
+# So many of them tell about what factors would be worth.
+FEW = 16
 # What stays below this part of a Clip's bound counts as what is never cut, and stays there.
 SAFE = 0.9
 
@@ -228,10 +228,10 @@ class Equalization:
 
     def foreseen(self) -> float:
         """Return by how many dB factors would lower the noise, about; the model is not changed."""
-        return self.solve(self.spreads(self.samples), self.met(self.looked_at()), FEW_STEPS)[1]
+        return self.solve(self.spreads(self.samples), self.met(self.looked_at()), BRIEF)[1]
 
     def solve(
-        self, spreads: Mapping[str, Spread], met: Mapping[str, Met], steps: int = STEPS
+        self, spreads: Mapping[str, Spread], met: Mapping[str, Met], descent: Descent | None = None
     ) -> tuple[NDArray[np.float64], float]:
         """Return the factor of every channel's set, by the channel that stands for it, and by how many dB they lower the noise."""
         count = len(self.channels.sets.parent)
@@ -242,7 +242,7 @@ class Equalization:
         for root, factor in self.least_factors(spreads).items():
             lowest[root] = np.log(factor) if factor > 0 else -np.inf
         noise, used = self.noise(met, spreads)
-        logs, gained = noise.least(free[used], lowest[used], steps)
+        logs, gained = noise.least(free[used], lowest[used], descent)
         factors = np.ones(count)
         factors[used] = np.where(np.abs(np.expm1(logs)) > ENOUGH, np.exp(logs), 1.0)
         return factors, gained

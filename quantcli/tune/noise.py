@@ -37,11 +37,28 @@ ROUNDED = 0.5
 LEAST_REACH = 0.3
 # So many elements of a row may become its largest.
 CONSIDERED = 64
-# Few steps are longer.
-STEPS, RATE, FEW_RATE, DECAYS = 100, 0.05, 0.1, (0.9, 0.95)
 # No factor is further from 1 than e^8.
 FURTHEST = 8.0
 TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How the factors for which noise is least are looked for.
+
+    Attributes:
+        steps: How many steps are taken.
+        rate: How far the first of them goes, in logarithms of factors; the last goes next to nowhere.
+        decays: How slowly the means of slopes and of their squares follow.
+    """
+
+    steps: int
+    rate: float
+    decays: tuple[float, float]
+
+
+# What a Clip cuts grows steeply: past it, shorter steps lead further. A brief descent tells about how much there is to gain.
+WHOLE, STEEP, BRIEF = Descent(150, 0.1, (0.9, 0.99)), Descent(100, 0.05, (0.9, 0.95)), Descent(15, 0.1, (0.9, 0.99))
 
 
 @dataclass(frozen=True, eq=False)
@@ -307,30 +324,32 @@ class Noise:
             total, slope = total + noise, slope + own
         return total, slope
 
-    def least(self, free: NDArray[np.bool_], lowest: Array, steps: int = STEPS) -> tuple[Array, float]:
+    def least(self, free: NDArray[np.bool_], lowest: Array, descent: Descent | None = None) -> tuple[Array, float]:
         """Return the logarithms of the factors for which noise is least, and by how many dB that lowers it.
 
         Args:
             free: Which sets may have a factor other than 1.
             lowest: The lowest logarithm of each set's factor, at most 0.
-            steps: Of the descent.
+            descent: How they are looked for; None for the whole way.
         """
-        rate = RATE if steps >= STEPS else FEW_RATE
+        cutting = any(isinstance(part, Cuts) for part in self.parts)
+        way = descent or (STEEP if cutting else WHOLE)
+        first, second = way.decays
         logs = np.zeros(self.count)
         mean, square = np.zeros(self.count), np.zeros(self.count)
         before, _ = self.at(logs)
         best, least = logs, before
         if not math.isfinite(before):
             return best, 0.0
-        for turn in range(1, steps + 1):
+        for turn in range(1, way.steps + 1):
             noise, slope = self.at(logs)
             if noise < least:
                 best, least = logs, noise
             slope = np.where(free, slope, 0.0) / max(noise, TINY)
-            mean = DECAYS[0] * mean + (1 - DECAYS[0]) * slope
-            square = DECAYS[1] * square + (1 - DECAYS[1]) * np.square(slope)
-            pace = rate * (1 - turn / (steps + 1)) / (1 - DECAYS[0] ** turn)
-            moved = logs - pace * mean / (np.sqrt(square / (1 - DECAYS[1] ** turn)) + 1e-12)
+            mean = first * mean + (1 - first) * slope
+            square = second * square + (1 - second) * np.square(slope)
+            pace = way.rate * (1 - turn / (way.steps + 1)) / (1 - first**turn)
+            moved = logs - pace * mean / (np.sqrt(square / (1 - second**turn)) + 1e-12)
             logs = np.where(free, np.clip(moved, np.maximum(lowest, -FURTHEST), FURTHEST), 0.0)
         return best, 10 * math.log10(before / least) if least > 0 else 0.0
 
