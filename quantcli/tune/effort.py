@@ -6,12 +6,12 @@ plan is always one of them, so that tuning never makes a model worse by that mea
 ======== ================================================================================================================
 fast     nothing: ranges as calibration gives them, weights rounded to nearest
 default  one sweep over 64 samples, 256 for coarse weights: ranges and weight scales by error, rounding by second moments, bias;
-         compensation where weights have less than 8 bits, and, unless activations do, what is kept swept once more over all
-         samples; on the equalized model where that is predicted to pay, and on both with one scale per tensor; with scales of
-         powers of two on the centred and aligned one; where weights are coarse the best one with compensation, too; without
-         ranges by error, where that was no better than nothing. The error of a range is that of the model's outputs where the
-         model is small, and that of the tensor's readers elsewhere. Where next to nothing is left of the outputs, with 16 bits
-         for the activations that 8 hold worst, on targets that have both
+         compensation where weights have less than 8 bits or one scale per tensor, and, unless activations have less, what is
+         kept swept once more over all samples; on the equalized model where that is predicted to pay, and on both with one
+         scale per tensor, unless much is predicted; with scales of powers of two on the centred and aligned one, and there the
+         best one with compensation, too; without ranges by error, where that was no better than nothing. The error of a range
+         is that of the model's outputs where the model is small, and that of the tensor's readers elsewhere. Where next to
+         nothing is left of the outputs, with 16 bits for the activations that 8 hold worst, on targets that have both
 best     sweeps over 256 samples: the above, with the outputs' error of larger models, too; and then each of the two errors,
          compensation, ranges by error, regard to activations, equalization, centring and alignment the other way, kept where
          that is better; where weights have less than 8 bits, the same on shifted and mirrored copies of images, too, and rounding
