@@ -21,6 +21,7 @@ from quantcli.load import load
 from quantcli.probe import model_bytes, with_outputs
 from quantcli.recipe import Activation, Calibration, Tune, Weight
 from quantcli.sidecar import MovedEntry
+from quantcli.tune.bias import channel_sums
 from quantcli.tune.candidates import Samples, equalized, grids_of
 from quantcli.tune.equalize import Grids, Met, equalize
 from quantcli.tune.noise import CONSIDERED, ROUNDED, Cut, Noise, Tensor, reaching
@@ -427,8 +428,10 @@ def test_a_model_of_which_nothing_can_be_foreseen_is_tuned_as_it_is(
 
 
 @pytest.mark.filterwarnings("error")
-def test_the_lowest_values_of_a_mask_have_squares() -> None:
+def test_the_lowest_values_of_a_mask_have_squares_and_sums() -> None:
     batch = np.array([[[1.0, -2.0], [0.0, np.finfo(np.float32).min]]], dtype=np.float32)
     met = Met.of(batch)
     assert met.squares.tolist() == [5.0, float(batch[0, 1, 1]) ** 2]
+    low = float(np.finfo(np.float32).min)
+    assert channel_sums(np.full((2, 1, 3), low, dtype=np.float32)).tolist() == [6 * low]
     assert np.isfinite(met.variance).all()

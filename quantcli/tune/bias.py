@@ -80,6 +80,9 @@ def channel_means(batches: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]
 def channel_sums(values: NDArray[np.floating]) -> NDArray[np.float64]:
     """Return the sum of every channel: those of single samples' channels in the values' precision, and of these in float64."""
     rows = values.reshape(*values.shape[:2], -1)
-    by_sample = rows @ np.ones(rows.shape[2], dtype=rows.dtype) if rows.shape[2] > 1 else rows[..., 0]
+    with np.errstate(over="ignore", invalid="ignore"):
+        by_sample = rows @ np.ones(rows.shape[2], dtype=rows.dtype) if rows.shape[2] > 1 else rows[..., 0]
+    if not np.isfinite(by_sample).all():  # a mask's lowest values, say
+        by_sample = rows.sum(axis=2, dtype=np.float64)
     sums: NDArray[np.float64] = by_sample.sum(axis=0, dtype=np.float64)
     return sums
