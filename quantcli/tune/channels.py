@@ -154,7 +154,7 @@ class Channels:
                 return False
             self.sets.tie(a, b)
             return True
-        if node.op_type == "Clip" and len(a) == len(b) and activation_bounds(node)[0] == 0:
+        if node.op_type == "Clip" and len(a) == len(b) and activation_bounds(node)[0] == 0 < activation_bounds(node)[1]:
             self.sets.tie(a, b)
             self.clips.append(node)
             return True

@@ -339,13 +339,13 @@ class Trying:
             return
         begun = time.perf_counter()
         steps = choice.steps
-        if choice.equalize and self.observe is not None:
-            model, seen = self.judge.model, self.statistics
-            tuning = self.start.tuning
-            self.equal = self.equal or equalized(model, seen, self.recipe, self.samples, self.observe, tuning)
-            if self.equal is None:
-                return
         try:
+            if choice.equalize and self.observe is not None:
+                model, seen = self.judge.model, self.statistics
+                tuning = self.start.tuning
+                self.equal = self.equal or equalized(model, seen, self.recipe, self.samples, self.observe, tuning)
+                if self.equal is None:
+                    return
             candidate, gains = self.made(choice, self.samples.swept)
             worth = self.judge.sqnr(candidate)
         except Exception as error:  # noqa: BLE001 - the plan as calibrated is there in any case

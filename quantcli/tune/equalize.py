@@ -140,6 +140,21 @@ class Met:
         return self.squares / np.maximum(self.active, 1.0)
 
 
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """A Clip that channels pass through.
+
+    Attributes:
+        x: What it gets.
+        y: What it gives.
+        bound: Its upper bound; the lower one is 0.
+    """
+
+    x: ir.Value
+    y: ir.Value
+    bound: float
+
+
 class Equalization:
     """One model being equalized, in place.
 
@@ -162,10 +177,10 @@ class Equalization:
         self.model, self.feeds, self.grids, self.extremes = model, feeds, grids, extremes or {}
         self.samples = samples
         self.channels = Channels(model)
-        self.bounds: dict[str, float] = {}
+        self.clips: list[Clip] = []
         for node in self.channels.clips:
             if node.inputs[0] is not None and np.isfinite(bound := activation_bounds(node)[1]):
-                self.bounds[str(node.inputs[0].name)] = bound
+                self.clips.append(Clip(node.inputs[0], node.outputs[0], bound))
         self.held: dict[ir.Value, NDArray[np.float64]] = {}
 
     def run(self) -> Equalized:
@@ -182,7 +197,8 @@ class Equalization:
     def is_exact(self, factors: NDArray[np.float64], spreads: Mapping[str, Spread]) -> bool:
         """Tell whether no channel that a Clip cuts has a factor."""
         return not any(
-            ((factors[self.channels.roots(x)] != 1) & (self.highest(x, y, spreads) > 1)).any() for x, y in self.clips()
+            ((factors[self.channels.roots(clip.x)] != 1) & (self.highest(clip, spreads) > 1)).any()
+            for clip in self.clips
         )
 
     def moved(self, factors: NDArray[np.float64]) -> dict[str, Moved]:
@@ -195,33 +211,29 @@ class Equalization:
         return found
 
     def spreads(self, samples: int | None = None) -> dict[str, Spread]:
-        """Return how what Clips get is spread, by tensor, over some of the samples or all."""
+        """Return how what Clips get is spread, by the tensor that they give, over some of the samples or all."""
         found: dict[str, Spread] = {}
-        for results in values_in_parts(self.model, self.feeds, [*self.bounds], samples) if self.bounds else ():
-            for name, bound in self.bounds.items():
-                spread = Spread.of(results[name], bound)
+        names = sorted({str(clip.x.name) for clip in self.clips})
+        for results in values_in_parts(self.model, self.feeds, names, samples) if names else ():
+            for clip in self.clips:
+                spread, name = Spread.of(results[str(clip.x.name)], clip.bound), str(clip.y.name)
                 found[name] = found[name].with_more(spread) if name in found else spread
         return found
 
-    def clips(self) -> list[tuple[ir.Value, ir.Value]]:
-        """Return what each Clip that has an upper bound gets and gives."""
-        pairs = [(node.inputs[0], node.outputs[0]) for node in self.channels.clips]
-        return [(x, y) for x, y in pairs if x is not None and str(x.name) in self.bounds]
-
-    def highest(self, x: ir.Value, y: ir.Value, spreads: Mapping[str, Spread]) -> NDArray[np.float64]:
+    def highest(self, clip: Clip, spreads: Mapping[str, Spread]) -> NDArray[np.float64]:
         """Return how high each channel that a Clip gets was seen to reach, as a part of where it would count as cut."""
-        seen, after = spreads[str(x.name)].highest, self.extremes.get(str(y.name))
+        seen, after = spreads[str(clip.y.name)].highest, self.extremes.get(str(clip.y.name))
         if after is not None and len(after.maximum) == len(seen):
             seen = np.maximum(seen, after.maximum)
-        return seen / (SAFE * self.bounds[str(x.name)])
+        return seen / (SAFE * clip.bound)
 
     def least_factors(self, spreads: Mapping[str, Spread]) -> dict[int, float]:
         """Return by channel the smallest factor that may be: of what a Clip has not cut, one that leaves it so."""
         least: dict[int, float] = {}
-        for x, y in self.clips():
-            highest = self.highest(x, y, spreads)
+        for clip in self.clips:
+            highest = self.highest(clip, spreads)
             own = np.where(highest > 1, FACTORS[0], highest)
-            for channel, factor in zip(self.channels.of[x].tolist(), own.tolist(), strict=True):
+            for channel, factor in zip(self.channels.of[clip.x].tolist(), own.tolist(), strict=True):
                 root = self.channels.sets.find(channel)
                 least[root] = max(least.get(root, 0.0), factor)
         return least
@@ -282,11 +294,10 @@ class Equalization:
             inputs = columns.reshape(power.shape)
             weights.append(Weight.of(rows, inputs, low, high, power, grid_steps))
         cuts = []
-        for clipped, result in self.clips():
-            sets = self.channels.roots(clipped)
+        for clip in self.clips:
+            sets = self.channels.roots(clip.x)
             known = np.isin(sets, used)
-            name = str(clipped.name)
-            changes = self.gain(result, met)[:, None] * spreads[name].changes(self.bounds[name])
+            changes = self.gain(clip.y, met)[:, None] * spreads[str(clip.y.name)].changes(clip.bound)
             cuts.append(Cut(np.searchsorted(used, sets[known]), np.log(FACTORS), changes[known]))
         grids = self.grids
         return Noise(tensors, weights, grids.steps, grids.symmetric, grids.shared, len(used), cuts), used
