@@ -154,10 +154,12 @@ class Channels:
                 return False
             self.sets.tie(a, b)
             return True
-        if node.op_type == "Clip" and len(a) == len(b) and activation_bounds(node)[0] == 0 < activation_bounds(node)[1]:
-            self.sets.tie(a, b)
-            self.clips.append(node)
-            return True
+        if node.op_type == "Clip" and len(a) == len(b):
+            low, high = activation_bounds(node)
+            if low == 0 < high:
+                self.sets.tie(a, b)
+                self.clips.append(node)
+                return True
         if node.op_type == "Pad" and len(a) == len(b) and node.attributes.get_string("mode", "constant") == "constant":
             value = constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(1)
             if value is not None and not np.any(value):

@@ -75,7 +75,7 @@ def first_choices(recipe: Recipe, equalizing: Sequence[bool], outputs: int, imag
     steps = Steps(
         ranges=wishes.ranges is not False,
         outputs=outputs,
-        compensation=is_fitted(target) if wishes.compensation is None else wishes.compensation,
+        compensation=is_coarse(target) if wishes.compensation is None else wishes.compensation,
         scales=wishes.scales is not False,
         rounding=wishes.rounding is not False,
         bias=wishes.bias is not False,
@@ -95,7 +95,7 @@ def learns(recipe: Recipe) -> bool:
     return recipe.tune.effort == "best" and resolve_target(recipe).weight.bits < 8 if wished is None else wished
 
 
-def is_fitted(target: Target) -> bool:
+def is_coarse(target: Target) -> bool:
     """Tell whether weights are so coarse that they have to follow the samples: less than 8 bits, or one scale for all rows.
 
     Where small rows share the scale of large ones, a few of its integers are all that they have.
@@ -110,12 +110,12 @@ def cross_validated(wished: bool | None, target: Target) -> range:
     Where it says nothing, neither those that lose little anyway nor 2 and 3 bits, where some networks lost (docs/accuracy.md).
     """
     if wished is None:
-        return range(4, 9 if is_fitted(target) and not target.weight.per_channel else 8)
+        return range(4, 9 if is_coarse(target) and not target.weight.per_channel else 8)
     return range(2, 17) if wished else range(0)
 
 
-def is_torn(target: Target) -> bool:
-    """Tell whether compensation helps some models and not others: where weights have 8 bits and scales of powers of two."""
+def compensated_both_ways(target: Target) -> bool:
+    """Tell whether compensation, which helps some models and not others, is tried both ways: with 8 bits and powers of two."""
     return target.weight.bits >= 8 and target.weight.power_of_two
 
 

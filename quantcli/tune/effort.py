@@ -43,7 +43,7 @@ from quantcli.quantize import quantize
 from quantcli.recipe import resolve_target
 from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.candidates import Candidate, Gained, Observe, Samples, aligned, centred, equalized, foreseen, swept
-from quantcli.tune.choices import Choice, first_choices, freed, is_fitted, is_torn, learns, open_steps
+from quantcli.tune.choices import Choice, compensated_both_ways, first_choices, freed, is_coarse, learns, open_steps
 from quantcli.tune.outputs import TRIES, logarithms
 from quantcli.tune.smooth import Smoothed, smooth
 from quantcli.tune.steps import Steps
@@ -224,7 +224,7 @@ def tune(
         trying.attempt(choice)
         if choice.equalize and not trying.found:  # there was nothing to scale
             trying.attempt(choice.toggled("equalize"))
-    if trying.found and recipe.tune.compensation is None and is_torn(resolve_target(recipe)):
+    if trying.found and recipe.tune.compensation is None and compensated_both_ways(resolve_target(recipe)):
         trying.attempt(trying.best.toggled("compensation"))
     again = open_steps(recipe, observe is not None, trying.images) if recipe.tune.effort == "best" else []
     if not again and recipe.tune.ranges is None and all(one.sqnr <= found[0][0].sqnr for one, _ in trying.found):
@@ -392,9 +392,9 @@ class Trying:
         """Whether what is kept of sweeps is swept over all samples: where that is wanted, and there is room for them."""
         wished, target = self.recipe.tune.refit, resolve_target(self.recipe)
         # Ranges of narrow activations are what matters most there, and more samples make them no better.
-        fitted = is_fitted(target) and target.activation.width >= 8
+        coarse = is_coarse(target) and target.activation.width >= 8
         rows = sum(len(next(iter(feeds.values()))) for feeds in self.every)
-        return (fitted if wished is None else wished) and rows <= room_for(self.judge.model)
+        return (coarse if wished is None else wished) and rows <= room_for(self.judge.model)
 
     def choice_of(self, candidate: Candidate) -> Choice | None:
         """Return what a candidate was swept with; None where that alone did not make it."""

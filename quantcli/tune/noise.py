@@ -158,9 +158,9 @@ class Cuts:
         logs = np.clip(wanted, self.logs[0], self.logs[-1])
         place = np.clip(np.searchsorted(self.logs, logs, side="right") - 1, 0, len(self.logs) - 2)
         rows = np.arange(len(logs))
-        slopes = np.where(logs == wanted, self.slopes[rows, place], 0.0)
-        roots = self.roots[rows, place] + self.slopes[rows, place] * (logs - self.logs[place])
-        slope = np.bincount(self.sets, 2 * roots * slopes, len(factors))
+        slopes = self.slopes[rows, place]
+        roots = self.roots[rows, place] + slopes * (logs - self.logs[place])
+        slope = np.bincount(self.sets, np.where(logs == wanted, 2 * roots * slopes, 0.0), len(factors))
         return float(np.square(roots).sum()), slope.astype(np.float64, copy=False)
 
 
