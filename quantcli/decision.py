@@ -29,7 +29,8 @@ from quantcli.rules import Operand
 from quantcli.tune.data import scorer, tuning_samples
 from quantcli.tune.effort import Tuned, tune, untuned, why_untuned
 from quantcli.tune.latency import Trial, candidates, timed
-from quantcli.tune.search import Attempt, Search
+from quantcli.tune.log import Log
+from quantcli.tune.search import Search
 from quantcli.tune.smooth import smooth
 from quantcli.tuning import Tuning
 
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
     from quantcli.placement import PlacedLayer
     from quantcli.progress import Progress
     from quantcli.quantize import QuantizedModel
-    from quantcli.tune.search import Width
+    from quantcli.tune.log import Attempt
+    from quantcli.tune.widths import Width
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +163,9 @@ def tuned_by(
             )
         score, digest = scorer(source, judged, recipe)
         key = "\n".join([source.sha256, found.data_sha256, digest, repr(recipe), str(found.samples)])
-        search = Search(folded, found, recipe, samples, may_observe, score, progress, log, key, widths)
+        search = Search(
+            folded, found, recipe, samples, may_observe, score, progress, Log(log), key, widths, run.threads or 1
+        )
         kept = search.run(recipe.tune.max_drop)
         return kept.tuned, kept.attempts
     if samples is None:

@@ -21,8 +21,8 @@ from quantcli.integer.weights import verify_weights as compare_weights
 from quantcli.probe import LARGEST_MODEL, model_bytes, split, weight_bytes
 from quantcli.recipe import resolve_target
 from quantcli.sidecar import FileEntry
-from quantcli.tune.search import AROUND, FLOAT, STORED, WIDE, WIDEST, Width
 from quantcli.tune.wide import may_widen
+from quantcli.tune.widths import AROUND, FLOAT, STORED, WIDE, WIDEST, Width
 from quantcli.write import WRITERS
 from quantcli.write.onnx_stored import fold_at_load
 
@@ -196,6 +196,7 @@ def places_of(output: Path, form: str, recipe: Recipe, name: str = "model", unti
     Raises:
         UsageError: If name or form are unknown, or they contradict each other or the recipe.
     """
+    check_cost(recipe, form)
     if form not in C_FORMS:
         if until:
             raise UsageError("--end-at is for C source", "leave it out, or choose --format c")
@@ -219,6 +220,22 @@ def places_of(output: Path, form: str, recipe: Recipe, name: str = "model", unti
     if until:
         raise UsageError("--end-at is for C source, and parameters are those of the whole model", "leave it out")
     return Places(output.with_suffix(".onnx"), output.with_suffix(".json"), None, output, name)
+
+
+def check_cost(recipe: Recipe, form: str) -> None:
+    """Check that what a search is to keep low can be told.
+
+    Raises:
+        UsageError: If nothing is searched, or what is written does not run where it would be timed.
+    """
+    wishes = recipe.tune
+    if wishes.cost is not None and wishes.max_drop is None:
+        raise UsageError("--cost is what --max-drop keeps low, and there is no --max-drop", "give --max-drop")
+    if wishes.cost != "latency":
+        return
+    what = "C source does" if form in C_FORMS else f"models for {recipe.target} do"
+    if form in C_FORMS or not resolve_target(recipe).placement.pays:
+        raise UsageError(f"--cost latency times ONNX Runtime, and {what} not run there", "leave it out")
 
 
 def for_form(recipe: Recipe, form: str) -> Recipe:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from quantcli.sidecar import Sidecar
     from quantcli.tune.effort import Tuned
     from quantcli.tune.latency import Trial
-    from quantcli.tune.search import Attempt
+    from quantcli.tune.log import Attempt
 
 logger = logging.getLogger(__name__)
 

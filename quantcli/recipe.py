@@ -106,7 +106,8 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``activations`` cut, and ``adaround``: rounding learned by all layers at once. ``vary`` lets sweeps run shifted and mirrored
     copies of images, too, and ``refit`` sweeps what is kept once more, over the samples that judged it as well.
 
-    With ``max_drop`` widths are searched that keep ``metric`` within so many points of float's (`quantcli.tune.search`).
+    With ``max_drop`` widths are searched that keep ``metric`` within so many points of float's (`quantcli.tune.search`), those of
+    the least ``cost``: the bytes of the weights, where it is None, or the time of a run on this machine.
     ``widen`` gives activations 16 bits that 8 hold worst, where the target has both (`quantcli.tune.wide`): None does so where
     little is left otherwise. ``optimize`` times candidate plans on this machine and keeps the fastest (`quantcli.tune.latency`).
     ``smooth`` evens the columns of what normalisations make (`quantcli.tune.smooth`), with ``smooth_alpha`` as the part of the
@@ -116,6 +117,7 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     effort: Literal["fast", "default", "best"] = "default"
     max_drop: Annotated[float, msgspec.Meta(ge=0)] | None = None
     metric: Literal["top1", "top5"] = "top1"
+    cost: Literal["bytes", "latency"] | None = None
     samples: Annotated[int, msgspec.Meta(ge=1)] | None = None
     ranges: bool | Literal["outputs"] | None = None
     equalize: bool | None = None

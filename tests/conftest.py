@@ -10,7 +10,8 @@ import pytest
 from quantcli import Conversion, Recipe, convert
 from quantcli.evaluation import check
 from quantcli.recipe import Tune
-from quantcli.tune.search import Search, Step
+from quantcli.tune.search import Search
+from quantcli.tune.widths import Step
 from tests.graphs import data_for, residual_net
 
 

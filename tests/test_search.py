@@ -20,9 +20,21 @@ from quantcli.errors import ModelError, PlanError, UsageError
 from quantcli.recipe import Tune, Weight
 from quantcli.review import lint
 from quantcli.targets import load_target
+from quantcli.tune.latency import beside
 from quantcli.tune.score import Score
-from quantcli.tune.search import FLOAT, STORED, WIDE, WIDEST, Search, Step, Width
+from quantcli.tune.search import Search
 from quantcli.tune.wide import OPSET
+from quantcli.tune.widths import (
+    AROUND,
+    FLOAT,
+    STORED,
+    WIDE,
+    WIDEST,
+    Step,
+    Width,
+    bytes_between,
+    seconds_between,
+)
 from tests.graphs import data_for, node, normal, residual_net, save
 
 
@@ -277,3 +289,102 @@ def test_every_layer_passes_its_widths_in_order(
     assert sum(step.cost for step in orders[0] if step.layer == "a_node") == 8 * 3 * 3 * 3 * (1.5 + 2 + 2)
     floats = [step.width == FLOAT for step in orders[0]]
     assert floats == sorted(floats)
+
+
+def test_bytes_and_seconds_of_steps() -> None:
+    around = AROUND.around
+    assert (WIDE, AROUND, around) == (Width(8), Width(8, around=16), 16)
+    assert bytes_between(Width(4), WIDE, 100, 10) == 50
+    assert bytes_between(WIDE, AROUND, 100, 10) == 10
+    assert bytes_between(WIDE, STORED, 100, 10) == bytes_between(WIDE, FLOAT, 100, 10) == 300
+    assert bytes_between(WIDE, FLOAT, 0, 0) == 1
+    spent = {WIDE: 1.0, WIDEST: 1.75, FLOAT: 1.25}
+    assert seconds_between(Width(4), WIDE, spent, 1e-3) == 1e-3
+    assert seconds_between(WIDE, WIDEST, spent, 1e-3) == 0.75
+    assert seconds_between(WIDE, STORED, spent, 1e-3) == seconds_between(WIDE, FLOAT, spent, 1e-3) == 0.25
+    assert seconds_between(WIDEST, FLOAT, spent, 1e-3) == 1e-3  # faster, which is no reason to be wide
+
+
+def slower_by(seconds: dict[str, float]) -> Callable[..., tuple[float, list[float]]]:
+    """Return what stands for timing: a run takes a second, and so much more with a layer in float."""
+
+    def told(base: bytes, others: Sequence[bytes], *_: object) -> tuple[float, list[float]]:
+        def floats(model: bytes) -> set[str]:
+            nodes = onnx.load_from_string(model).graph.node
+            made = {name for one in nodes if one.op_type == "DequantizeLinear" for name in one.output}
+            return {one.name for one in nodes if one.name in seconds and one.input[1] not in made}
+
+        more = [sum(seconds[name] for name in floats(other) - floats(base)) for other in others]
+        return 1.0, more
+
+    return told
+
+
+def test_what_takes_least_time_is_raised_first(
+    tmp_path: Path, model: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch, orders: list[list[Step]]
+) -> None:
+    names = [one.name for one in onnx.load(model).graph.node if one.op_type == "Conv"]
+    data = spread_data(tmp_path / "d.npz", 48)
+    for slow in names[:2]:
+        monkeypatch.setattr("quantcli.tune.search.beside", slower_by({name: 0.9 * (name == slow) for name in names}))
+        recipe = Recipe(weight=Weight(bits=8), tune=Tune(effort="fast", max_drop=100.0, cost="latency"))
+        done = convert(model, tmp_path / "q.onnx", data=data, recipe=recipe, validate=labelled)
+        assert [one.seconds for one in done.attempts] == [1.0]
+        costs = {(step.layer, step.width): step.cost for step in orders[-1]}
+        assert {name: costs[name, STORED] for name in names} == {
+            name: pytest.approx(0.9 if name == slow else 1e-3) for name in names
+        }
+        floats = [step for step in orders[-1] if step.width != FLOAT]
+        rates = [step.rate for step in floats]
+        assert rates == sorted(rates, reverse=True)
+
+
+def test_times_are_written_down_and_not_measured_again(
+    tmp_path: Path, model: Path, labelled: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = spread_data(tmp_path / "d.npz", 32)
+    command = f"convert {model} --data {data} --max-drop 4 --cost latency --effort fast --validate {labelled} --json"
+    calls: list[int] = []
+
+    def cut_off(base: bytes, others: Sequence[bytes], *rest: Any) -> tuple[float, list[float]]:
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(len(others))
+        return beside(base, others, *rest)
+
+    monkeypatch.setattr("quantcli.tune.search.beside", cut_off)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        main([*command.split(), "-o", str(tmp_path / "a.onnx")])
+    capsys.readouterr()
+    lines = [json.loads(line) for line in (tmp_path / "a.onnx.search").read_text().splitlines()]
+    assert [set(line) for line in lines] == [{"digest", "layer", "widths", "seconds"}] * 2
+    # A line of something else, and one that was cut off.
+    with (tmp_path / "a.onnx.search").open("a") as file:
+        file.write('[1, 2]\n{"digest": "x", "attempt"')
+
+    def counted(base: bytes, others: Sequence[bytes], *rest: Any) -> tuple[float, list[float]]:
+        calls.append(len(others))
+        return beside(base, others, *rest)
+
+    monkeypatch.setattr("quantcli.tune.search.beside", counted)
+    calls.clear()
+    with pytest.raises(SystemExit) as end:
+        main([*command.split(), "-o", str(tmp_path / "a.onnx"), "--resume"])
+    assert not end.value.code
+    printed = json.loads(capsys.readouterr().out)
+    layers = sum(one.op_type in {"Conv", "Gemm", "MatMul"} for one in onnx.load(model).graph.node)
+    assert sum(others > 0 for others in calls) == layers - 2
+    assert all(one["seconds"] > 0 for one in printed["attempts"])
+
+
+def test_what_cannot_be_timed_is_refused(tmp_path: Path, model: Path, labelled: Path) -> None:
+    def told(recipe: Recipe, **more: Any) -> str:
+        with pytest.raises(UsageError) as error:
+            convert(model, tmp_path / "q.onnx", data=labelled, recipe=recipe, **more)
+        return str(error.value)
+
+    timed = Tune(max_drop=1.0, cost="latency")
+    assert "there is no --max-drop" in told(Recipe(tune=Tune(cost="bytes")))
+    assert "models for npu-int8 do not run there" in told(Recipe(target="npu-int8", tune=timed))
+    with pytest.raises(UsageError, match="C source does not run there"):
+        convert(model, tmp_path / "q", data=labelled, recipe=Recipe(tune=timed), form="c")

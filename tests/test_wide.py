@@ -26,9 +26,9 @@ from quantcli.recipe import Activation, Tune, Weight
 from quantcli.review import lint
 from quantcli.targets import FOLDER, ActivationFormat, load_target
 from quantcli.tune.ranges import Grid
-from quantcli.tune.search import AROUND, FLOAT, WIDE, Step, Width
 from quantcli.tune.values import values_in_parts
 from quantcli.tune.wide import ENOUGH, Lost, left_of, may_widen
+from quantcli.tune.widths import AROUND, FLOAT, WIDE, Step, Width
 from tests.graphs import Array, node, normal, save
 
 LOUD = 400.0

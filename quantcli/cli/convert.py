@@ -105,6 +105,11 @@ if TYPE_CHECKING:
 @click.option("--validate", type=EXISTING, help="Labelled data that --max-drop is judged on.  [default: --data]")
 @click.option("--validate-split", help="Keep only those rows of the labels' CSV for --validate.")
 @click.option("--metric", type=click.Choice(["top1", "top5"]), help="The metric of --max-drop.  [default: top1]")
+@click.option(
+    "--cost",
+    type=click.Choice(["bytes", "latency"]),
+    help="What --max-drop keeps low: the weights' bytes, or the time of a run on this machine.  [default: bytes]",
+)
 @click.option("--resume", is_flag=True, help="Go on with a search (--max-drop) that was cut off.")
 @click.option("--explain", multiple=True, metavar="PATTERN", help="Say why these operators are integer layers, or not.")
 @counting_options
@@ -281,11 +286,14 @@ def widths(terminal: Terminal, done: Conversion) -> None:
             f"{one.score.quantized:.2f}",
             f"{one.score.drop:+.2f} ± {one.score.uncertainty:.2f}",
             f"{one.held.drop:+.2f}",
+            *([] if one.seconds is None else [f"{one.seconds * 1e3:.3f}"]),
             "kept" if one.kept else "",
         )
         for one in done.attempts
     ]
-    terminal.table("Widths tried", (">steps up", ">weight bytes", ">metric", ">drop", ">held back", ""), rows)
+    timed = [">a run, ms"] if any(one.seconds is not None for one in done.attempts) else []
+    columns = (">steps up", ">weight bytes", ">metric", ">drop", ">held back", *timed, "")
+    terminal.table("Widths tried", columns, rows)
     kept = next(one for one in done.attempts if one.kept)
     held = Counter(tensor.integer.bits for tensor in done.plan.tensors.values() if tensor.role == "weight")
     terminal.say(f"weights: {', '.join(f'{held[bits]} of {bits} bits' for bits in sorted(held))}")

@@ -381,6 +381,7 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
             "effort": options.get("effort"),
             "max_drop": options.get("max_drop"),
             "metric": options.get("metric"),
+            "cost": options.get("cost"),
         },
     }
     return read_recipe(options.get("recipe"), overrides)

@@ -1,7 +1,9 @@
-"""Which layer groups run faster in float on this machine: candidates are written, timed in turn, and the fastest is kept.
+"""What runs faster on this machine: candidates are written and timed in turn.
 
-Integer kernels gain little where a convolution has few inputs per output: the first ones of a network (few channels at full size),
-and depthwise ones. Whether they gain or lose depends on the machine and on what stands around them, so it is measured.
+Of layer groups that may stay in float, the fastest plan is kept (`timed`). Integer kernels gain little where a convolution has few
+inputs per output: the first ones of a network (few channels at full size), and depthwise ones. Whether they gain or lose depends on
+the machine and on what stands around them, so it is measured. So is how much longer a run takes where a single layer is wider
+(`beside`), for searches of widths.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 # A candidate must be faster than the rule's plan by more than this part, or noise decides.
 MARGIN = 0.03
 WARM_UPS, RUNS = 5, 25
+# What a single layer changes is small: fast models are timed more often, for about so many seconds each, up to so many runs.
+SPENT, FEWEST, MOST = 0.03, 9, 100
 # How many convolutions, from a network's inputs on, are tried in float together.
 LEADING = (2, 3, 4, 6)
 RULE = "by rule"
@@ -91,13 +95,13 @@ def source_of(value: ir.Value | None, moved: Mapping[ir.Value, ir.Value]) -> ir.
     return value
 
 
-def interleaved(actions: Sequence[Callable[[], object]]) -> list[float]:
+def interleaved(actions: Sequence[Callable[[], object]], runs: int = RUNS) -> list[float]:
     """Return the median seconds of each action, run in turn after warm-ups, in another order each time.
 
     What ran before an action leaves the caches as it found use for them; so none comes always after the same one.
     """
     times: list[list[float]] = [[] for _ in actions]
-    for turn in range(WARM_UPS + RUNS):
+    for turn in range(WARM_UPS + runs):
         for which in random.Random(turn).sample(range(len(actions)), len(actions)):
             start = time.perf_counter()
             actions[which]()
@@ -128,3 +132,20 @@ def timed(
     if seconds[best] > seconds[RULE] * (1 - MARGIN):
         best = RULE
     return tuple(Trial(name, seconds[name], layers[name], name == best) for name in written)
+
+
+def beside(
+    base: bytes, others: Sequence[bytes], feeds: dict[str, NDArray[Any]], threads: int
+) -> tuple[float, list[float]]:
+    """Return the seconds that a model takes, and by how many more others take, run in turn.
+
+    Args:
+        base: The model's bytes.
+        others: The others'.
+        feeds: The samples that are run.
+        threads: Threads of ONNX Runtime.
+    """
+    actions = [functools.partial(Runner(model, threads).run, feeds) for model in (base, *others)]
+    about = interleaved(actions[:1], runs=1)[0]
+    spent, *more = interleaved(actions, runs=min(max(int(SPENT / max(about, 1e-9)), FEWEST), MOST))
+    return spent, [seconds - spent for seconds in more]

@@ -236,7 +236,8 @@ class Factor:
     def of(cls, moments: NDArray[np.float64]) -> Factor:
         """Return the factor of second moments, (groups, inputs, inputs)."""
         order = np.argsort(-np.einsum("gii->gi", moments).mean(axis=0), kind="stable")[::-1]
-        lower = np.asarray(np.linalg.cholesky(moments[:, order[:, None], order]), dtype=np.float64)
+        ordered = moments.take(order, axis=1).take(order, axis=2)
+        lower = np.asarray(np.linalg.cholesky(ordered), dtype=np.float64)
         return cls(order, lower, np.einsum("gii->gi", lower).copy())
 
     def carried(

@@ -5,21 +5,20 @@ those in between, first with integers around it, then computing in float from st
 beside those of 8, to those around the layer. What a layer's width costs the
 outputs is measured layer by layer (as in HAWQ, Dong et al. 2019, arXiv 1905.03696, with the noise at the outputs in
 place of the Hessian's eigenvalue): the noise of a model that is wider everywhere else. Noise of different layers adds up, so steps
-are ordered by how much noise they take away per byte that they cost, and the shortest beginning of that order that keeps the metric
-is found by bisection. Of many tries the luckiest is found, too: what bisection finds has to keep the metric on samples as well that
-were held back from it, and more steps are taken until it does. Each try is a whole tuned model, and is written down, so that a
-search that was cut off goes on where it was.
+are ordered by how much noise they take away by what they cost, in bytes or in time (`quantcli.tune.widths`), and the shortest
+beginning of that order that keeps the metric is found by bisection. Of many tries the luckiest is found, too: what bisection finds
+has to keep the metric on samples as well that were held back from it, and more steps are taken until it does. Each try is a whole
+tuned model, and is written down (`quantcli.tune.log`), so that a search that was cut off goes on where it was.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -29,22 +28,35 @@ from quantcli.errors import PlanError
 from quantcli.fold import constant, lifted
 from quantcli.modes import float_plan, with_stored
 from quantcli.placement import place
-from quantcli.plan import unresolvable
+from quantcli.plan import make_plan, unresolvable
 from quantcli.probe import model_bytes
 from quantcli.quantize import quantize
 from quantcli.recipe import keeping, resolve_target
 from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.candidates import Candidate, Observe
 from quantcli.tune.effort import Judge, Tuned, tune, untuned
-from quantcli.tune.score import Score  # noqa: TC001 - msgspec reads the types of an Attempt
+from quantcli.tune.latency import beside
+from quantcli.tune.log import Attempt, Log
 from quantcli.tune.smooth import smooth
-from quantcli.tune.wide import OPSET, WIDE_BITS
+from quantcli.tune.wide import OPSET
+from quantcli.tune.widths import (
+    AROUND,
+    FLOAT,
+    STORED,
+    WIDE,
+    WIDEST,
+    Width,
+    bytes_between,
+    raised_by,
+    seconds_between,
+    steps_of,
+    timed_as,
+)
 from quantcli.tuning import Tuning
 from quantcli.write import WRITERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
-    from pathlib import Path
 
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -54,66 +66,13 @@ if TYPE_CHECKING:
     from quantcli.progress import Progress
     from quantcli.recipe import Recipe
     from quantcli.tune.candidates import Samples
+    from quantcli.tune.score import Score
+    from quantcli.tune.widths import Step
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Width:
-    """What a layer may be raised to.
-
-    Attributes:
-        bits: The bits of its weight; 32 for float32.
-        real: Whether it computes in float.
-        around: The bits of the activations around it (`Search.around`), where the target has several.
-    """
-
-    bits: int
-    real: bool = False
-    around: int = 8
-
-
-WIDE, WIDEST, STORED, FLOAT = Width(8), Width(16), Width(16, real=True), Width(32, real=True)
-AROUND = Width(8, around=WIDE_BITS)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One layer made wider.
-
-    Attributes:
-        layer: Its name.
-        weight: Its weight's name.
-        width: Its width then.
-        noise: By how much it lowers the outputs' noise, as a part of their signal.
-        cost: By how many bytes its weight grows, and the activations around it for a sample; of a layer that is to compute in
-            float, as if its weight became float.
-    """
-
-    layer: str
-    weight: str
-    width: Width
-    noise: float
-    cost: float
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One assignment that was tried.
-
-    Attributes:
-        steps: How many steps of the order it takes.
-        weight_bytes: What its weights take, at their widths.
-        score: What the metric says of it on the samples that are searched with.
-        held: What it says on those that are held back.
-        kept: Whether it is what is written.
-    """
-
-    steps: int
-    weight_bytes: int
-    score: Score
-    held: Score
-    kept: bool = False
+# A step counts as one that takes at least such a part of a run longer: what takes less is lost in the noise of timing.
+LEAST_TIME = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,9 +100,10 @@ class Search:
         observe: Calibrates another model, for equalization.
         score: Says what a written model is worth, on the samples that are searched with and on those that are held back.
         progress: Called with the stage, the tries done and their total.
-        log: Where tries are written down; None for nowhere.
+        log: Where tries are written down.
         key: What the tries depend on besides their widths.
         widths: What layers may be raised to, in ascending order.
+        threads: Threads of ONNX Runtime, where runs are timed.
     """
 
     model: ir.Model
@@ -153,9 +113,10 @@ class Search:
     observe: Observe | None
     score: Callable[[bytes], tuple[Score, Score]]
     progress: Progress
-    log: Path | None = None
+    log: Log = field(default_factory=lambda: Log(None))
     key: str = ""
     widths: tuple[Width, ...] = (WIDE, FLOAT)
+    threads: int = 1
 
     def run(self, max_drop: float) -> Found:
         """Return the cheapest assignment whose metric drops by at most so many points.
@@ -166,7 +127,7 @@ class Search:
             PlanError: If none does that still has an integer weight.
         """
         order = self.ordered()
-        known = self.remembered()
+        known = self.log.attempts()
         attempts: dict[int, Attempt] = {}
         last: tuple[int, Tuned] | None = None
 
@@ -179,8 +140,8 @@ class Search:
                 else:
                     tuned = self.tuned(order[:steps])
                     last = steps, tuned
-                    attempts[steps] = Attempt(steps, self.bytes_of(order[:steps]), *self.score(written(tuned)))
-                    self.remember(digest, attempts[steps])
+                    attempts[steps] = self.attempted(order[:steps], written(tuned))
+                    self.log.add_attempt(digest, attempts[steps])
                 found = attempts[steps]
                 logger.info(
                     "%d of %d steps: %d bytes of weights, %.2f %% (drop %+.2f ± %.2f)",
@@ -210,6 +171,16 @@ class Search:
         tuned = last[1] if last is not None and last[0] == best else self.tuned(order[:best])
         attempts[best] = replace(attempts[best], kept=True)
         return Found(tuned, tuple(attempts.values()))
+
+    def attempted(self, steps: Sequence[Step], model: bytes) -> Attempt:
+        """Return what the metric says of an assignment, and how long it runs where that matters."""
+        seconds = beside(model, (), self.statistics.check_inputs, self.threads)[0] if self.timing else None
+        return Attempt(len(steps), self.bytes_of(steps), *self.score(model), seconds=seconds)
+
+    @property
+    def timing(self) -> bool:
+        """Whether it is time that is to be saved, not bytes."""
+        return self.recipe.tune.cost == "latency"
 
     def bisected(self, tried: Callable[[int], bool], order: Sequence[Step]) -> int | None:
         """Return the smallest number of steps that keeps the metric, taking more steps to be no worse; None if none does."""
@@ -286,24 +257,42 @@ class Search:
         layers = self.weighted
         judge = Judge(self.model, self.judging, self.recipe)
         wide = {weight: WIDE.bits for _, weight, _ in layers}
-        base = judge.noise(self.candidate(wide, ()))
-        passed = self.passed()
+        base = self.candidate(wide, ())
+        least, passed, spent = judge.noise(base), self.passed(), self.log.times(self.digest(()))
         steps: list[Step] = []
         for number, (layer, weight, size) in enumerate(layers):
             self.progress("sensitivity", number, len(layers))
-            noises = {WIDE: base}
             around = self.around([layer])
+            tried = {FLOAT: self.candidate(wide, (layer,))} if len(layers) > 1 else {}
             for width in passed:
-                if not width.real and width not in noises:
-                    grids = around if width == AROUND else {}
-                    noises[width] = judge.noise(self.candidate({**wide, weight: width.bits}, (), grids))
-            real = judge.noise(self.candidate(wide, (layer,))) if len(layers) > 1 else 0.0
+                if not width.real and width != WIDE:
+                    tried[width] = self.candidate({**wide, weight: width.bits}, (), around if width == AROUND else {})
+            noises = {WIDE: least, FLOAT: 0.0} | {width: judge.noise(one) for width, one in tried.items()}
             # What rounding to 16 bits leaves is too little to be seen beside the other layers: 2^-16 of that to 8 bits.
-            rounded = max(base - noises.get(WIDEST, base), 0.0) / 4.0 ** (WIDEST.bits - WIDE.bits)
-            noises |= {STORED: real, FLOAT: real - rounded if STORED in passed else real}
-            steps += steps_of(layer, weight, (size, sum(self.sizes.get(name, 0) for name in around)), passed, noises)
+            rounded = max(least - noises.get(WIDEST, least), 0.0) / 4.0 ** (WIDEST.bits - WIDE.bits)
+            noises |= {STORED: noises[FLOAT], FLOAT: noises[FLOAT] - (rounded if STORED in passed else 0.0)}
+            cost = functools.partial(
+                bytes_between, weights=size, around=sum(self.sizes.get(name, 0) for name in around)
+            )
+            if self.timing:
+                times = spent.get(layer)
+                if times is None or not {timed_as(width) for width in passed} <= times.keys():
+                    times = self.timed(base, tried)
+                    self.log.add_times(self.digest(()), layer, times)
+                cost = functools.partial(seconds_between, spent=times, least=LEAST_TIME * times[WIDE])
+            steps += steps_of(layer, weight, cost, passed, noises)
         last = FLOAT if {STORED, AROUND} & {*passed} else None
-        return sorted(steps, key=lambda step: (step.width == last, -rate(step), step.layer, passed.index(step.width)))
+        return sorted(steps, key=lambda step: (step.width == last, -step.rate, step.layer, passed.index(step.width)))
+
+    def timed(
+        self, base: tuple[Candidate, Recipe], tried: Mapping[Width, tuple[Candidate, Recipe]]
+    ) -> dict[Width, float]:
+        """Return the seconds of a run with a layer at some widths."""
+        timed = {width: one for width, one in tried.items() if width == timed_as(width)}
+        models = [planned(*one) for one in (base, *timed.values())]
+        seconds, more = beside(models[0], models[1:], self.statistics.check_inputs, self.threads)
+        found = {width: seconds + one for width, one in zip(timed, more, strict=True)}
+        return {WIDE: seconds, FLOAT: seconds, **found}
 
     def passed(self) -> list[Width]:
         """Return the widths that a layer passes through, from the recipe's on."""
@@ -381,67 +370,11 @@ class Search:
         widths = sorted((weight, *asdict(step.width).values()) for weight, step in raised_by(steps).items())
         return hashlib.sha256(json.dumps([self.key, widths]).encode()).hexdigest()
 
-    def remembered(self) -> dict[str, Attempt]:
-        """Return the tries that were written down, by digest; a line that was cut off is left out."""
-        if self.log is None or not self.log.is_file():
-            return {}
-        found = {}
-        for line in self.log.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-                found[entry["digest"]] = msgspec.convert(entry["attempt"], Attempt)
-            except (ValueError, KeyError, msgspec.ValidationError):
-                continue
-        return found
 
-    def remember(self, digest: str, attempt: Attempt) -> None:
-        """Write a try down."""
-        if self.log is not None:
-            with self.log.open("a") as file:
-                file.write(json.dumps({"digest": digest, "attempt": asdict(attempt)}) + "\n")
-
-
-def raised_by(steps: Sequence[Step]) -> dict[str, Step]:
-    """Return the last step of every layer that steps raise, by its weight's name."""
-    return {step.weight: step for step in steps}
-
-
-def steps_of(
-    layer: str, weight: str, sizes: tuple[int, int], passed: Sequence[Width], noises: Mapping[Width, float]
-) -> list[Step]:
-    """Return one layer's steps from width to width, each with the noise that it takes away and the bytes that it costs.
-
-    Weights of 16 bits are left out where they take away less per byte than what comes behind them.
-
-    Args:
-        layer: Its name.
-        weight: Its weight's name.
-        sizes: How many values the weight has, and the activations around it for a sample.
-        passed: The widths.
-        noises: What each leaves.
-    """
-    steps = [
-        Step(layer, weight, after, max(noises[before] - noises[after], 0.0), cost_of(before, after, sizes))
-        for before, after in itertools.pairwise(passed)
-    ]
-    for one, other in itertools.pairwise(steps):
-        if one.width == WIDEST and rate(one) < rate(other):
-            return steps_of(layer, weight, sizes, [width for width in passed if width != WIDEST], noises)
-    for number in range(1, len(steps)):  # what comes second must not come first
-        second = steps[number]
-        steps[number] = replace(second, noise=min(second.noise, rate(steps[number - 1]) * second.cost * 0.999))
-    return steps
-
-
-def cost_of(before: Width, after: Width, sizes: tuple[int, int]) -> float:
-    """Return what a layer's weight and the activations around it cost more at a width than at another, in bytes (`Step.cost`)."""
-    stored = (FLOAT.bits if after.real else after.bits) - before.bits
-    return (sizes[0] * stored + sizes[1] * max(after.around - before.around, 0)) / 8
-
-
-def rate(step: Step) -> float:
-    """Return the noise that a step takes away per byte."""
-    return step.noise / max(step.cost, 1.0)
+def planned(candidate: Candidate, recipe: Recipe) -> bytes:
+    """Return the bytes of a candidate as it is planned."""
+    plan = make_plan(candidate.model, candidate.statistics, recipe, candidate.tuning)
+    return model_bytes(WRITERS["qdq"](quantize(candidate.model, plan)))
 
 
 def written(tuned: Tuned) -> bytes:
