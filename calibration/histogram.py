@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 BINS = 2048
 # The narrowest bin, 2^-126: its inverse is a float32.
 SMALLEST_EXPONENT = -126
+# The widest: so many of them hold the largest float32.
+LARGEST_EXPONENT = 128 - (BINS.bit_length() - 1)
 # About how many elements of a tensor's bulk a histogram looks at over a whole calibration.
 BULK = 1 << 15
 # About which share of a tensor, at either end, is counted to the last element.
@@ -97,15 +99,24 @@ class Histogram:
             self.counts[BINS // 2 : BINS // 2 + BINS] = pairs
         self.exponent = exponent
 
-    def update(self, values: NDArray[np.float32], start: int, tails: list[NDArray[np.float32]]) -> None:
+    def update(
+        self,
+        values: NDArray[np.float32],
+        start: int,
+        tails: list[NDArray[np.float32]],
+        finite: NDArray[np.bool_] | None = None,
+    ) -> None:
         """Count one batch.
 
         Args:
-            values: The values, one after the other, all finite.
+            values: The values, one after the other.
             start: The first of them that belongs to the looked-at ones.
-            tails: Those that lie beyond the tails.
+            tails: Those that lie beyond the tails, all finite.
+            finite: Which values are finite, so that the others are left out; None where all are.
         """
         bulk = values[start :: self.stride]
+        if finite is not None:
+            bulk = bulk[finite[start :: self.stride]]
         if bulk.size > PENDING // 2:
             self.add_bulk(bulk)
         else:

@@ -306,7 +306,7 @@ class TensorStatistics:
             self.columns = grown(self.columns, lows, highs, lows.ndim - 1)
 
     def update_finite(self, values: NDArray[np.floating], first: int, rows: int, counting: Counting) -> None:
-        """Count a batch that holds values that are not finite: they have no extremes, and are zero to a histogram.
+        """Count a batch without its values that are not finite.
 
         Raises:
             DataError: If they are not allowed.
@@ -323,10 +323,10 @@ class TensorStatistics:
             seen = lowest <= highest
             self.samples.update(lowest[seen], highest[seen])
         if self.histogram is not None:
-            numbers = as_float32(np.where(bad, np.float32(0), values)).reshape(-1)
+            numbers, some = as_float32(values).reshape(-1), as_float32(finite)
             below, above = (np.float32(bound) for bound in self.histogram.tails)
-            tails = [numbers[numbers > above], numbers[numbers < below]]
-            self.histogram.update(numbers, self.start(values, first, rows), tails)
+            tails = [some[some > above], some[some < below]]
+            self.histogram.update(numbers, self.start(values, first, rows), tails, ~bad.reshape(-1))
         self.count_parts(lows, highs, counting)
 
     def non_finite(self, values: NDArray[np.floating], counting: Counting) -> NDArray[np.bool_]:

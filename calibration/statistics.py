@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.errors import StatisticsError
-from calibration.histogram import BINS, Histogram
+from calibration.histogram import BINS, LARGEST_EXPONENT, SMALLEST_EXPONENT, Histogram
 from calibration.observers import OBSERVERS, ChannelRanges, SampleRanges, TensorStatistics
 
 if TYPE_CHECKING:
@@ -262,6 +262,8 @@ def tensor_from(
         histogram = Histogram(int(held["exponent"]), zeros=int(held["zeros"]), stride=int(held["stride"]))
         histogram.tails = (-math.inf if below is None else float(below), math.inf if above is None else float(above))
         begin = BINS + int(held["first"])
+        if not SMALLEST_EXPONENT <= histogram.exponent <= LARGEST_EXPONENT:
+            raise ValueError("histogram")
         if begin < 0 or begin + len(counts) > 2 * BINS or histogram.stride < 1:
             raise ValueError("histogram")
         histogram.counts[begin : begin + len(counts)] = counts
@@ -291,12 +293,19 @@ def merge(files: Sequence[tuple[str, Statistics]]) -> Statistics:
         check_alike(first_name, first, name, other)
     ordered = sorted(files, key=lambda entry: entry[1].parts)
     parts: list[Part] = []
+    draws: dict[str, tuple[Any, ...]] = {}
     for name, statistics in ordered:
         for part in statistics.parts:
             last = parts[-1] if parts else None
             same = last is not None and (last.data_sha256, last.chosen) == (part.data_sha256, part.chosen)
             if last is not None and last.data_sha256 == part.data_sha256 and (not same or part.start < last.stop):
                 raise StatisticsError(f"{name} counts samples that another file counts too", "merge each shard once")
+            drawn = draws.setdefault(part.data_sha256, draw_of(statistics))
+            if drawn != draw_of(statistics):
+                raise StatisticsError(
+                    f"{name} is of another draw of the same data ({told_draw(draw_of(statistics))}; {told_draw(drawn)})",
+                    "merge shards that were drawn alike: the same --samples, --seed and --shuffle",
+                )
             if last is not None and same and part.start == last.stop:
                 parts[-1] = replace(last, stop=part.stop)
             else:
@@ -315,10 +324,47 @@ def merge(files: Sequence[tuple[str, Statistics]]) -> Statistics:
     )
 
 
+def draw_of(statistics: Statistics) -> tuple[Any, ...]:
+    """Return what says which samples of a data set were chosen, and in which order."""
+    return tuple(statistics.selection.get(key) for key in ("samples", "shuffle", "seed"))
+
+
+def told_draw(draw: tuple[Any, ...]) -> str:
+    """Say how samples were drawn."""
+    count, shuffled, seed = draw
+    return f"{count} samples, {f'shuffled by seed {seed}' if shuffled else 'not shuffled'}"
+
+
+def missing(parts: Sequence[Part]) -> list[Part]:
+    """Return the samples that were chosen of some data, of which there are parts, and that none of the parts holds.
+
+    Args:
+        parts: In order, none of which overlap.
+    """
+    found: list[Part] = []
+    reached: dict[tuple[str, int], int] = {}
+    for part in parts:
+        begun = reached.get((part.data_sha256, part.chosen), 0)
+        if part.start > begun:
+            found.append(replace(part, start=begun, stop=part.start))
+        reached[part.data_sha256, part.chosen] = part.stop
+    found += [Part(digest, chosen, stop, chosen) for (digest, chosen), stop in reached.items() if stop < chosen]
+    return found
+
+
 def combined_digest(digests: Sequence[str]) -> str:
     """Return the digest of one data set, or the digest over those of several."""
     distinct = list(dict.fromkeys(digests))
     return distinct[0] if len(distinct) == 1 else hashlib.sha256("\n".join(distinct).encode()).hexdigest()
+
+
+def by_channel(statistics: Statistics) -> set[tuple[str, bool, bool]]:
+    """Return the tensors of whose channels or columns the extremes were counted, and of which."""
+    return {
+        (name, seen.channels is not None, seen.columns is not None)
+        for name, seen in statistics.tensors.items()
+        if seen.channels is not None or seen.columns is not None
+    }
 
 
 def check_alike(name: str, one: Statistics, other_name: str, other: Statistics) -> None:
@@ -334,6 +380,7 @@ def check_alike(name: str, one: Statistics, other_name: str, other: Statistics) 
         "have moving averages of different momentum": (one.momentum, other.momentum),
         "were run by different runtimes": (one.runtime, other.runtime),
         "hold different tensors": (set(one.tensors), set(other.tensors)),
+        "hold the extremes of different tensors' channels": (by_channel(one), by_channel(other)),
     }
     for what, (mine, theirs) in questions.items():
         if mine != theirs:

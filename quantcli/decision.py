@@ -19,7 +19,7 @@ from quantcli.arithmetic.affine import IntegerType
 from quantcli.errors import PlanError, StrictError, UsageError
 from quantcli.fold import constant
 from quantcli.modes import plan_without_data
-from quantcli.observation import Data, Run, check_counted, observe
+from quantcli.observation import Data, Run, check_counted, observe, preprocess_of
 from quantcli.placement import place
 from quantcli.plan import Plan, make_plan, unresolvable
 from quantcli.probe import model_bytes
@@ -290,6 +290,8 @@ def statistics_of(
     assert statistics is not None  # noqa: S101 - check_places has seen to it
     found = loaded_statistics(statistics)
     check_belongs(found, source)
+    if data is not None and data.synthetic is None:
+        check_preprocessed(found, source, data, recipe)
     return found
 
 
@@ -340,6 +342,23 @@ def check_belongs(statistics: Statistics, source: LoadedModel) -> None:
             f"{source.name} has {source.sha256[:12]}…)",
             "calibrate this model",
         )
+
+
+def check_preprocessed(statistics: Statistics, source: LoadedModel, data: Data, recipe: Recipe) -> None:
+    """Check that data that statistics were made of is preprocessed as it was then; other data may need something else.
+
+    Raises:
+        StatisticsError: If it is not.
+    """
+    dataset = data.opened(Runner(source.runnable, what=source.name).inputs, recipe)
+    before, now = statistics.preprocess, preprocess_of(recipe)
+    if dataset.digest != statistics.data_sha256 or before == now:
+        return
+    differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    raise StatisticsError(
+        f"the statistics were made of this data, preprocessed in another way ({', '.join(differing)})",
+        "give the same options for pixels (or one recipe for all commands), or calibrate again",
+    )
 
 
 def check_strict(plan: Plan, statistics: Statistics) -> None:

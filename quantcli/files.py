@@ -138,6 +138,8 @@ def check_output(output: Path, *inputs: Path | None) -> None:
             )
     if output.is_dir():
         raise UsageError(f"the output {output} is a folder", "name a file")
+    if output.exists() and not output.is_file():
+        raise UsageError(f"the output {output} is a device or a pipe, which a file would replace", "name a file")
     if not output.parent.is_dir():
         raise OutputError(f"{output} cannot be written (there is no folder {output.parent})", "make the folder first")
     if not os.access(output.parent, os.W_OK):

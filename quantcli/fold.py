@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 OLDEST_OPSET, LIFTED_OPSET = 13, 17
 # What a constant expression may cost to evaluate ahead, in elements: weights may be sliced and joined, nothing may explode.
 FOLD_LIMIT = 1 << 27
+# The domain of nodes that a pass is to leave alone.
+KEPT = "quantcli.kept"
 # Operators of models that have been quantized before.
 QUANTIZED = frozenset({
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger",
@@ -241,13 +243,33 @@ def simplify(model: ir.Model) -> ir.Model:
         settle_shapes(model)
         passes.RemoveInitializersFromInputsPass()(model)
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        passes.IdentityEliminationPass()(model)
+        drop_identities(model)
         passes.RemoveUnusedNodesPass()(model)
         rewriter.rewrite(model, pattern_rewrite_rules=chosen)
         passes.RemoveUnusedNodesPass()(model)
         if before == [node.op_identifier() for node in model.graph.all_nodes()]:
             break
     return model
+
+
+def drop_identities(model: ir.Model) -> None:
+    """Remove Identity nodes, but for those that give an output the values of another: either has a name of its own.
+
+    The pass gives what an Identity reads the name of the output that it makes, which would be that of two.
+    """
+    taken = set(model.graph.outputs)
+    kept: list[ir.Node] = []
+    for node in model.graph:
+        if node.op_type == "Identity" and not node.domain and node.outputs[0].is_graph_output():
+            if node.inputs[0] in taken:
+                kept.append(node)
+            elif node.inputs[0] is not None:
+                taken.add(node.inputs[0])  # it has the name of this one from here on
+    for node in kept:
+        node.domain = KEPT
+    passes.IdentityEliminationPass()(model)
+    for node in kept:
+        node.domain = ""
 
 
 def split_batch_norm(node: ir.Node) -> None:

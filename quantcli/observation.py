@@ -8,7 +8,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -150,6 +150,11 @@ def observer_of(recipe: Recipe) -> str:
     return observer_for(parse_range(recipe.activation.range)) if recipe.activation.range is not None else "minmax"
 
 
+def preprocess_of(recipe: Recipe) -> dict[str, Any]:
+    """Return how a recipe preprocesses data, as statistics spell it; nothing where it does not say."""
+    return asdict(recipe.preprocess) if recipe.preprocess else {}
+
+
 def check_counted(recipe: Recipe) -> None:
     """Check that the observer that a recipe asks for counts what its range needs.
 
@@ -188,6 +193,7 @@ class Observation:
     run: Run
     progress: Progress
     finished: dict[str, TensorStatistics] = field(default_factory=dict)
+    nothing: dict[str, TensorStatistics] = field(default_factory=dict)
 
     def statistics(self) -> Statistics:
         """Calibrate, in more than one pass where a first one shows that the plan stands elsewhere."""
@@ -218,6 +224,7 @@ class Observation:
                 checkpoint,
             )
             self.finished.update((name, found) for name, found in seen.tensors.items() if found.elements)
+            self.nothing.update((name, found) for name, found in seen.tensors.items() if not found.elements)
             # Where a tensor turns out to span a mask's range, the plan stands elsewhere: a second pass sees what it needs there.
             names = tuple(name for name in self.still_needed() if name not in seen.tensors)
             if names:
@@ -347,7 +354,7 @@ class Observation:
         return Statistics(
             self.source.sha256,
             dataset.digest,
-            asdict(self.recipe.preprocess) if self.recipe.preprocess else {},
+            preprocess_of(self.recipe),
             0,
             observer_of(self.recipe),
             {},
@@ -425,6 +432,11 @@ class Observation:
 
     def report_non_finite(self) -> None:
         """Warn of every tensor in which something was not finite."""
+        for name, seen in self.nothing.items():
+            if seen.nan or seen.infinite:
+                logger.warning(
+                    "tensor '%s': none of its %d values is finite, so it has no range", name, seen.nan + seen.infinite
+                )
         for name, seen in self.finished.items():
             if seen.nan or seen.infinite:
                 logger.warning(

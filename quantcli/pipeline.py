@@ -26,7 +26,7 @@ from quantcli.files import check_output, staged
 from quantcli.fold import fold
 from quantcli.load import LoadedModel, Opening, load, shown_name
 from quantcli.memory import give_back
-from quantcli.observation import Data, Run, observe
+from quantcli.observation import Data, Run, check_counted, observe
 from quantcli.progress import Progress, silent
 from quantcli.quantize import quantize
 from quantcli.recipe import Recipe, resolve_target
@@ -114,8 +114,9 @@ def calibrate(
     path = Path(output) if output is not None else None
     if path is not None:
         run = replace(run, partial=path.with_name(f"{path.name}.partial"))
-    outputs = [path] if path is not None else []
+    outputs = [place for place in (path, run.partial) if place is not None]
     check_each(outputs, [model, recipe.target_file, *given.files])
+    check_counted(recipe)
     target = resolve_target(recipe)
     source = load(model, opening, shown_by(given, recipe))
     check_each(outputs, source.files)

@@ -34,6 +34,7 @@ Exit codes:
   3  verify found a difference between sidecar, model and runtime
   4  a threshold was missed (what was to be written is written)
   5  --strict found what it forbids, or lint what a target refuses
+  130  interrupted (Ctrl-C)
 """
 
 
@@ -121,7 +122,7 @@ def dispatch(arguments: list[str]) -> int:
         return report(arguments, type(error).__name__, error.what, error.remedy, error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         resumable = "calibrate" in arguments
-        remedy = "calibrate goes on with --resume" if resumable else "nothing was written"
+        remedy = "--resume goes on from OUTPUT.partial, if there is one" if resumable else "nothing was written"
         return report(arguments, "Interrupted", "interrupted", remedy, 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -120,8 +120,6 @@ def merge(context: click.Context, /, statistics: tuple[Path, ...], output: Path)
     found = statistics_file.merge([(path.name, statistics_file.load(path)) for path in statistics])
     with staged() as files:
         files.write(output, statistics_file.serialized(found))
-    chosen = {part.chosen for part in found.parts if part.start == 0 and part.stop == part.chosen}
-    if len(found.parts) == 1 and not chosen:
-        part = found.parts[0]
-        terminal.warn(f"samples {part.start} to {part.stop - 1} of {part.chosen} are there: shards are missing")
+    for part in statistics_file.missing(found.parts):
+        terminal.warn(f"samples {part.start} to {part.stop - 1} of {part.chosen} are missing: merge all shards")
     show(terminal, found, output)

@@ -193,11 +193,15 @@ def show(terminal: Terminal, done: Conversion) -> None:
         shown = ", ".join(map(str, channels[:8])) + (", …" if len(channels) > 8 else "")
         terminal.warn(f"weight '{name}' has {len(channels)} dead (all-zero) channels, given scale 1: {shown}")
     if done.check.low:
+        from quantcli.evaluation.check import LOW_SQNR
+
         lost = "; ".join(
             f"{s.operator} '{s.name}' lost {s.lost:.1f} dB (at {s.sqnr:.1f} dB)" for s in done.check.suspects
         )
-        outputs = ", ".join(f"'{name}' {value:.1f} dB" for name, value in done.check.sqnr.items())
-        terminal.warn(f"the quantized model is far from float (SQNR of {outputs}); lost at: {lost}")
+        low = {name: value for name, value in done.check.sqnr.items() if value < LOW_SQNR}
+        outputs = ", ".join(f"'{name}' {value:.1f} dB" for name, value in low.items())
+        where = f"; lost at: {lost}" if lost else ""
+        terminal.warn(f"the quantized model is far from float (SQNR of {outputs}){where}")
         if finer := finer_options(sidecar.target, sidecar.mode):
             terminal.warn(f"where the hardware has it, more is left with {' or '.join(finer)}")
     # Models for other targets run in ONNX Runtime to be checked, not to be used.
@@ -324,7 +328,8 @@ def tuning(terminal: Terminal, tuned: Tuned) -> None:
     steps = ", ".join(f"{step} {gain:+.1f} dB" for step, (count, gain) in kept.gains.items() if count)
     terminal.say(
         f"tuned: SQNR {before.sqnr:.1f} → {kept.sqnr:.1f} dB on samples held back"
-        + (f" (error of the layers, on average: {steps})" if steps else ": nothing that was tried does better")
+        + (f" (error of the layers, on average: {steps})" if steps else "")
+        + ("" if kept is not before else ": nothing that was tried does better")
     )
     if tuned.equalized is not None:
         done = tuned.equalized

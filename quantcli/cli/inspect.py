@@ -98,7 +98,7 @@ def described(name: str, seen: TensorStatistics, spec: RangeSpec, grid: Grid) ->
     lo, hi = range_of(spec, name, seen, grid)
     clipped, outliers = None, None
     if seen.histogram is not None:
-        clipped = outside(seen.histogram, lo, hi)
+        clipped = outside(seen, lo, hi)
         inner = range_of(AnySpec("percentile", 99.9), name, seen, AnyGrid(grid.steps, grid.symmetric))
         width = max(inner[1], 0.0) - min(inner[0], 0.0)
         outliers = (max(seen.maximum, 0.0) - min(seen.minimum, 0.0)) / width if width > 0 else None
@@ -122,21 +122,20 @@ def described(name: str, seen: TensorStatistics, spec: RangeSpec, grid: Grid) ->
     }
 
 
-def outside(histogram: Histogram, lo: float, hi: float) -> float:
+def outside(seen: TensorStatistics, lo: float, hi: float) -> float:
     """Return the share of values in bins that lie outside a range, whole or by the part that does."""
     import numpy as np
 
-    edges, counts = histogram.edges(), histogram.counts.astype(float)
-    width = math.ldexp(1.0, histogram.exponent)
+    assert seen.histogram is not None  # noqa: S101 - the caller has looked
+    edges, counts = seen.histogram.edges(), seen.histogram.counts.astype(float)
+    width = math.ldexp(1.0, seen.histogram.exponent)
     below = np.clip((lo - edges[:-1]) / width, 0.0, 1.0)
     above = np.clip((edges[1:] - hi) / width, 0.0, 1.0)
     # The bins of the extremes reach beyond them, where nothing is.
-    total = counts.sum()
-    holds = counts > 0
-    ends = np.flatnonzero(holds)
-    below[ends[0]] = 0.0 if below[ends[0]] < 1 else below[ends[0]]
-    above[ends[-1]] = 0.0 if above[ends[-1]] < 1 else above[ends[-1]]
-    return float((counts * np.minimum(below + above, 1.0)).sum() / total)
+    ends = np.flatnonzero(counts > 0)
+    below[ends[0]] = 0.0 if below[ends[0]] < 1 or lo <= seen.minimum else below[ends[0]]
+    above[ends[-1]] = 0.0 if above[ends[-1]] < 1 or hi >= seen.maximum else above[ends[-1]]
+    return float((counts * np.minimum(below + above, 1.0)).sum() / counts.sum())
 
 
 def sparkline(histogram: Histogram, lowest: float, highest: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -90,5 +91,6 @@ def moved(values: NDArray[Any], entry: MovedEntry) -> NDArray[Any]:
 
 
 def worst(layers: list[LayerSqnr], count: int = 3) -> list[LayerSqnr]:
-    """Return the layers that lost most, most first."""
-    return sorted(layers, key=lambda layer: (-layer.lost, layer.sqnr))[:count]
+    """Return the layers that lost most, most first; of one that gives nothing but zeros in float, that cannot be told."""
+    told = [layer for layer in layers if math.isfinite(layer.lost) and math.isfinite(layer.sqnr)]
+    return sorted(told, key=lambda layer: (-layer.lost, layer.sqnr))[:count]

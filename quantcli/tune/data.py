@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from quantcli.recipe import Recipe
     from quantcli.tune.score import Score
 
+logger = logging.getLogger(__name__)
+
 # Samples that are run at once.
 BATCH = 32
 
@@ -44,13 +47,30 @@ def tuning_samples(source: LoadedModel, folded: ir.Model, data: Data, recipe: Re
     size = fitted_batch(inputs, None) if fixed else min(BATCH, fitted_batch(inputs, recipe.calibration.batch))
     total = min(len(indices), wanted_samples(folded, recipe) + JUDGES)
     drawn = indices[np.linspace(0, len(indices) - 1, total).astype(np.intp)]
+    if recipe.calibration.allow_non_finite:
+        drawn = finite_of(dataset, drawn)
+        total = len(drawn)
     judging = np.zeros(total, dtype=bool)
-    judging[np.linspace(0, total - 1, min(JUDGES, total // 3)).astype(np.intp)] = True
+    judging[np.linspace(0, max(total - 1, 0), min(JUDGES, total // 3)).astype(np.intp)] = True
     parts = []
     for chosen in (drawn[~judging], drawn[judging]):
         spans = boundaries(dataset, chosen, size, fixed)
         parts.append(tuple(dataset.read(chosen[start:stop]) for start, stop in spans))
     return Samples(*parts) if all(parts) else None
+
+
+def finite_of(dataset: Dataset, indices: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Return the samples that hold finite numbers alone."""
+    kept = [
+        index
+        for index in indices
+        if all(
+            np.isfinite(array).all() for array in dataset.read(np.array([index])).values() if array.dtype.kind == "f"
+        )
+    ]
+    if len(kept) < len(indices):
+        logger.warning("%d samples are not finite, and tuning goes without them", len(indices) - len(kept))
+    return np.array(kept, dtype=np.intp)
 
 
 def scorer(source: LoadedModel, data: Data, recipe: Recipe) -> tuple[Callable[[bytes], tuple[Score, Score]], str]:

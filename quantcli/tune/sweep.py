@@ -184,6 +184,12 @@ class Sweep:
             self.real[value] = results[0][position]
             self.made[value] = results[-1][position]
 
+    @functools.cached_property
+    def given_out(self) -> set[str]:
+        """The activations whose values the model gives out, in this shape or another: their ends are not cut."""
+        names = [str(value.name) for value in self.model.graph.outputs]
+        return {*names, *(self.placement.owner[name] for name in names if name in self.placement.owner)}
+
     def grid(self, name: str, value: ir.Value | None) -> Grid:
         """Return the grid of an activation; its range is chosen where that has not been done."""
         owner = self.placement.owner[name]
@@ -205,7 +211,7 @@ class Sweep:
             return float(held.min()), float(held.max())
         lo, hi = self.ranges[name]
         lo, hi = min(lo, 0.0), max(hi, 0.0)
-        judged = value is not None and value in self.made and lo != hi
+        judged = value is not None and value in self.made and lo != hi and name not in self.given_out
         if not self.steps.ranges or not judged or value is None or not self.accumulated(value):
             return lo, hi
         real, made = self.real[value], self.made[value]

@@ -89,6 +89,34 @@ def test_values_that_are_not_finite_are_refused_and_not_counted(
     assert (seen.minimum, seen.maximum, seen.elements) == (0.0, 2.0, 2)
 
 
+@pytest.mark.parametrize("elements", [600, 1 << 20])
+def test_values_that_are_not_finite_leave_the_histogram_as_if_they_were_not_there(elements: int) -> None:
+    """All values lie above 5, so that a zero in place of one that is not finite would be the lowest."""
+    rows = np.random.default_rng(3).uniform(5, 10, (8, elements // 8)).astype(np.float32)
+    spoiled = rows.copy()
+    spoiled[:, ::10], spoiled[:, 3::50] = np.nan, np.inf
+    counting = Counting("all", allow_non_finite=True, samples=8)
+    seen = TensorStatistics.for_counting(counting)
+    seen.prepare(spoiled[:4], 4, counting)
+    for start in (0, 4):
+        seen.update(spoiled[start : start + 4], start, 4, counting)
+    finite = spoiled[np.isfinite(spoiled)]
+    histogram = seen.histogram
+    assert histogram is not None
+    histogram.flush()
+    assert histogram.zeros == 0
+    assert (seen.elements, seen.nan + seen.infinite) == (finite.size, spoiled.size - finite.size)
+    if histogram.stride == 1:
+        assert histogram.counts.sum() == finite.size
+    else:  # what is looked at counts for the others
+        assert histogram.counts.sum() == pytest.approx(finite.size, rel=0.01)
+    for percent in (90, 99.9):
+        lo, hi = range_of(RangeSpec("percentile", percent), "t", seen, Grid())
+        outside = (100 - percent) / 2
+        expected = np.percentile(finite, (outside, 100 - outside))
+        assert (lo, hi) == pytest.approx(expected, abs=0.05)
+
+
 @pytest.mark.parametrize("observer", OBSERVERS)
 def test_a_settled_minimum_changes_nothing(observer: str) -> None:
     rows = np.maximum(np.random.default_rng(1).normal(size=(4, 40_000)), 0).astype(np.float32)

@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 from calibration.errors import StatisticsError
 from calibration.observers import Counting, TensorStatistics
-from calibration.statistics import Part, Statistics, load, load_any, merge, serialized
+from calibration.statistics import Part, Statistics, load, load_any, merge, missing, serialized
 
 Array = NDArray[Any]
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -202,11 +202,52 @@ def test_different_data_is_put_together_in_any_order() -> None:
         (lambda: counted("moving-average", range(5, 10)), "different observers"),
         (lambda: Statistics(**{**vars(counted("minmax", range(5, 10))), "model_sha256": "f"}), "different models"),
         (lambda: Statistics(**{**vars(counted("minmax", range(5, 10))), "preprocess": {"scale": 1}}), "preprocessed"),
+        (lambda: counted("minmax", range(5, 10), channels=True), "different tensors' channels"),
+        (
+            lambda: Statistics(
+                **{**vars(counted("minmax", range(5, 10))), "selection": {"samples": 40, "shuffle": True, "seed": 1}}
+            ),
+            r"another draw of the same data \(40 samples, shuffled by seed 1; ",
+        ),
     ],
 )
 def test_what_does_not_belong_together_is_refused(other: Any, told: str) -> None:
     with pytest.raises(StatisticsError, match=told):
         merge([("a.stats", counted("minmax", range(4))), ("b.stats", other())])
+
+
+def test_other_data_may_be_drawn_otherwise() -> None:
+    other = counted("minmax", range(4), sha="e" * 64)
+    drawn = Statistics(**{**vars(other), "selection": {"samples": 16, "shuffle": True, "seed": 3}})
+    assert merge([("one", counted("minmax", range(10))), ("two", drawn)]).samples == 56
+
+
+@pytest.mark.parametrize(
+    ("held", "gaps"),
+    [
+        ([(0, 40)], []),
+        ([(0, 8), (8, 40)], []),
+        ([(0, 8), (20, 40)], [(8, 20)]),
+        ([(4, 8)], [(0, 4), (8, 40)]),
+        ([(0, 8), (12, 16), (20, 36)], [(8, 12), (16, 20), (36, 40)]),
+    ],
+)
+def test_what_is_missing_is_found_anywhere(held: list[tuple[int, int]], gaps: list[tuple[int, int]]) -> None:
+    parts = [Part("d", 40, start, stop) for start, stop in held]
+    assert [(part.start, part.stop) for part in missing(parts)] == gaps
+    beside = [Part("e", 8, 0, 6)]
+    found = [(part.data_sha256, part.start, part.stop) for part in missing(parts + beside)]
+    assert sorted(found) == [*(("d", *gap) for gap in gaps), ("e", 6, 8)]
+
+
+@pytest.mark.parametrize("exponent", [-127, 118, 5000])
+def test_bins_of_no_float32_are_refused(tmp_path: Path, exponent: int) -> None:
+    held = counted("percentile", range(2))
+    held.tensors["t"].histogram.flush()  # type: ignore[union-attr]
+    held.tensors["t"].histogram.exponent = exponent  # type: ignore[union-attr]
+    (tmp_path / "s").write_bytes(serialized(held))
+    with pytest.raises(StatisticsError, match="not a statistics file"):
+        load(tmp_path / "s")
 
 
 def test_a_checkpoint_is_no_statistics_file(tmp_path: Path) -> None:
