@@ -299,6 +299,10 @@ def merge(files: Sequence[tuple[str, Statistics]]) -> Statistics:
             last = parts[-1] if parts else None
             same = last is not None and (last.data_sha256, last.chosen) == (part.data_sha256, part.chosen)
             if last is not None and last.data_sha256 == part.data_sha256 and (not same or part.start < last.stop):
+                if same and not any(overlap(part, other) for other in parts):
+                    raise StatisticsError(
+                        f"{name} holds samples from between those of another file", "merge all at once"
+                    )
                 raise StatisticsError(f"{name} counts samples that another file counts too", "merge each shard once")
             drawn = draws.setdefault(part.data_sha256, draw_of(statistics))
             if drawn != draw_of(statistics):
@@ -322,6 +326,11 @@ def merge(files: Sequence[tuple[str, Statistics]]) -> Statistics:
         parts=tuple(parts),
         synthetic=any(statistics.synthetic for _, statistics in ordered),
     )
+
+
+def overlap(one: Part, other: Part) -> bool:
+    """Tell whether two parts hold the same sample."""
+    return one.data_sha256 == other.data_sha256 and one.start < other.stop and other.start < one.stop
 
 
 def draw_of(statistics: Statistics) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -151,8 +152,9 @@ def observer_of(recipe: Recipe) -> str:
 
 
 def preprocess_of(recipe: Recipe) -> dict[str, Any]:
-    """Return how a recipe preprocesses data, as statistics spell it; nothing where it does not say."""
-    return asdict(recipe.preprocess) if recipe.preprocess else {}
+    """Return how a recipe preprocesses data, as statistics spell it (in JSON's types); nothing where it does not say."""
+    spelled: dict[str, Any] = json.loads(json.dumps(asdict(recipe.preprocess))) if recipe.preprocess else {}
+    return spelled
 
 
 def check_counted(recipe: Recipe) -> None:
