@@ -82,7 +82,7 @@ def parse_range(text: str) -> RangeSpec:
     except ValueError:
         percent = math.nan
     if not 50 < percent <= 100:
-        raise ValueError(f"'{rest}' is no percentile; write percentile:99.99")
+        raise ValueError(f"'{rest}' is no percentile above 50 and up to 100; write percentile:99.99")
     return RangeSpec(name, percent)
 
 

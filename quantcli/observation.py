@@ -56,6 +56,8 @@ CHECK_BYTES = 64 << 20
 # A run below so many batches is over before a second session is loaded.
 WORTH_A_SHORTCUT = 4
 CHECKPOINT_SECONDS = 30.0
+# What counting itself takes about, however large the samples are: bins, and elements that wait for them.
+COUNTED_BYTES = 10 << 20
 # Operators whose output holds what their first input holds.
 RESHAPING = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity"})
 
@@ -288,7 +290,8 @@ class Observation:
         held, lanes = resident_bytes(), self.run.lanes
         checks = min(CHECK_SAMPLES, max(batch, CHECK_BYTES // max(sample, 1)))
         if self.run.max_memory is not None:
-            room = (self.run.max_memory - held) // max(sample * 2, 1)  # twice: inputs of operators, and what is counted
+            # Twice: inputs of operators, and what is counted.
+            room = max(self.run.max_memory - held - COUNTED_BYTES, 0) // max(sample * 2, 1)
             if room < (batch if fixed else 1):
                 raise DataError(
                     f"{mebibytes(self.run.max_memory)} are not enough: the model takes {mebibytes(held)} "

@@ -97,7 +97,7 @@ def test_sweeps_run_copies_where_that_is_asked(tmp_path: Path, monkeypatch: pyte
     plain = converted(tmp_path, "b.onnx")
     assert counts == [4 * 32, 32]
     assert done.model.read_bytes() != plain.model.read_bytes()
-    monkeypatch.setattr(effort, "room_for", lambda _: 64)
+    monkeypatch.setattr(effort, "room_for", lambda *_: 64)
     converted(tmp_path, "c.onnx", vary=True)
     assert counts[2:] == [64]
 
@@ -122,7 +122,7 @@ def test_what_is_kept_is_swept_again_over_all_samples(
 def test_nothing_is_swept_again_without_room_or_gain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = converted(tmp_path, "a.onnx").model.read_bytes()
     counts = swept_over(monkeypatch)
-    monkeypatch.setattr(effort, "room_for", lambda _: 40)
+    monkeypatch.setattr(effort, "room_for", lambda *_: 40)
     assert converted(tmp_path, "b.onnx", refit=True).model.read_bytes() == plain
     assert counts == [32]
     monkeypatch.undo()

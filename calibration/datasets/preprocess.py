@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,6 +43,8 @@ class Preprocess:
     def __post_init__(self) -> None:
         if not self.mean or not self.std or 0.0 in self.std:
             raise ValueError("mean and std hold one value or one per channel, and no std is 0")
+        if not all(map(math.isfinite, (*self.mean, *self.std, 1.0 if self.scale is None else self.scale))):
+            raise ValueError("scale, mean and std are finite numbers")
         for name, size in (("size", self.size), ("crop", self.crop)):
             if size is not None and min(as_pair(size)) < 1:
                 raise ValueError(f"a {name} is at least 1")

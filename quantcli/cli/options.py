@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -52,9 +53,12 @@ class Numbers(click.ParamType[Any]):
         if not isinstance(value, str):
             return value  # type: ignore[no-any-return]
         try:
-            return [float(part) for part in value.split(",")]
+            found = [float(part) for part in value.split(",")]
         except ValueError:
+            found = [math.nan]
+        if not all(map(math.isfinite, found)):
             self.fail(f"'{value}' is not a list of numbers; write 0.485,0.456,0.406", param, ctx)
+        return found
 
 
 class Bytes(click.ParamType[Any]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -270,7 +271,7 @@ def test_arrays_that_do_not_fit_are_refused(
         pytest.param(numbers(2, 3, 4, 5), Preprocess(std=(1.0, 2.0)), id="two deviations"),
         pytest.param(numbers(2, 60), Preprocess(layout="NCHW"), id="a layout for rows"),
         pytest.param(np.full((2, 3, 4, 5), "a"), Preprocess(scale=2.0), id="text"),
-        pytest.param(numbers(2, 3, 4, 5), Preprocess(scale=float("nan")), id="a scale that is no number"),
+        pytest.param(numbers(2, 3, 4, 5), Preprocess(scale=1e300), id="a scale that is too large"),
         pytest.param(numbers(2, 3, 4, 5), Preprocess(layout="NCHW"), id="channels already first"),
     ],
 )
@@ -765,3 +766,11 @@ def test_the_model_fixes_its_batch(sizes: list[int | None], wanted: int | None, 
 def test_another_batch_than_the_models_is_refused() -> None:
     with pytest.raises(DataError, match="batches of 4, not of 5"):
         fitted_batch((spec(4, 3),), 5)
+
+
+@pytest.mark.parametrize(
+    "wishes", [{"scale": math.inf}, {"mean": (0.0, math.nan)}, {"std": (-math.inf,)}, {"std": (1.0, 0.0)}]
+)
+def test_what_no_pixel_can_be_multiplied_with_is_refused(wishes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="finite numbers|no std is 0"):
+        Preprocess(**wishes)
