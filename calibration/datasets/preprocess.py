@@ -124,7 +124,8 @@ def normalized(
         raise DataError(f"{source} holds samples of shape {held}, which are no images", "leave out --layout")
     if layout is not None and pixels.ndim == 3:
         pixels = pixels[..., None]
-    x: NDArray[np.float32] = pixels.astype(np.float32) * np.float32(scale)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is too large is infinite, which is told of the data
+        x: NDArray[np.float32] = pixels.astype(np.float32) * np.float32(scale)
     # Rows of features have one value of mean and std per feature; elsewhere only a layout says where the channels are.
     channels = pixels.shape[-1] if layout is not None or pixels.ndim == 2 else 1
     for name, values in (("mean", preprocess.mean), ("std", preprocess.std)):
@@ -134,7 +135,8 @@ def normalized(
             )
             raise DataError(f"the {name} has {len(values)} values and {source} {channels} channels", remedy)
     mean, std = np.array(preprocess.mean, dtype=np.float32), np.array(preprocess.std, dtype=np.float32)
-    x = (x - mean) / std
+    with np.errstate(over="ignore", invalid="ignore"):
+        x = (x - mean) / std
     if layout == "NCHW":
         x = x.transpose(0, 3, 1, 2)
     return np.ascontiguousarray(x, dtype=np.float32)
