@@ -196,7 +196,6 @@ def places_of(output: Path, form: str, recipe: Recipe, name: str = "model", unti
     Raises:
         UsageError: If name or form are unknown, or they contradict each other or the recipe.
     """
-    check_cost(recipe, form)
     if form not in C_FORMS:
         if until:
             raise UsageError("--end-at is for C source", "leave it out, or choose --format c")
@@ -222,13 +221,16 @@ def places_of(output: Path, form: str, recipe: Recipe, name: str = "model", unti
     return Places(output.with_suffix(".onnx"), output.with_suffix(".json"), None, output, name)
 
 
-def check_cost(recipe: Recipe, form: str) -> None:
-    """Check that what a search is to keep low can be told.
+def check_search(recipe: Recipe, form: str, resume: bool, validate: bool) -> None:
+    """Check that what is said of a search is said of one, and that what it is to keep low can be told.
 
     Raises:
         UsageError: If nothing is searched, or what is written does not run where it would be timed.
     """
     wishes = recipe.tune
+    if wishes.max_drop is None and (resume or validate):
+        what = "--resume goes on with" if resume else "--validate judges"
+        raise UsageError(f"{what} a search, and there is none", "give --max-drop, or leave it out")
     if wishes.cost is not None and wishes.max_drop is None:
         raise UsageError("--cost is what --max-drop keeps low, and there is no --max-drop", "give --max-drop")
     if wishes.cost != "latency":

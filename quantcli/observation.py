@@ -411,7 +411,10 @@ class Observation:
         """
         if not self.run.resume or self.run.partial is None or not self.run.partial.is_file():
             return None
-        held = statistics_file.load_any(self.run.partial)
+        try:
+            held = statistics_file.load_any(self.run.partial)
+        except StatisticsError as error:
+            raise StatisticsError(f"{self.run.partial} cannot be gone on from: {error.what}", "remove it") from error
         if held.unfinished is None:
             raise StatisticsError(f"{self.run.partial} is no checkpoint", "remove it")
         for what in (

@@ -17,7 +17,7 @@ from calibration.errors import ReportedError
 from calibration.hooks.onnxruntime import Runner
 from quantcli import sidecar as sidecar_file
 from quantcli.decision import check_strict, decided, loaded_statistics, opset_for
-from quantcli.delivery import beside, for_form, places_of, rendered, weights_beside, widths_for
+from quantcli.delivery import beside, check_search, for_form, places_of, rendered, weights_beside, widths_for
 from quantcli.errors import UsageError
 from quantcli.evaluation.check import SelfCheck
 from quantcli.evaluation.evaluate import Evaluation, evaluate
@@ -217,6 +217,7 @@ def convert(
     """
     recipe, run = for_form(recipe or Recipe(), form), run or Run()
     check_places(recipe, statistics, data, function, synthetic)
+    check_search(recipe, form, run.resume, validate is not None)
     outputs = places_of(Path(output), form, recipe, name, until)
     writer = WRITERS.get(form, WRITERS["qdq"])
     files = [data, labels, validate, statistics if isinstance(statistics, (str, Path)) else None]

@@ -17,6 +17,7 @@ from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe, convert, decision, fold, verify
 from quantcli.cli import main
 from quantcli.errors import ModelError, PlanError, UsageError
+from quantcli.observation import Run
 from quantcli.recipe import Tune, Weight
 from quantcli.review import lint
 from quantcli.targets import load_target
@@ -383,6 +384,8 @@ def test_what_cannot_be_timed_is_refused(tmp_path: Path, model: Path, labelled: 
             convert(model, tmp_path / "q.onnx", data=labelled, recipe=recipe, **more)
         return str(error.value)
 
+    assert "--validate judges a search, and there is none" in told(Recipe(), validate=labelled)
+    assert "--resume goes on with a search, and there is none" in told(Recipe(), run=Run(resume=True))
     timed = Tune(max_drop=1.0, cost="latency")
     assert "there is no --max-drop" in told(Recipe(tune=Tune(cost="bytes")))
     assert "models for npu-int8 do not run there" in told(Recipe(target="npu-int8", tune=timed))

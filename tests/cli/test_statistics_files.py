@@ -151,6 +151,12 @@ def test_a_run_with_pixels_of_its_own_goes_on(
     with monkeypatch.context() as patched:
         patched.setattr(Runner, "run", cut_off)
         assert run(capsys, f"{command} -o broken.stats")[0] == 130
-    assert (here / "broken.stats.partial").is_file()
+    held = (here / "broken.stats.partial").read_bytes()
+    (here / "broken.stats.partial").write_bytes(held[:200])
+    code, _, errors = run(capsys, f"{command} -o broken.stats --resume")
+    assert code == 1
+    assert "broken.stats.partial cannot be gone on from" in " ".join(errors.split())
+    assert "; remove it" in " ".join(errors.split())
+    (here / "broken.stats.partial").write_bytes(held)
     assert run(capsys, f"{command} -o broken.stats --resume") == (0, "", "")
     assert (here / "broken.stats").read_bytes() == (here / "whole.stats").read_bytes()
