@@ -232,7 +232,7 @@ def tune(
     if not again and recipe.tune.ranges is None and all(one.sqnr <= found[0][0].sqnr for one, _ in trying.found):
         again = ["ranges"]
     for step in again if trying.found else []:
-        trying.attempt(trying.best.toggled(step))
+        trying.attempt(trying.other_way(step))
     if trying.found and learns(recipe):
         trying.learn()
     found += trying.found
@@ -334,6 +334,17 @@ class Trying:
     def best(self) -> Choice:
         """The best choice so far."""
         return self.choices[max(range(len(self.found)), key=lambda place: (self.found[place][0].sqnr, -place))]
+
+    def other_way(self, step: str) -> Choice:
+        """Return the best choice so far with one step the other way.
+
+        Varied copies, of which there are many, have ranges by their readers' error unless the recipe asks for the outputs'. Where
+        weights are coarse, as they are there, noise comes from those, and the outputs' error tells ranges apart by chance.
+        """
+        choice = self.best.toggled(step)
+        if step == "vary" and choice.vary and self.recipe.tune.ranges != "outputs":
+            return replace(choice, steps=replace(choice.steps, outputs=0))
+        return choice
 
     def attempt(self, choice: Choice) -> None:
         """Make a candidate and judge it, unless it has been; one that cannot be made is left out, and said so."""
