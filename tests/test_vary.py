@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -100,6 +100,32 @@ def test_sweeps_run_copies_where_that_is_asked(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(effort, "room_for", lambda *_: 64)
     converted(tmp_path, "c.onnx", vary=True)
     assert counts[2:] == [64]
+
+
+@pytest.mark.parametrize("ranges", [None, "outputs"])
+def test_best_tries_copies_with_ranges_of_the_readers_unless_the_outputs_are_asked_for(
+    tmp_path: Path, ranges: Literal["outputs"] | None
+) -> None:
+    done = converted(tmp_path, "a.onnx", effort="best", adaround=False, refit=False, ranges=ranges)
+    names = [one.name for one in done.tuned.tries]
+    varied = [name for name in names if name.endswith("varied samples")]
+    assert any("ranges by outputs" in name for name in names)
+    assert len(varied) == 1
+    assert ("by outputs" in varied[0]) == (ranges == "outputs")
+
+
+def test_copies_have_more_room_than_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rooms: list[int] = []
+    plain = effort.room_for
+
+    def told(model: Any, room: int = effort.ROOM) -> int:
+        rooms.append(room)
+        return plain(model, room)
+
+    monkeypatch.setattr(effort, "room_for", told)
+    converted(tmp_path, "a.onnx", vary=True)
+    assert {*rooms} == {effort.ROOM, effort.VARIED_ROOM}
+    assert effort.VARIED_ROOM > effort.ROOM
 
 
 def test_what_is_kept_is_swept_again_over_all_samples(
