@@ -350,9 +350,11 @@ def check_preprocessed(statistics: Statistics, source: LoadedModel, data: Data, 
     Raises:
         StatisticsError: If it is not.
     """
-    dataset = data.opened(Runner(source.runnable, what=source.name).inputs, recipe)
     before, now = statistics.preprocess, preprocess_of(recipe)
-    if dataset.digest != statistics.data_sha256 or before == now:
+    if before == now:
+        return
+    dataset = data.opened(Runner(source.runnable, what=source.name).inputs, recipe)
+    if dataset.digest != statistics.data_sha256:
         return
     differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     raise StatisticsError(
