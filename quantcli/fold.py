@@ -99,6 +99,7 @@ def folded_copy(model: ir.Model, opset: int) -> ir.Model:
     canonical(folded)
     plain_recurrent(folded)
     fold_factors(folded)
+    own_constants(folded)
     own_biases(folded)
     passes.RemoveUnusedNodesPass()(folded)
     passes.RemoveUnusedOpsetsPass()(folded)
@@ -346,6 +347,15 @@ def split_addend(node: ir.Node) -> None:
     product.outputs[0].shape, product.outputs[0].type = output.shape, output.type
     addition = ir.node("Add", [product.outputs[0], addend], name=node.name or output.name)
     ir.convenience.replace_nodes_and_values(graph, node, [node], [product, addition], [output], [addition.outputs[0]])
+
+
+def own_constants(model: ir.Model) -> None:
+    """Let nodes read a copy of a constant that the model gives out: whatever becomes of theirs, what is given out stays."""
+    for value in {output for output in model.graph.outputs if constant(output) is not None}:
+        if value.uses():
+            copy = add_constant(model.graph, f"{value.name}_inside", np.array(constant(value)))
+            for node, place in list(value.uses()):
+                node.replace_input_with(place, copy)
 
 
 def own_biases(model: ir.Model) -> None:

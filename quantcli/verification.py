@@ -72,10 +72,19 @@ def verify(
         return compare_weights(Held.of_file(model), document)
     held, runner = Held.of_file(model), Runner(model, what=model.name)
     if data is None:
-        size = fitted_batch(runner.inputs, batch or RANDOM_SAMPLES)
-        return compare_integers(held, document, [random_inputs(document, runner, size, seed)])
+        return compare_integers(held, document, [random_inputs(document, runner, random_batch(runner, batch), seed)])
     drawn = drawn_from(Path(data), runner, recipe, labels, split, selection, batch, progress)
     return compare_integers(held, document, drawn)
+
+
+def random_batch(runner: Runner, wanted: int | None = None) -> int:
+    """Return how many random samples are run: what is wanted, or what the model fixes, or a few.
+
+    Raises:
+        DataError: If the model fixes another number than is wanted.
+    """
+    few = None if fixes_batch(runner.inputs) else RANDOM_SAMPLES
+    return fitted_batch(runner.inputs, wanted or few)
 
 
 def drawn_from(
@@ -141,7 +150,7 @@ def verify_c(
     runner = Runner(load(folder / document.model.name).runnable, what=document.model.name)
     drawn: Iterable[dict[str, NDArray[Any]]]
     if data is None:
-        drawn = [random_inputs(document, runner, fitted_batch(runner.inputs, RANDOM_SAMPLES), seed)]
+        drawn = [random_inputs(document, runner, random_batch(runner), seed)]
     else:
         drawn = drawn_from(Path(data), runner, recipe, labels, split, selection, None, progress)
     return verify_source(folder, description, document, drawn, compiler, FLAGS if flags is None else flags)

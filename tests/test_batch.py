@@ -340,6 +340,8 @@ BROKEN = [
     ('[[models]]\npath = "nets/a.onnx"\nrecipes = ["w3"]', "no recipe 'w3'"),
     ('[[models]]\npath = "nets/a.onnx"\nmemory = "much"', "no size"),
     ('[[models]]\npath = "nets/a.onnx"\ncolour = "red"', "colour"),
+    ('[[models]]\npath = "nets/a.onnx"\nmax_drop = nan', "max_drop is nan"),
+    ('[[models]]\npath = "nets/a.onnx"\nmin_metric = -inf', "min_metric is -inf"),
     ('[recipes.x]\nweight = {bits = 99}\n[[models]]\npath = "nets/a.onnx"', "unknown"),
     ('[[models]]\npath = "nets/a.onnx"\nname = "../up"', "no name of an entry"),
 ]
@@ -362,6 +364,37 @@ def test_a_key_follows_from_contents_and_not_from_places(zoo: Path) -> None:
     assert {entry.name: entry.key({}) for entry in read_zoo(moved / "zoo.toml")} == before
     np.savez(moved / "data.npz", x=normal(16, 3, 8, 8, seed=10))
     assert not {entry.key({}) for entry in read_zoo(moved / "zoo.toml")} & set(before.values())
+
+
+def test_a_key_follows_from_code_and_from_where_files_of_a_folder_stand(zoo: Path) -> None:
+    (zoo / "pkg").mkdir()
+    (zoo / "pkg" / "met.py").write_text("def of(outputs, labels):\n    return 95\n")
+    (zoo / "images" / "a").mkdir(parents=True)
+    (zoo / "images" / "a" / "1.png").write_bytes(b"1")
+    text = '[[models]]\npath = "nets/a.onnx"\ndata = "images"\nmetric = "pkg.met:of"\nfactory = "mine:build"\n'
+    (zoo / "zoo.toml").write_text(text)
+
+    def key() -> str:
+        return read_zoo(zoo / "zoo.toml")[0].key({})
+
+    keys = [key()]
+    (zoo / "pkg" / "__pycache__").mkdir()
+    (zoo / "pkg" / "__pycache__" / "met.pyc").write_bytes(b"compiled")
+    assert key() == keys[0]
+    (zoo / "pkg" / "met.py").write_text("def of(outputs, labels):\n    return 10\n")
+    keys.append(key())
+    (zoo / "mine.py").write_text("build = None\n")
+    keys.append(key())
+    (zoo / "images" / "a").rename(zoo / "images" / "b")
+    keys.append(key())
+    assert len(set(keys)) == 4
+
+
+def test_nothing_beside_a_manifest_takes_a_modules_place(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (zoo / "calibration.py").write_text("raise RuntimeError('imported')\n")
+    (zoo / "zoo.toml").write_text('[[models]]\npath = "nets/a.onnx"\ndata = "data.npz"\nrecipe = "fast.toml"\n')
+    code, document = told(capsys, f"batch {zoo / 'zoo.toml'} -o {zoo / 'out'}")
+    assert (code, statuses(document)) == (0, {"a/default": "met"})
 
 
 def test_sizes() -> None:

@@ -108,3 +108,31 @@ def test_an_exact_output_judges_nothing(tmp_path: Path) -> None:
         tries.append([(one.name, round(one.sqnr, 1)) for one in done.tuned.tries if "compensation" not in one.name])
     assert tries[0][0] == tries[1][0]
     assert max(sqnr for _, sqnr in tries[1]) < 60
+
+
+@pytest.mark.parametrize("target", ["ort-x86", "npu-int8"])
+def test_constants_that_are_given_out_stay_what_they_are(tmp_path: Path, target: str) -> None:
+    """Tuning changes weights and biases for what reads them, not for whom they are handed."""
+    nodes = [
+        node("Conv", ["x", "w1"], ["a"], pads=[1, 1, 1, 1]),
+        node("Relu", ["a"], ["r"]),
+        node("Conv", ["r", "w2", "b"], ["y"]),
+    ]
+    weights = {"w1": normal(6, 3, 3, 3, seed=1), "w2": normal(4, 6, 1, 1, seed=2), "b": normal(4, seed=4)}
+    outputs: dict[str, Shape] = {"y": ["n", 4, 8, 8], "w2": [4, 6, 1, 1], "b": [4]}
+    model = save(tmp_path / "net.onnx", nodes, {"x": ["n", 3, 8, 8]}, outputs, weights)
+    np.savez(tmp_path / "d.npz", x=normal(48, 3, 8, 8, seed=3))
+    done = convert(model, tmp_path / "q.onnx", data=tmp_path / "d.npz", recipe=Recipe(target=target))
+    found = Runner(done.model).run({"x": normal(2, 3, 8, 8, seed=5)})
+    for name in ("w2", "b"):
+        np.testing.assert_array_equal(found[name], weights[name])
+
+
+def test_random_inputs_come_in_the_batches_that_the_model_takes(tmp_path: Path) -> None:
+    weights = {"w": normal(4, 3, 3, 3, seed=1)}
+    model = save(
+        tmp_path / "net.onnx", [node("Conv", ["x", "w"], ["y"])], {"x": [3, 3, 8, 8]}, {"y": [3, 4, 6, 6]}, weights
+    )
+    np.savez(tmp_path / "d.npz", x=normal(48, 3, 8, 8, seed=3))
+    done = convert(model, tmp_path / "q.onnx", data=tmp_path / "d.npz", recipe=Recipe(target="npu-int8"))
+    assert verify(done.sidecar_path).findings == []

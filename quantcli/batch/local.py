@@ -82,7 +82,15 @@ def run_one(entry: Entry, folder: Path) -> Ended:
     folder.mkdir(parents=True)
     (folder / "entry.json").write_bytes(msgspec.json.encode(entry))
     place = folder.resolve()  # the process stands elsewhere
-    command = [sys.executable, "-m", "quantcli.batch.worker", str(place / "entry.json"), str(place)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "quantcli.batch.worker",
+        str(place / "entry.json"),
+        str(place),
+        str(os.getpid()),
+    ]
     began = time.monotonic()
     with (folder / LOG).open("wb") as log, watched(command, log, entry.folder) as process:
         killed = watch(process, entry, began)

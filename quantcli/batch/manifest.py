@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import re
 from importlib import metadata
 from pathlib import Path
@@ -123,17 +124,26 @@ class Entry(msgspec.Struct, frozen=True):
         wishes = self.wishes
         factory = (wishes.factory or "").rpartition(":")[0]
         module = (wishes.metric or "").partition(":")[0] if ":" in (wishes.metric or "") else ""
-        metric = Path(self.folder) / f"{module}.py"
         named = {
             "path": self.path,
             "data": wishes.data,
             "labels": wishes.labels,
             "evaluate": wishes.evaluate,
-            "metric": metric if module and metric.is_file() else None,
-            "factory": factory if factory.endswith(".py") else None,
+            "metric": self.source_of(module),
+            "factory": factory if factory.endswith(".py") else self.source_of(factory),
             "target": self.recipe.target_file,
         }
         return {field: Path(place) for field, place in named.items() if place}
+
+    def source_of(self, module: str) -> str | None:
+        """Return the file of a module beside the manifest, or the folder of the package that it is of; None where there is none."""
+        top = Path(self.folder) / module.partition(".")[0]
+        if not module:
+            return None
+        if top.is_dir():
+            return str(top)
+        file = top.with_name(f"{top.name}.py")
+        return str(file) if file.is_file() else None
 
     def key(self, digests: dict[Path, str]) -> str:
         """Return what the entry's output and figures follow from, as a digest: contents, recipe, versions.
@@ -173,7 +183,8 @@ def digest_at(path: Path) -> str:
     """Return the sha256 of a file (and of a model's external data), or of a folder's files, with their names."""
     digest = hashlib.sha256()
     for file in files_of(path):
-        digest.update(file.name.encode(errors="surrogateescape") + b"\0")
+        name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+        digest.update(name.encode(errors="surrogateescape") + b"\0")
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
@@ -183,7 +194,7 @@ def digest_at(path: Path) -> str:
 def files_of(path: Path) -> list[Path]:
     """Return the files that a path stands for; none where there is nothing."""
     if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file())
+        return sorted(file for file in path.rglob("*") if file.is_file() and file.parent.name != "__pycache__")
     if path.suffix == ".onnx":
         from quantcli.load.onnx import load_onnx
 
@@ -256,6 +267,9 @@ def entry_of(manifest: Path, zoo: Zoo, model: Model, file: Path, recipe: str) ->
     folder = manifest.resolve().parent
     given = {field: getattr(model, field) for field in Wishes.__struct_fields__}
     merged = {name: getattr(zoo.defaults, name) if value is None else value for name, value in given.items()}
+    for name in ("max_drop", "min_metric", "min_speedup", "timeout"):
+        if merged[name] is not None and not math.isfinite(merged[name]):
+            raise RecipeError(f"{manifest}: {name} is {merged[name]}", "give a number, or leave it out")
     for name in ("data", "labels", "evaluate", "recipe"):
         if merged[name] is not None:
             merged[name] = str(folder / merged[name])

@@ -5,6 +5,7 @@ Everything goes through files: the entry comes as JSON, and ``result.json`` appe
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -25,12 +26,17 @@ REPORT = "report.html"
 SHARD = "part.stats"
 
 
-def die_with_parent() -> None:
-    """On Linux, ask to be killed when the parent is gone (prctl, PR_SET_PDEATHSIG): nothing goes on without whom it tells."""
+def die_with_parent(parent: int) -> None:
+    """On Linux, ask to be killed when the parent is gone (prctl, PR_SET_PDEATHSIG): nothing goes on without whom it tells.
+
+    Where it is gone already, this ends at once.
+    """
     if sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 def run(entry: Entry, folder: Path) -> dict[str, Any]:
@@ -115,7 +121,8 @@ def run(entry: Entry, folder: Path) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Run the entry of a file, and write what came of it."""
-    die_with_parent()
+    die_with_parent(int(arguments[2]))
+    sys.path.append(str(Path.cwd()))  # at the end: nothing beside the manifest takes the place of what is installed
     entry = msgspec.json.decode(Path(arguments[0]).read_bytes(), type=Entry)
     folder = Path(arguments[1])
     began = time.perf_counter()

@@ -121,9 +121,7 @@ def dispatch(arguments: list[str]) -> int:
     except ReportedError as error:
         return report(arguments, type(error).__name__, error.what, error.remedy, error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        resumable = "calibrate" in arguments
-        remedy = "--resume goes on from OUTPUT.partial, if there is one" if resumable else "nothing was written"
-        return report(arguments, "Interrupted", "interrupted", remedy, 130)
+        return report(arguments, "Interrupted", "interrupted", what_is_left(arguments), 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -134,6 +132,17 @@ def dispatch(arguments: list[str]) -> int:
         what = f"internal error: {type(error).__name__}: {error} ({os.path.basename(where.filename)}:{where.lineno})"  # noqa: PTH119
         return report(arguments, "InternalError", what, "please report this; -v shows the whole trace", 1)
     return code if isinstance(code, int) else 0
+
+
+def what_is_left(arguments: list[str]) -> str:
+    """Say what an interrupted command has left."""
+    if "calibrate" in arguments:
+        return "--resume goes on from OUTPUT.partial, if there is one"
+    if "batch" in arguments:
+        return "what was finished is kept, and the same command goes on from there; reports are of the run before"
+    if any(argument.startswith("--max-drop") for argument in arguments):
+        return "--resume goes on from OUTPUT.search, if there is one"
+    return "nothing was written"
 
 
 def report(arguments: list[str], kind: str, what: str, remedy: str, code: int) -> int:

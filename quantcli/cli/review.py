@@ -51,6 +51,7 @@ def diff(context: click.Context, /, first: Path, second: Path) -> None:
     found = review.diff(sidecar_file.read(first), sidecar_file.read(second))
     rows = [(c.kind, c.name, c.what, c.before, c.after) for c in found]
     if rows:
-        terminal.table("Changes", ("", "name", "what", first.name, second.name), rows)
+        names = (first.name, second.name) if first.name != second.name else (str(first), str(second))
+        terminal.table("Changes", ("", "name", "what", *names), rows)
     terminal.say(f"{len(found)} changes")
     terminal.result({"changes": [asdict(change) for change in found]})

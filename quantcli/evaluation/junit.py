@@ -57,4 +57,7 @@ def junit(name: str, cases: Sequence[Case]) -> bytes:
 
 def printable(text: str) -> str:
     """Return text without the characters that XML cannot hold."""
-    return "".join(c if c in "\t\n\r" or (ord(c) >= 32 and not 0xD800 <= ord(c) <= 0xDFFF) else "�" for c in text)
+    return "".join(
+        c if c in "\t\n\r" or (ord(c) >= 32 and not 0xD800 <= ord(c) <= 0xDFFF and ord(c) & 0xFFFE != 0xFFFE) else "�"
+        for c in text
+    )
