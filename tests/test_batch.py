@@ -397,6 +397,22 @@ def test_nothing_beside_a_manifest_takes_a_modules_place(zoo: Path, capsys: pyte
     assert (code, statuses(document)) == (0, {"a/default": "met"})
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "model.json"])
+def test_an_entry_whose_files_are_gone_or_cut_is_made_again(
+    zoo: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (zoo / "zoo.toml").write_text('[[models]]\npath = "nets/a.onnx"\ndata = "data.npz"\nrecipe = "fast.toml"\n')
+    made, command = zoo / "out" / "entries" / "a" / "default" / name, f"batch {zoo / 'zoo.toml'} -o {zoo / 'out'}"
+    assert told(capsys, command)[0] == 0
+    whole = made.read_bytes()
+    made.write_bytes(whole[:100])
+    assert told(capsys, command)[0] == 0
+    assert made.read_bytes() == whole
+    made.unlink()
+    assert told(capsys, command)[0] == 0
+    assert made.read_bytes() == whole
+
+
 def test_sizes() -> None:
     assert [bytes_in(text) for text in (None, "512", "4GB", "1.5MiB", "2k", "3 gb")] == [
         0, 512, 4 * 10**9, 3 * 2**19, 2000, 3 * 10**9,

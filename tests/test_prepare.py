@@ -436,3 +436,36 @@ def test_the_model_stays_as_it_was(tmp_path: Path) -> None:
     qt.convert(prepared, tmp_path / "q.onnx", BATCHES)
     assert all(torch.equal(value, before[name]) for name, value in prepared.state_dict().items())
     assert isinstance(prepared.get_submodule("head"), qt.QuantLinear)
+
+
+def test_a_layer_under_two_names_has_one_twin() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(3, 3, 1)
+            self.b = self.a
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.as_tensor(self.b(self.a(x)))
+
+    made = qt.prepare(Shared(), weight_bits=4)
+    assert made.a is made.b
+    assert type(made.a).__name__ == "QuantConv2d"
+
+
+def test_a_transformer_layer_does_not_pass_its_twins_by() -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)).eval()
+    x = torch.randn(4, 5, 16)
+    made = qt.calibrate(qt.prepare(layer, weight_bits=2, activation_bits=2), [x]).eval()
+    with torch.no_grad():
+        assert not torch.allclose(made(x), layer(x), atol=1e-3)
+        found = made(x)
+    torch.testing.assert_close(found, made(x).detach())
+
+
+def test_calibration_leaves_every_module_in_its_mode() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)).train()
+    model[1].eval()
+    made = qt.calibrate(qt.prepare(model), [torch.randn(2, 3, 4, 4)])
+    assert [module.training for module in made.children()] == [True, False, True]

@@ -217,13 +217,13 @@ def checked_labels(path: Path | str, labels: NDArray[Any], count: int) -> NDArra
     """Return the labels of ``count`` samples as a single axis.
 
     Raises:
-        DataError: If they are not integers, one a sample, or too few.
+        DataError: If they are not integers, one a sample.
     """
     labels = labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         held = f"{labels.dtype} of shape {list(labels.shape)}"
         raise DataError(f"the labels of {path} are {held}, not one integer per sample", "number the classes from 0")
-    if len(labels) < count:
+    if len(labels) != count:
         raise DataError(f"{path} has {count} samples and {len(labels)} labels", "give one label a sample")
     return labels
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from quantcli.batch.local import LOG, Ended, run_local
+from quantcli.batch.manifest import digest_at, files_of
 from quantcli.documents import as_json
 from quantcli.errors import OutputError, UsageError
 from quantcli.evaluation.junit import Case, junit
@@ -42,6 +43,7 @@ class Record(msgspec.Struct, frozen=True):
         reason: Why, where it is not done.
         figures: What was found.
         seconds: How long it took.
+        files: The sha256 of what it made, by place in its folder.
     """
 
     key: str
@@ -49,6 +51,7 @@ class Record(msgspec.Struct, frozen=True):
     reason: str
     figures: dict[str, Any]
     seconds: float
+    files: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -143,17 +146,21 @@ def place_of(output: Path, entry: Entry) -> Path:
 
 
 def known(output: Path, entry: Entry, key: str) -> Record | None:
-    """Return the record of an entry that was made from the same; None where there is none, or its files are gone."""
+    """Return the record of an entry that was made from the same; None where there is none, or its files are not what they were."""
     folder = place_of(output, entry)
     with contextlib.suppress(OSError, msgspec.DecodeError):
         record = msgspec.json.decode((folder / RECORD).read_bytes(), type=Record)
-        if record.key == key and (record.status != "done" or (folder / record.figures["output"]).is_file()):
+        if record.key == key and all(digest_at(folder / name) == digest for name, digest in record.files.items()):
             return record
     return None
 
 
 def keep(output: Path, entry: Entry, record: Record, made: Path) -> None:
     """Give what an entry has made its place; the record comes with it, so that a cut leaves nothing half."""
+    files = {
+        file.relative_to(made).as_posix(): digest_at(file) for file in files_of(made) if file.name not in {RECORD, LOG}
+    }
+    record = msgspec.structs.replace(record, files=files if record.status == "done" else {})
     (made / RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record)) + b"\n")
     if record.status == "done":
         (made / LOG).unlink(missing_ok=True)

@@ -168,7 +168,7 @@ def script_at(path: Path, opening: Opening, example: Example | None) -> tuple[An
         raise ModelError(
             f"{path} is not TorchScript that this torch can load ({reason(error)})", "save it again"
         ) from error
-    arguments = [argument for argument in script.forward.schema.arguments if argument.name != "self"]
+    arguments = script.forward.schema.arguments[1:]  # the first one is the module, by whatever name
     names = [argument.name for argument in arguments if not argument.has_default_value()] or [
         a.name for a in arguments[:1]
     ]

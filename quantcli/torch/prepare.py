@@ -72,9 +72,17 @@ def prepare(
     chosen = making.chosen(prepared)
     if not chosen:
         raise UsageError("the model holds no layer that could be prepared", "look at its modules, and at the patterns")
-    for name in chosen:
-        parent = prepared.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], making.twin(prepared.get_submodule(name)))
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in prepared.named_modules(remove_duplicate=False):
+        places.setdefault(module, []).append(name)
+    for layer in [prepared.get_submodule(name) for name in chosen]:
+        twin = making.twin(layer)
+        for name in places[layer]:  # a layer may stand under several names
+            setattr(prepared.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], twin)
+    for module in prepared.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # Its shortcut for evaluation reads the layers' weights itself, past the twins, unless it does not know the activation.
+            module.activation_relu_or_gelu = 0
     return prepared
 
 
@@ -184,7 +192,7 @@ def calibrate(model: nn.Module, loader: Iterable[Any], recipe: Recipe | None = N
 
         return hook
 
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     with passing(model):
         handles = [module.register_forward_pre_hook(observing(name)) for name, module in quantizers(model)]
         try:
@@ -192,7 +200,8 @@ def calibrate(model: nn.Module, loader: Iterable[Any], recipe: Recipe | None = N
         finally:
             for handle in handles:
                 handle.remove()
-            model.train(training)
+            for module, mode in training.items():
+                module.training = mode
     if not count:
         raise DataError("the loader yields no batch", "give at least one")
     for name, module in quantizers(model):
