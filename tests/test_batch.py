@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
+import msgspec
 import numpy as np
 import pytest
 
 from quantcli.batch.cluster import Place, laid_out
-from quantcli.batch.manifest import bytes_in, files_of, read_zoo
+from quantcli.batch.manifest import Entry, bytes_in, files_of, read_zoo
 from quantcli.cli import run
 from quantcli.errors import RecipeError
+from quantcli.evaluation.junit import Case, junit
 from tests.graphs import normal, residual_net
 from tests.pages import CHROMIUM, Charts, figures, looked_at
 
@@ -292,19 +294,24 @@ def test_a_cluster_gives_the_same_bytes(zoo: Path, capsys: pytest.CaptureFixture
         assert (zoo / "here" / file).read_bytes() == (zoo / "there" / file).read_bytes()
 
 
-def test_what_an_entry_reads_is_laid_out_elsewhere(zoo: Path) -> None:
-    (zoo / "images").mkdir()
-    (zoo / "images" / "a.txt").write_text("a")
-    text = '[[models]]\npath = "nets/a.onnx"\ndata = "images"\nlabels = "data.npz"\nmetric = "mine:never"\nfactory = "mine.py:x"\n'
-    (zoo / "one.toml").write_text(text)
-    (entry,) = read_zoo(zoo / "one.toml")
+def moved(entry: Entry, top: Path) -> tuple[Entry, dict[str, str]]:
+    """Lay out what an entry reads, as a node of a cluster does."""
     places, contents = [], []
     for field, path in entry.places().items():
         root = path if path.is_dir() else path.parent
         files = files_of(path)
         places.append(Place(field, path.name, path.is_dir(), tuple(str(file.relative_to(root)) for file in files)))
         contents += [file.read_bytes() for file in files]
-    laid, renamed = laid_out(entry, places, contents, zoo / "elsewhere")
+    return laid_out(entry, places, contents, top)
+
+
+def test_what_an_entry_reads_is_laid_out_elsewhere(zoo: Path) -> None:
+    (zoo / "images").mkdir()
+    (zoo / "images" / "a.txt").write_text("a")
+    text = '[[models]]\npath = "nets/a.onnx"\ndata = "images"\nlabels = "data.npz"\nmetric = "mine:never"\nfactory = "mine.py:x"\n'
+    (zoo / "one.toml").write_text(text)
+    (entry,) = read_zoo(zoo / "one.toml")
+    laid, renamed = moved(entry, zoo / "elsewhere")
     assert Path(laid.path).read_bytes() == (zoo / "nets" / "a.onnx").read_bytes()
     assert (Path(str(laid.wishes.data)) / "a.txt").read_text() == "a"
     assert laid.wishes.factory is not None
@@ -313,6 +320,20 @@ def test_what_an_entry_reads_is_laid_out_elsewhere(zoo: Path) -> None:
     assert renamed[laid.path] == entry.path
     assert laid.key({}) != ""
     assert all(str(zoo / "elsewhere") in str(path) for path in laid.places().values())
+
+
+def test_modules_that_an_entry_imports_are_laid_out_side_by_side(zoo: Path) -> None:
+    (zoo / "pkg").mkdir()
+    (zoo / "pkg" / "nets.py").write_text("build = None")
+    (zoo / "mine").mkdir()  # no package: the file of that name is what is imported
+    text = '[[models]]\npath = "nets/a.onnx"\nmetric = "mine:never"\nfactory = "pkg.nets:build"\n'
+    (zoo / "one.toml").write_text(text)
+    (entry,) = read_zoo(zoo / "one.toml")
+    laid, _ = moved(entry, zoo / "elsewhere")
+    assert laid.wishes.factory == "pkg.nets:build"
+    assert (Path(laid.folder) / "mine.py").read_text() == METRICS
+    assert (Path(laid.folder) / "pkg" / "nets.py").read_text() == "build = None"
+    assert laid.key({}) == entry.key({})
 
 
 @pytest.mark.parametrize(
@@ -411,6 +432,23 @@ def test_an_entry_whose_files_are_gone_or_cut_is_made_again(
     made.unlink()
     assert told(capsys, command)[0] == 0
     assert made.read_bytes() == whole
+
+
+def test_a_worker_whose_parent_is_gone_does_nothing(zoo: Path) -> None:
+    (entry, *_) = read_zoo(zoo / "zoo.toml")
+    (zoo / "entry.json").write_bytes(msgspec.json.encode(entry))
+    command = [sys.executable, "-m", "quantcli.batch.worker", str(zoo / "entry.json"), str(zoo / "elsewhere")]
+    for parent, made in ((1, False), (os.getpid(), True)):
+        ended = subprocess.run([*command, str(parent)], check=False, cwd=zoo)
+        assert (ended.returncode == 0, (zoo / "elsewhere" / "result.json").is_file()) == (made, made)
+
+
+def test_junit_holds_no_character_that_xml_has_not() -> None:
+    text = "bad \x1b[31m\x00 \ufffe \U0001ffff <&>"
+    found = ET.fromstring(junit("q", [Case("a", "b", failure=text)]))  # noqa: S314 - it is ours
+    failure = found.find(".//failure")
+    assert failure is not None
+    assert failure.get("message") == "bad �[31m� � � <&>"
 
 
 def test_sizes() -> None:

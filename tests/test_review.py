@@ -98,3 +98,17 @@ def test_scales_that_moved_are_told(made: Callable[[str, Recipe], Conversion]) -
     changes = {(c.name, c.what): c.after for c in diff(done.sidecar, read(done.sidecar_path))}
     assert changes.keys() == {("r1", "scale"), ("x", "zero point")}
     assert changes["r1", "scale"].endswith("(+50.0%)")
+
+
+def test_sidecars_of_one_name_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = residual_net(tmp_path / "m.onnx"), data_for(tmp_path / "d.npz")
+    monkeypatch.chdir(tmp_path)
+    for folder, bits in (("a", 8), ("b", 4)):
+        Path(folder).mkdir()
+        convert(model, Path(folder, "q.onnx"), data=data, recipe=Recipe(weight=Weight(bits=bits)))
+    assert run(["diff", "a/q.json", "b/q.json"]) == 0
+    told = capsys.readouterr().out
+    assert "a/q.json" in told
+    assert "b/q.json" in told

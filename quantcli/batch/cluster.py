@@ -228,8 +228,10 @@ def laid_out(entry: Entry, places: list[Place], contents: list[bytes], top: Path
     if not places:
         return entry, {}
     old, new = entry.places(), {}
+    by_module = {"metric"} if (entry.wishes.factory or "").rpartition(":")[0].endswith(".py") else {"metric", "factory"}
+    code = top / "read" / "code"  # from where modules are imported by name
     for number, place in enumerate(places):
-        root = top / "read" / str(number)
+        root = code if place.field in by_module else top / "read" / str(number)
         where = root / place.name
         for name in place.files:
             file = (where if place.folder else root) / name
@@ -238,10 +240,10 @@ def laid_out(entry: Entry, places: list[Place], contents: list[bytes], top: Path
         root.mkdir(parents=True, exist_ok=True)
         new[place.field] = where
     wishes: dict[str, str] = {name: str(new[name]) for name in ("data", "labels", "evaluate") if name in new}
-    if "factory" in new and entry.wishes.factory is not None:
+    if "factory" in new and "factory" not in by_module and entry.wishes.factory is not None:
         wishes["factory"] = f"{new['factory']}:{entry.wishes.factory.rpartition(':')[2]}"
     recipe = msgspec.structs.replace(entry.recipe, target=str(new["target"])) if "target" in new else entry.recipe
-    folder = str(new["metric"].parent) if "metric" in new else str(top)
+    folder = str(code if code.is_dir() else top)
     moved = msgspec.structs.replace(
         entry,
         path=str(new["path"]),

@@ -137,13 +137,13 @@ class Entry(msgspec.Struct, frozen=True):
 
     def source_of(self, module: str) -> str | None:
         """Return the file of a module beside the manifest, or the folder of the package that it is of; None where there is none."""
-        top = Path(self.folder) / module.partition(".")[0]
         if not module:
             return None
-        if top.is_dir():
-            return str(top)
-        file = top.with_name(f"{top.name}.py")
-        return str(file) if file.is_file() else None
+        package = Path(self.folder) / module.partition(".")[0]
+        file = package.with_name(f"{package.name}.py")
+        if file.is_file() and not (package / "__init__.py").is_file():  # as Python chooses between the two
+            return str(file)
+        return str(package) if package.is_dir() else None
 
     def key(self, digests: dict[Path, str]) -> str:
         """Return what the entry's output and figures follow from, as a digest: contents, recipe, versions.

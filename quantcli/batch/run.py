@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from quantcli.batch.local import LOG, Ended, run_local
-from quantcli.batch.manifest import digest_at, files_of
+from quantcli.batch.manifest import files_of
 from quantcli.documents import as_json
 from quantcli.errors import OutputError, UsageError
 from quantcli.evaluation.junit import Case, junit
 from quantcli.evaluation.verdict import Check, Figures, Thresholds, checked
 from quantcli.files import staged
+from quantcli.load import digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -150,7 +151,7 @@ def known(output: Path, entry: Entry, key: str) -> Record | None:
     folder = place_of(output, entry)
     with contextlib.suppress(OSError, msgspec.DecodeError):
         record = msgspec.json.decode((folder / RECORD).read_bytes(), type=Record)
-        if record.key == key and all(digest_at(folder / name) == digest for name, digest in record.files.items()):
+        if record.key == key and all(digest_of([folder / name]) == digest for name, digest in record.files.items()):
             return record
     return None
 
@@ -158,7 +159,9 @@ def known(output: Path, entry: Entry, key: str) -> Record | None:
 def keep(output: Path, entry: Entry, record: Record, made: Path) -> None:
     """Give what an entry has made its place; the record comes with it, so that a cut leaves nothing half."""
     files = {
-        file.relative_to(made).as_posix(): digest_at(file) for file in files_of(made) if file.name not in {RECORD, LOG}
+        file.relative_to(made).as_posix(): digest_of([file])
+        for file in files_of(made)
+        if file.name not in {RECORD, LOG}
     }
     record = msgspec.structs.replace(record, files=files if record.status == "done" else {})
     (made / RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record)) + b"\n")

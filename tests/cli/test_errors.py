@@ -517,8 +517,9 @@ def test_a_failing_conversion_keeps_older_files(here: Path, failing: str) -> Non
     assert contents(here) == before
 
 
+@pytest.mark.parametrize(("more", "left"), [("", "nothing was written"), (" --max-drop 1", "OUTPUT.search")])
 def test_an_interruption_is_told(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, more: str, left: str
 ) -> None:
     del here
 
@@ -526,8 +527,10 @@ def test_an_interruption_is_told(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "convert", interrupted)
-    assert run(CONVERT.split()) == 130
-    assert the_line(after_interruption(capsys.readouterr().err)).startswith("error: interrupted")
+    assert run((CONVERT + more).split()) == 130
+    line = the_line(after_interruption(capsys.readouterr().err))
+    assert line.startswith("error: interrupted")
+    assert left in line
 
 
 def test_a_defect_of_ours_is_one_line_too(
