@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quantcli.arithmetic.affine import IntegerType
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -41,7 +43,8 @@ def lint(sidecar: Sidecar, target: Target, weights: Mapping[str, NDArray[np.inte
     """
     found: list[Refusal] = []
     for layer in sidecar.layers:
-        reasons = [*tensor_reasons(layer, sidecar, target), *multiplier_reasons(layer, target)]
+        made_for = sidecar.target.multiplier.bits
+        reasons = [*tensor_reasons(layer, sidecar, target), *multiplier_reasons(layer, target, made_for)]
         reasons += pair_reasons(layer, sidecar, target, weights)
         found.extend(Refusal(layer.name, layer.operator, reason) for reason in reasons)
     return found
@@ -60,6 +63,10 @@ def tensor_reasons(layer: LayerEntry, sidecar: Sidecar, target: Target) -> Itera
             wide = tensor.dtype == "int16" and target.activation.takes_both
             if tensor.dtype != target.activation.dtype and not wide:
                 yield f"'{name}' is {tensor.dtype}, the target takes {target.activation.dtype}"
+            elif not wide and tensor.role == "activation":
+                grid = IntegerType(target.activation.grid)
+                if (tensor.qmin, tensor.qmax) != grid.ends:
+                    yield f"'{name}' lies in {tensor.qmin} … {tensor.qmax}, the target's grid is {grid.qmin} … {grid.qmax}"
             if target.activation.symmetric and any(tensor.zero_point):
                 yield f"'{name}' has zero point {tensor.zero_point[0]}, the target is symmetric"
             if target.activation.power_of_two and not all(is_power_of_two(scale) for scale in tensor.scale):
@@ -82,10 +89,13 @@ def weight_reasons(name: str, tensor: TensorEntry, target: Target) -> Iterator[s
         yield f"a scale of '{name}' is no power of two"
 
 
-def multiplier_reasons(layer: LayerEntry, target: Target) -> Iterator[str]:
-    """Yield what a target cannot do with a layer's multipliers."""
+def multiplier_reasons(layer: LayerEntry, target: Target, made_for: int) -> Iterator[str]:
+    """Yield what a target cannot do with a layer's multipliers, which were made for M0 of so many bits."""
     if layer.multipliers and layer.rounding != target.multiplier.rounding_of(layer.operator):
         yield f"it rounds '{layer.rounding}', the target '{target.multiplier.rounding_of(layer.operator)}'"
+    elif layer.multipliers and layer.rounding == "double" and made_for < target.multiplier.bits:
+        # Any other rounding gives the same for M0 · 2^k and n + k; the first of two depends on the width.
+        yield f"it rounds twice with multipliers of {made_for} bits, the target with {target.multiplier.bits}"
     for entry in layer.multipliers:
         if max(abs(one) for one in entry.multiplier) >= 1 << (target.multiplier.bits - 1):
             yield f"a multiplier needs more than {target.multiplier.bits} bits"

@@ -153,9 +153,11 @@ def needs_no_dilation(node: ir.Node) -> str | None:
 
 
 def needs_constant_bounds(node: ir.Node) -> str | None:
-    """Refuse Clip whose bounds are computed while the model runs."""
-    bounds = [value for value in node.inputs[1:] if value is not None]
-    return None if all(constant(value) is not None for value in bounds) else "its bounds are not constant"
+    """Refuse Clip whose bounds are computed while the model runs, or are no numbers."""
+    bounds = [constant(value) for value in node.inputs[1:] if value is not None]
+    if any(bound is None for bound in bounds):
+        return "its bounds are not constant"
+    return "a bound is not a number" if any(bound is not None and np.isnan(bound).any() for bound in bounds) else None
 
 
 def needs_interpolation_within(node: ir.Node) -> str | None:

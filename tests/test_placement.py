@@ -280,3 +280,23 @@ def test_a_float_convolution_with_its_activation_is_float_in_onnx_runtime(tmp_pa
     kinds = [n.op_type for n in onnx.load(tmp_path / "o.onnx").graph.node]
     assert kinds.count("QLinearConv") == 2
     assert {"Conv", "FusedConv"} & set(kinds)
+
+
+def test_a_clip_to_what_is_no_number_stays_float(tmp_path: Path) -> None:
+    constants = {
+        "w": normal(8, 3, 3, 3, seed=1),
+        "v": normal(4, 8, 1, 1, seed=2),
+        "lo": np.array(np.nan, np.float32),
+        "hi": np.array(1, np.float32),
+    }
+    nodes = [
+        node("Conv", ["x", "w"], ["c"]),
+        node("Clip", ["c", "lo", "hi"], ["r"]),
+        node("Conv", ["r", "v"], ["y"]),
+    ]
+    done = converted(tmp_path, nodes, constants, normal(32, 3, 8, 8, seed=4), ["N", 3, 8, 8])
+    assert [(entry.name, entry.reason) for entry in done.sidecar.float_layers] == [
+        ("r_node", "a bound is not a number")
+    ]
+    assert [layer.operator for layer in done.sidecar.layers] == ["Conv", "Conv"]
+    assert min(done.check.sqnr.values()) > 25

@@ -10,10 +10,10 @@ import pytest
 
 from quantcli import Conversion, Recipe, convert, verify
 from quantcli.cli import run
-from quantcli.recipe import Layers, Weight
+from quantcli.recipe import Activation, Layers, Weight
 from quantcli.review import diff, lint
 from quantcli.sidecar import read, stored_weights
-from quantcli.targets import known, load_target
+from quantcli.targets import FOLDER, known, load_target
 from tests.graphs import data_for, residual_net
 
 
@@ -75,6 +75,20 @@ def test_one_scale_per_tensor(made: Callable[[str, Recipe], Conversion], tmp_pat
     reasons = {f.reason for f in lint(done.sidecar, load_target(str(tmp_path / "t.toml")), {})}
     assert "'w1' has 8 scales, the target has one per tensor" in reasons
     assert any("lies outside 0 … 30" in reason for reason in reasons)
+
+
+def test_what_8_bit_kernels_of_32_bit_multipliers_do_not_have(
+    made: Callable[[str, Recipe], Conversion], tmp_path: Path
+) -> None:
+    text = (FOLDER / "tflite.toml").read_text().replace("bits = 32", "bits = 16").replace("shifts = [1, 62]\n", "")
+    (tmp_path / "narrow.toml").write_text(text)
+    wide = made("a", Recipe(target="tflite"))
+    narrow = made("q", Recipe(target=str(tmp_path / "narrow.toml"), activation=Activation(bits=4)))
+    found = {f"{f.operator}: {f.reason}" for f in lint(narrow.sidecar, load_target("tflite"), {})}
+    assert "Conv: it rounds twice with multipliers of 16 bits, the target with 32" in found
+    assert "Conv: 'x' lies in -8 … 7, the target's grid is -128 … 127" in found
+    assert not any(reason.startswith("Gemm: it rounds") for reason in found)
+    assert lint(wide.sidecar, load_target("tflite"), {}) == []
 
 
 def test_the_commands(made: Callable[[str, Recipe], Conversion], capsys: pytest.CaptureFixture[str]) -> None:
