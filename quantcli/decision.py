@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from calibration import statistics as statistics_file
-from calibration.datasets import boundaries, fitted_batch, fixes_batch, open_dataset
+from calibration.datasets import boundaries, fitted_batch, fixes_batch
 from calibration.errors import DataError, RunError, StatisticsError
 from calibration.hooks.onnxruntime import Runner
 from calibration.statistics import Statistics
@@ -304,16 +304,10 @@ def unobserved(source: LoadedModel, data: Data | None, recipe: Recipe) -> Statis
     """Return statistics of nothing, with some samples for the self-check: of the data, or random ones."""
     runner = Runner(source.runnable, what=source.name)
     batch = fitted_batch(runner.inputs, None) if fixes_batch(runner.inputs) else 0
-    given = data if data is not None and (data.path or data.function) else Data(synthetic=batch or CHECKED)
-    dataset = open_dataset(
-        given.path,
-        runner.inputs,
-        recipe.preprocess,
-        given.labels,
-        given.split,
-        function=given.function,
-        synthetic=given.synthetic,
-    )
+    given = data or Data()
+    if not given.path and not given.function:
+        given = replace(given, synthetic=batch or CHECKED)
+    dataset = given.opened(runner.inputs, recipe)
     size = batch or min(CHECKED, len(dataset))
     spans = boundaries(dataset, np.arange(len(dataset), dtype=np.intp), size, batch > 0)
     if not spans:

@@ -61,7 +61,7 @@ def plan_without_data(model: ir.Model, recipe: Recipe) -> Plan:
         else:
             floats.append(FloatLayer(str(node.name), node.op_type, reason))
     if not layers:
-        raise PlanError("the model has no weights to quantize", "see docs/operators.md for what can be quantized")
+        raise nothing_quantized(floats)
     return Plan(target, tensors, tuple(layers), tuple(floats))
 
 
@@ -100,6 +100,17 @@ def float_plan(model: ir.Model, recipe: Recipe, why: str) -> Plan:
     """Return the plan in which every operator stays float, and why."""
     nodes = [node for node in model.graph if carries_floats(node)]
     return Plan(resolve_target(recipe), {}, (), tuple(FloatLayer(str(node.name), node.op_type, why) for node in nodes))
+
+
+def nothing_quantized(floats: list[FloatLayer]) -> PlanError:
+    """Return the error of a model of which nothing becomes integer: why, of the first operator that has weights."""
+    known = next((layer for layer in floats if layer.operator in {*WEIGHTS, *LOOKUPS}), None)
+    if known is None:
+        return PlanError("the model has no weights to quantize", "see docs/operators.md for what can be quantized")
+    what = f"no weight of the model becomes integers; of {known.operator} '{known.name}': {known.reason}"
+    return PlanError(
+        what, "--include NAME asks for what only does not pay; --mode static quantizes activations as well"
+    )
 
 
 def why_float(node: ir.Node, recipe: Recipe, forced: bool) -> str | None:

@@ -33,7 +33,7 @@ from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.smooth import columns_needed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -72,6 +72,7 @@ class Data:
         split: Keep only the CSV's rows of this split.
         function: A Python callable, ``module:function``, that yields batches.
         synthetic: How many random samples are made up.
+        described: Inputs as the user has described them: random samples have their sizes where the model leaves axes free.
         held: The data set that was opened last, and for what: a conversion asks for it several times.
     """
 
@@ -80,6 +81,7 @@ class Data:
     split: str | None = None
     function: str | None = None
     synthetic: int | None = None
+    described: tuple[InputSpec, ...] = ()
     held: list[tuple[object, Dataset]] = field(default_factory=list, init=False, compare=False, repr=False)
 
     def opened(self, inputs: tuple[InputSpec, ...], recipe: Recipe) -> Dataset:
@@ -89,6 +91,8 @@ class Data:
             DataError: If the data cannot be read or does not fit the model.
         """
         seed, allowed = recipe.calibration.seed, recipe.calibration.allow_non_finite
+        if self.synthetic is not None:
+            inputs = tuple(sized(spec, self.described) for spec in inputs)
         asked = inputs, recipe.preprocess, seed, allowed
         if not self.held or self.held[0][0] != asked:
             found = open_dataset(
@@ -113,6 +117,14 @@ class Data:
     def files(self) -> list[Path]:
         """The files that are read."""
         return [path for path in (self.path, self.labels) if path is not None]
+
+
+def sized(spec: InputSpec, described: Iterable[InputSpec]) -> InputSpec:
+    """Return an input with the sizes that its description gives to axes that the model leaves free."""
+    own = next(
+        (one.shape for one in described if one.name == spec.name and len(one.shape) == len(spec.shape)), spec.shape
+    )
+    return replace(spec, shape=tuple(a if a is not None else b for a, b in zip(spec.shape, own, strict=True)))
 
 
 @dataclass(frozen=True)

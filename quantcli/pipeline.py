@@ -110,7 +110,7 @@ def calibrate(
         ReportedError: If anything given cannot be used; nothing is written then.
     """
     recipe, run = recipe or Recipe(), run or Run()
-    model, given = Path(model), data_of(data, labels, split, function, synthetic)
+    model, given = Path(model), data_of(data, labels, split, function, synthetic, opening)
     path = Path(output) if output is not None else None
     if path is not None:
         run = replace(run, partial=path.with_name(f"{path.name}.partial"))
@@ -153,6 +153,7 @@ def data_of(
     split: str | None = None,
     function: str | None = None,
     synthetic: int | None = None,
+    opening: Opening | None = None,
 ) -> Data:
     """Return where data comes from.
 
@@ -161,7 +162,8 @@ def data_of(
     """
     if sum(given is not None for given in (data, function, synthetic)) != 1:
         raise UsageError("calibration needs data from one place", "give one of --data, --data-function, --synthetic")
-    return Data(Path(data) if data is not None else None, Path(labels) if labels else None, split, function, synthetic)
+    described = opening.inputs if opening is not None else ()
+    return Data(path_or_none(data), path_or_none(labels), split, function, synthetic, described)
 
 
 def convert(
@@ -226,7 +228,8 @@ def convert(
     check_outputs(outputs, sources)
     target = resolve_target(recipe)
     given = any(place is not None for place in (data, function, synthetic)) or recipe.mode != "static"
-    places = Data(path_or_none(data), path_or_none(labels), split, function, synthetic) if given else None
+    described = opening.inputs if opening is not None else ()
+    places = Data(path_or_none(data), path_or_none(labels), split, function, synthetic, described) if given else None
     source = (
         model if isinstance(model, LoadedModel) else load(Path(model), opening, shown_by(places, recipe, statistics))
     )

@@ -350,3 +350,12 @@ def test_a_model_without_weights_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert run(["convert", str(path), "--mode", "weights", "-o", str(tmp_path / "q.onnx")]) == 1
     assert "no weights to quantize" in capsys.readouterr().err
     assert not (tmp_path / "q.onnx").exists()
+
+
+def test_a_model_whose_weights_do_not_pay_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = [node("Conv", ["x", "w"], ["y"])]
+    path = save(tmp_path / "m.onnx", nodes, {"x": ["N", 3, 8, 8]}, {"y": None}, {"w": normal(8, 3, 3, 3, seed=1)})
+    command = ["convert", str(path), "--mode", "dynamic", "-o", str(tmp_path / "q.onnx")]
+    assert run(command) == 1
+    assert "of Conv 'y_node': convolutions run slower with dynamic integers" in capsys.readouterr().err
+    assert run([*command, "--include", "y_node"]) == 0

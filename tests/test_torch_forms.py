@@ -286,3 +286,22 @@ def test_text_data_does_not_show_the_inputs(
         main(["convert", "state.pt", "-o", "q.onnx", "--factory", "code.py:build", *options])
     assert stopped.value.code == 1
     assert "--input" in capsys.readouterr().err
+
+
+def reader() -> nn.Module:
+    """Build a network that reads at least 7 x 7 pixels."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 7), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 512)).eval()
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_random_samples_have_the_sizes_that_were_described(tmp_path: Path, mode: str) -> None:
+    torch.save(reader().state_dict(), tmp_path / "state.pt")
+    (tmp_path / "code.py").write_text("from tests.test_torch_forms import reader as build\n")
+    image = (InputSpec("input", np.dtype("float32"), (1, 3, 12, 10)),)
+    opening = Opening(f"{tmp_path}/code.py:build", inputs=image, dynamic=(("input", 2), ("input", 3)))
+    recipe = Recipe(mode=mode, tune=Tune(effort="fast"))  # type: ignore[arg-type]
+    synthetic = 4 if mode == "static" else None
+    done = convert(tmp_path / "state.pt", tmp_path / "q.onnx", recipe=recipe, opening=opening, synthetic=synthetic)
+    assert Runner(done.model).inputs[0].shape == (None, 3, None, None)
+    assert min(done.check.sqnr.values()) > 20
