@@ -16,7 +16,7 @@ from quantcli.arithmetic.affine import along_axis
 from quantcli.errors import PlanError
 from quantcli.pipeline import Conversion
 from quantcli.recipe import Tune, Weight
-from quantcli.tune import adaround, effort
+from quantcli.tune import adaround, trying
 from quantcli.tune.adaround import Twin, affordable, drawn, together
 from tests.graphs import node, normal, residual_net, save
 
@@ -80,7 +80,7 @@ def test_it_has_to_be_worth_more_than_a_sweep_over_all_samples(
     monkeypatch.setattr(adaround, "STEPS", 300)
     asked = converted(model, data, tmp_path / "a.onnx", bits=2, adaround=True)
     learned = asked.tuned.tries[-1].sqnr - max(one.sqnr for one in asked.tuned.tries[:-1])
-    monkeypatch.setattr(effort, "WORTH_LEARNING", learned + 0.5)
+    monkeypatch.setattr(trying, "WORTH_LEARNING", learned + 0.5)
     little = converted(model, data, tmp_path / "b.onnx", bits=2, adaround=True)
     alone = converted(model, data, tmp_path / "c.onnx", bits=2, adaround=True, refit=False)
     assert [done.tuned.tries[-1].kept for done in (asked, little, alone)] == [True, False, True]

@@ -63,6 +63,9 @@ ORDER = [
     {
         "quantcli.tune.candidates",
         "quantcli.tune.adaround",
+        "quantcli.tune.room",
+        "quantcli.tune.judge",
+        "quantcli.tune.trying",
         "quantcli.tune.effort",
         "quantcli.tune.search",
         "quantcli.tune.data",

@@ -415,7 +415,7 @@ def test_equalization_is_tried_where_it_pays(
 def test_with_one_scale_a_model_is_tried_both_ways_unless_much_is_predicted(
     uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float, tried: list[bool]
 ) -> None:
-    monkeypatch.setattr("quantcli.tune.effort.foreseen", lambda *_: gain)
+    monkeypatch.setattr("quantcli.tune.trying.foreseen", lambda *_: gain)
     recipe = Recipe(weight=Weight(per_channel=False))
     done = convert(uneven, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz", samples=24), recipe=recipe)
     assert ["equalization" in one.name for one in done.tuned.tries[1:]][: len(tried)] == tried
@@ -427,7 +427,7 @@ def test_with_one_scale_a_model_is_tried_both_ways_unless_much_is_predicted(
 def test_coarse_weights_are_equalized_for_less(
     uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: float, bits: int, tried: bool
 ) -> None:
-    monkeypatch.setattr("quantcli.tune.effort.foreseen", lambda *_: gain)
+    monkeypatch.setattr("quantcli.tune.trying.foreseen", lambda *_: gain)
     data = data_for(tmp_path / "d.npz", samples=24)
     done = convert(uneven, tmp_path / "q.onnx", data=data, recipe=Recipe(weight=Weight(bits=bits)))
     assert any("equalization" in one.name for one in done.tuned.tries) == tried
@@ -453,7 +453,7 @@ def lost(*_: object) -> float:
 def test_a_model_of_which_nothing_can_be_foreseen_is_tuned_as_it_is(
     uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, instead: Any
 ) -> None:
-    monkeypatch.setattr(f"quantcli.tune.effort.{what}", instead)
+    monkeypatch.setattr(f"quantcli.tune.trying.{what}", instead)
     done = convert(uneven, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz", samples=24))
     assert len(done.tuned.tries) > 1
     assert not any("equalization" in one.name for one in done.tuned.tries)

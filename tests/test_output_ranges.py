@@ -232,7 +232,7 @@ def test_best_finds_ranges_once_and_keeps_them_for_other_choices(
 
 def test_sizes_that_a_model_leaves_free_count_as_the_samples_have_them(tmp_path: Path) -> None:
     from quantcli.tune.candidates import Candidate
-    from quantcli.tune.effort import work_ahead
+    from quantcli.tune.room import work_ahead
 
     work = []
     for name, side in (("fixed", 8), ("free", "S")):
@@ -250,18 +250,18 @@ def test_sizes_that_a_model_leaves_free_count_as_the_samples_have_them(tmp_path:
 
 
 def test_too_large_a_model_is_not_judged_at_its_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from quantcli.tune import effort
+    from quantcli.tune import trying
 
-    monkeypatch.setitem(effort.AHEAD, "default", 1000)
+    monkeypatch.setitem(trying.AHEAD, "default", 1000)
     model = residual_net(tmp_path / "m.onnx")
     done = convert(model, tmp_path / "q.onnx", data=data_for(tmp_path / "x.npz", 96))
     assert not any("by outputs" in one.name for one in done.tuned.tries)
 
 
 def test_few_integers_are_worth_more_work_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from quantcli.tune import effort
+    from quantcli.tune import trying
 
-    monkeypatch.setitem(effort.AHEAD, "default", 1000)
+    monkeypatch.setitem(trying.AHEAD, "default", 1000)
     model, data = residual_net(tmp_path / "m.onnx"), data_for(tmp_path / "x.npz", 96)
     done = convert(model, tmp_path / "q.onnx", data=data, recipe=Recipe(activation=Activation(bits=4)))
     assert done.tuned.tries[1].name.startswith("ranges by outputs")

@@ -28,10 +28,10 @@ from quantcli.recipe import Activation, Layers, Tune, Weight
 from quantcli.tune import rounding
 from quantcli.tune import weights as of_weights
 from quantcli.tune.bias import channel_means, channel_sums, corrected
-from quantcli.tune.effort import wanted_samples
 from quantcli.tune.moments import Matrix, drawn_rows, matrix_of, moments_of
 from quantcli.tune.outputs import is_distribution, logarithms
 from quantcli.tune.ranges import PERCENTILES, Grid, best_range, drawn, largest, look, percentiles, places_of
+from quantcli.tune.room import wanted_samples
 from quantcli.tune.rounding import (
     Levels,
     best_scales,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe, convert, verify
 from quantcli.recipe import Activation, Tune, Weight
-from quantcli.tune import candidates, effort
+from quantcli.tune import candidates, room, trying
+from quantcli.tune.judge import Judge
 from quantcli.tune.vary import SHIFT, image_axes, varied, with_copies
 from tests.graphs import data_for, node, normal, residual_net, save
 
@@ -85,8 +87,14 @@ def swept_over(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(sum(len(next(iter(feeds.values()))) for feeds in given[4]))
         return plain(*given)
 
-    monkeypatch.setattr(effort, "swept", counting)
+    monkeypatch.setattr(trying, "swept", counting)
     return counts
+
+
+def with_room(monkeypatch: pytest.MonkeyPatch, room_for: Callable[..., int]) -> None:
+    """Let another function say for how many samples there is room."""
+    for module in (room, trying):
+        monkeypatch.setattr(module, "room_for", room_for)
 
 
 def test_sweeps_run_copies_where_that_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +105,7 @@ def test_sweeps_run_copies_where_that_is_asked(tmp_path: Path, monkeypatch: pyte
     plain = converted(tmp_path, "b.onnx")
     assert counts == [4 * 32, 32]
     assert done.model.read_bytes() != plain.model.read_bytes()
-    monkeypatch.setattr(effort, "room_for", lambda *_: 64)
+    with_room(monkeypatch, lambda *_: 64)
     converted(tmp_path, "c.onnx", vary=True)
     assert counts[2:] == [64]
 
@@ -116,16 +124,16 @@ def test_best_tries_copies_with_ranges_of_the_readers_unless_the_outputs_are_ask
 
 def test_copies_have_more_room_than_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rooms: list[int] = []
-    plain = effort.room_for
+    plain = room.room_for
 
-    def told(model: Any, room: int = effort.ROOM) -> int:
-        rooms.append(room)
-        return plain(model, room)
+    def told(model: Any, size: int = room.ROOM) -> int:
+        rooms.append(size)
+        return plain(model, size)
 
-    monkeypatch.setattr(effort, "room_for", told)
+    with_room(monkeypatch, told)
     converted(tmp_path, "a.onnx", vary=True)
-    assert {*rooms} == {effort.ROOM, effort.VARIED_ROOM}
-    assert effort.VARIED_ROOM > effort.ROOM
+    assert {*rooms} == {room.ROOM, room.VARIED_ROOM}
+    assert room.VARIED_ROOM > room.ROOM
 
 
 def test_what_is_kept_is_swept_again_over_all_samples(
@@ -148,18 +156,18 @@ def test_what_is_kept_is_swept_again_over_all_samples(
 def test_nothing_is_swept_again_without_room_or_gain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = converted(tmp_path, "a.onnx").model.read_bytes()
     counts = swept_over(monkeypatch)
-    monkeypatch.setattr(effort, "room_for", lambda *_: 40)
+    with_room(monkeypatch, lambda *_: 40)
     assert converted(tmp_path, "b.onnx", refit=True).model.read_bytes() == plain
     assert counts == [32]
     monkeypatch.undo()
     worths: list[float] = []
-    judged = effort.Judge.sqnr
+    judged = Judge.sqnr
 
-    def falling(self: effort.Judge, candidate: Any) -> float:
+    def falling(self: Judge, candidate: Any) -> float:
         worths.append(judged(self, candidate) - 100 * (len(worths) == 2))
         return worths[-1]
 
-    monkeypatch.setattr(effort.Judge, "sqnr", falling)
+    monkeypatch.setattr(Judge, "sqnr", falling)
     assert converted(tmp_path, "c.onnx", refit=True).model.read_bytes() == plain
     assert len(worths) == 3
 

@@ -13,8 +13,8 @@ from calibration.hooks.onnxruntime import Runner
 from quantcli.evaluation.evaluate import run_padded
 from quantcli.evaluation.metrics import LABEL_METRICS, TopK
 from quantcli.tune.candidates import Samples
-from quantcli.tune.effort import JUDGES, wanted_samples
 from quantcli.tune.outputs import is_distribution
+from quantcli.tune.room import JUDGES, wanted_samples
 from quantcli.tune.score import LEAST_SAMPLES, compared, margins
 
 if TYPE_CHECKING:

@@ -34,7 +34,8 @@ from quantcli.quantize import quantize
 from quantcli.recipe import keeping, resolve_target
 from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.candidates import Candidate, Observe
-from quantcli.tune.effort import Judge, Tuned, tune, untuned
+from quantcli.tune.effort import Tuned, tune, untuned
+from quantcli.tune.judge import Judge
 from quantcli.tune.latency import beside
 from quantcli.tune.log import Attempt, Log
 from quantcli.tune.smooth import smooth
