@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
 
 import msgspec
@@ -18,12 +18,17 @@ import numpy as np
 import pytest
 
 from quantcli.batch.cluster import Place, laid_out
+from quantcli.batch.local import Ended
 from quantcli.batch.manifest import Entry, bytes_in, files_of, read_zoo
+from quantcli.batch.run import run_batch
 from quantcli.cli import run
-from quantcli.errors import RecipeError
+from quantcli.errors import OutputError, RecipeError
 from quantcli.evaluation.junit import Case, junit
 from tests.graphs import normal, residual_net
 from tests.pages import CHROMIUM, Charts, figures, looked_at
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 METRICS = """
 import os, time
@@ -441,6 +446,24 @@ def test_a_worker_whose_parent_is_gone_does_nothing(zoo: Path) -> None:
     for parent, made in ((1, False), (os.getpid(), True)):
         ended = subprocess.run([*command, str(parent)], check=False, cwd=zoo)
         assert (ended.returncode == 0, (zoo / "elsewhere" / "result.json").is_file()) == (made, made)
+
+
+def test_a_second_run_in_one_folder_is_refused(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entries, output = read_zoo(zoo / "zoo.toml"), zoo / "out"
+
+    def engine(waiting: Sequence[Entry], workplace: Path, _jobs: int, finished: Any) -> None:
+        (workplace / "held").write_text("of the first")
+        with pytest.raises(OutputError, match="another run is at work"):
+            run_batch(entries, output)
+        assert run(["batch", str(zoo / "zoo.toml"), "-o", str(output)]) == 1
+        assert (workplace / "held").is_file()
+        for entry in waiting:
+            (workplace / entry.name.replace("/", "@")).mkdir()
+            finished(entry, Ended("failed", "as it happens", {}, 0.0), workplace / entry.name.replace("/", "@"))
+
+    assert len(run_batch(entries, output, engine=engine)) == len(entries)
+    assert "another run is at work" in capsys.readouterr().err
+    assert len(run_batch(entries, output)) == len(entries)  # the first has let go
 
 
 def test_junit_holds_no_character_that_xml_has_not() -> None:

@@ -8,6 +8,8 @@ which key (contents, recipe, versions) it was made: it is made again only where 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import logging
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,14 +26,17 @@ from quantcli.files import staged
 from quantcli.load import digest_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from quantcli.batch.manifest import Entry
 
     Engine = Callable[[Sequence[Entry], Path, int, Callable[[Entry, Ended, Path], None]], None]
 
+logger = logging.getLogger(__name__)
+
 RECORD = "record.json"
+LOCK = ".lock"
 VERSION = 1
 
 
@@ -105,10 +110,48 @@ def run_batch(
         told: Called with every outcome as it is known, how many are known, and how many there are.
 
     Raises:
-        OutputError: If the folder cannot be written to.
+        OutputError: If the folder cannot be written to, or another run is at work there.
     """
     digests: dict[Path, str] = {}
     keys = {entry.name: entry.key(digests) for entry in entries}
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with alone(output):
+            return outcomes_of(entries, keys, output, jobs, fresh, retry, engine, told)
+    except OSError as error:
+        raise OutputError(f"{output} cannot be written ({error.strerror or error})", "choose another -o") from error
+
+
+@contextlib.contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Hold a folder against other runs; the system lets go of it however this process ends.
+
+    Raises:
+        OutputError: If another run is at work there.
+    """
+    with (output / LOCK).open("wb") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"another run is at work in {output}", "wait until it has ended, or choose another -o"
+            ) from error
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): start no second run there", output, error.strerror or error)
+        yield
+
+
+def outcomes_of(
+    entries: Sequence[Entry],
+    keys: dict[str, str],
+    output: Path,
+    jobs: int,
+    fresh: bool,
+    retry: bool,
+    engine: Engine,
+    told: Callable[[Outcome, int, int], None],
+) -> list[Outcome]:
+    """Do what `run_batch` does, with the entries' keys, in a folder that is there and held."""
     outcomes: dict[str, Outcome] = {}
 
     def note(outcome: Outcome) -> None:
@@ -129,13 +172,10 @@ def run_batch(
         note(judged(entry, record, cached=False))
 
     workplace = output / ".work"
+    shutil.rmtree(workplace, ignore_errors=True)
+    workplace.mkdir()
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(workplace, ignore_errors=True)
-        workplace.mkdir()
         engine(waiting, workplace, jobs, finished)
-    except OSError as error:
-        raise OutputError(f"{output} cannot be written ({error.strerror or error})", "choose another -o") from error
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
     return [outcomes[entry.name] for entry in entries]
