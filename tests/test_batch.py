@@ -19,7 +19,7 @@ import pytest
 
 from quantcli.batch.cluster import Place, laid_out
 from quantcli.batch.local import Ended
-from quantcli.batch.manifest import Entry, bytes_in, files_of, read_zoo
+from quantcli.batch.manifest import FORMATS, Entry, bytes_in, files_of, read_zoo
 from quantcli.batch.run import run_batch
 from quantcli.cli import run
 from quantcli.errors import OutputError, RecipeError
@@ -369,6 +369,17 @@ BROKEN = [
     ('[[models]]\npath = "nets/a.onnx"\nmax_drop = nan', "max_drop is nan"),
     ('[[models]]\npath = "nets/a.onnx"\nmin_metric = -inf', "min_metric is -inf"),
     ('[recipes.x]\nweight = {bits = 99}\n[[models]]\npath = "nets/a.onnx"', "unknown"),
+    ('[recipes.x]\nweight = {bits = 99}\n[[models]]\npath = "nets/a.onnx"', r"a/x: \[recipes.x\] asks"),
+    (
+        '[defaults]\nrecipe = "fast.toml"\n[recipes.x]\ncolour = 3\n[[models]]\npath = "nets/a.onnx"',
+        r"a/x: \[recipes.x\] asks",
+    ),
+    ('[recipes.x]\ntarget = "moon"\n[[models]]\npath = "nets/a.onnx"', "a/x: there is no target 'moon'"),
+    ('[[models]]\npath = "nets/a.onnx"\nmetric = "top2"', "a/default: there is no metric 'top2'"),
+    ('[[models]]\npath = "nets/a.onnx"\nformat = "tflite"', "a/default: there is no format 'tflite'"),
+    ('[[models]]\npath = "nets/a.onnx"\noutput = "pth"', "a/default: there is no output 'pth'"),
+    ('[[models]]\npath = "nets/a.onnx"\nmetric = "mse"\nmin_metric = 1', "a/default: .*better the lower"),
+    ('[[models]]\npath = "nets/a.onnx"\nmetric = "sqnr"\nmax_drop = 1', "a/default: .*no meaning for sqnr"),
     ('[[models]]\npath = "nets/a.onnx"\nname = "../up"', "no name of an entry"),
 ]
 
@@ -378,6 +389,20 @@ def test_a_manifest_that_means_nothing_is_refused(zoo: Path, text: str, message:
     (zoo / "zoo.toml").write_text(text)
     with pytest.raises(RecipeError, match=message):
         read_zoo(zoo / "zoo.toml")
+
+
+def test_a_manifest_and_a_recipe_may_begin_with_a_byte_order_mark(zoo: Path) -> None:
+    for name in ("zoo.toml", "fast.toml"):
+        (zoo / name).write_bytes(b"\xef\xbb\xbf" + (zoo / name).read_bytes())
+    (zoo / "zoo.toml").write_text((zoo / "zoo.toml").read_text().replace("max_drop", 'recipe = "fast.toml"\nmax_drop'))
+    assert len(read_zoo(zoo / "zoo.toml")) == 6
+
+
+def test_a_manifest_knows_the_formats_that_are_written() -> None:
+    from quantcli.delivery import C_FORMS
+    from quantcli.write import WRITERS
+
+    assert (*WRITERS, *C_FORMS) == FORMATS
 
 
 def test_a_key_follows_from_contents_and_not_from_places(zoo: Path) -> None:

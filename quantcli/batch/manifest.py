@@ -14,10 +14,14 @@ from typing import Annotated, Any
 import msgspec
 
 from calibration.errors import ReportedError
-from quantcli.errors import RecipeError
-from quantcli.recipe import Recipe, read_recipe
+from quantcli.errors import RecipeError, UsageError
+from quantcli.evaluation.metrics import METRICS
+from quantcli.evaluation.verdict import Thresholds, check_thresholds
+from quantcli.recipe import Recipe, read_recipe, resolve_target
 
 Number = Annotated[float, msgspec.Meta(ge=0)]
+FORMATS = ("qdq", "qoperator", "c", "c-params")
+OUTPUTS = ("onnx", "pt2")
 # What outputs depend on besides their inputs.
 PACKAGES = ("quantcli", "numpy", "onnx", "onnxruntime", "onnx-ir", "onnxscript", "torch")
 SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -36,8 +40,8 @@ class Wishes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         recipe: A recipe file that the recipes are laid over.
         metric: ``top1``, ``sqnr``, …, or ``module:function``.
         max_drop, min_metric, min_speedup: What has to be reached.
-        timeout: Seconds that an entry may take.
-        memory: Memory that it may take: ``4GB``.
+        timeout: Seconds that an entry may take; 0 for no limit.
+        memory: Memory that it may take: ``4GB``; ``0`` for no limit.
         format: ``qdq``, ``qoperator``, ``c`` or ``c-params``.
         end_at: Integer tensors at which C source ends.
         output: ``onnx`` or ``pt2``.
@@ -213,7 +217,7 @@ def read_zoo(path: Path) -> list[Entry]:
         RecipeError: If it cannot be read, a pattern finds nothing, or two entries have one name.
     """
     try:
-        zoo = msgspec.toml.decode(path.read_bytes(), type=Zoo)
+        zoo = msgspec.toml.decode(path.read_text("utf-8-sig"), type=Zoo)
     except (msgspec.DecodeError, OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not a manifest ({error})", "it is a TOML file: docs/batch.md") from error
     entries: list[Entry] = []
@@ -266,26 +270,61 @@ def entry_of(manifest: Path, zoo: Zoo, model: Model, file: Path, recipe: str) ->
         RecipeError: If a name, a size or the recipe cannot be used.
     """
     folder = manifest.resolve().parent
+    stem = model.name or file.stem
+    name = f"{stem}/{recipe}"
+    if not re.fullmatch(r"[\w][\w .+-]*", stem) or not re.fullmatch(r"[\w][\w .+-]*", recipe):
+        raise RecipeError(f"{manifest}: '{name}' is no name of an entry", "use letters, digits, and . _ + -")
+    wishes = wishes_of(folder, zoo, model)
+    try:
+        check_wishes(wishes)
+        whole = recipe_of(folder, zoo, wishes, recipe)
+        memory = bytes_in(wishes.memory)
+    except UsageError as error:
+        raise RecipeError(f"{manifest}: {name}: {error.what}", error.remedy) from error
+    return Entry(name, str(file), whole, wishes, str(folder), wishes.timeout or 0.0, memory)
+
+
+def wishes_of(folder: Path, zoo: Zoo, model: Model) -> Wishes:
+    """Return a model's wishes over the zoo's, with paths from the manifest's folder."""
     given = {field: getattr(model, field) for field in Wishes.__struct_fields__}
     merged = {name: getattr(zoo.defaults, name) if value is None else value for name, value in given.items()}
-    for name in ("max_drop", "min_metric", "min_speedup", "timeout"):
-        if merged[name] is not None and not math.isfinite(merged[name]):
-            raise RecipeError(f"{manifest}: {name} is {merged[name]}", "give a number, or leave it out")
     for name in ("data", "labels", "evaluate", "recipe"):
         if merged[name] is not None:
             merged[name] = str(folder / merged[name])
     if merged["factory"] and merged["factory"].rpartition(":")[0].endswith(".py"):
         merged["factory"] = str(folder / merged["factory"])
-    wishes = Wishes(**merged)
-    whole = read_recipe(Path(wishes.recipe) if wishes.recipe else None, zoo.recipes.get(recipe))
+    return Wishes(**merged)
+
+
+def check_wishes(wishes: Wishes) -> None:
+    """Raise UsageError where a wish names what there is not, or has no meaning."""
+    for name in ("max_drop", "min_metric", "min_speedup", "timeout"):
+        value = getattr(wishes, name)
+        if value is not None and not math.isfinite(value):
+            raise UsageError(f"{name} is {value}", "give a number, or leave it out")
+    for name, known in (("metric", METRICS), ("format", FORMATS), ("output", OUTPUTS)):
+        value = getattr(wishes, name)
+        if value is not None and value not in known and not (name == "metric" and ":" in value):
+            more = ", or module:function" if name == "metric" else ""
+            raise UsageError(f"there is no {name} '{value}'", f"known: {', '.join(known)}{more}")
+    if wishes.metric is not None:
+        check_thresholds(wishes.metric, Thresholds(wishes.max_drop, wishes.min_metric, wishes.min_speedup))
+
+
+def recipe_of(folder: Path, zoo: Zoo, wishes: Wishes, name: str) -> Recipe:
+    """Return a recipe of the zoo over the recipe file, after looking at its target.
+
+    Raises:
+        RecipeError: If one of them, or the target, cannot be used.
+    """
+    file = Path(wishes.recipe) if wishes.recipe else None
+    whole = read_recipe(file)
+    if name in zoo.recipes:
+        whole = read_recipe(file, zoo.recipes[name], f"[recipes.{name}]")
     if whole.target_file is not None:
         whole = msgspec.structs.replace(whole, target=str(folder / whole.target))
-    stem = model.name or file.stem
-    if not re.fullmatch(r"[\w][\w .+-]*", stem) or not re.fullmatch(r"[\w][\w .+-]*", recipe):
-        raise RecipeError(f"{manifest}: '{stem}/{recipe}' is no name of an entry", "use letters, digits, and . _ + -")
-    return Entry(
-        f"{stem}/{recipe}", str(file), whole, wishes, str(folder), wishes.timeout or 0.0, bytes_in(wishes.memory)
-    )
+    resolve_target(whole)
+    return whole
 
 
 def bytes_in(text: str | None) -> int:
