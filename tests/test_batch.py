@@ -20,7 +20,7 @@ import pytest
 from quantcli.batch.cluster import Place, laid_out
 from quantcli.batch.local import Ended
 from quantcli.batch.manifest import FORMATS, Entry, bytes_in, files_of, read_zoo
-from quantcli.batch.run import run_batch
+from quantcli.batch.run import Outcome, run_batch
 from quantcli.cli import run
 from quantcli.errors import OutputError, RecipeError
 from quantcli.evaluation.junit import Case, junit
@@ -28,7 +28,7 @@ from tests.graphs import normal, residual_net
 from tests.pages import CHROMIUM, Charts, figures, looked_at
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 METRICS = """
 import os, time
@@ -471,6 +471,93 @@ def test_a_worker_whose_parent_is_gone_does_nothing(zoo: Path) -> None:
     for parent, made in ((1, False), (os.getpid(), True)):
         ended = subprocess.run([*command, str(parent)], check=False, cwd=zoo)
         assert (ended.returncode == 0, (zoo / "elsewhere" / "result.json").is_file()) == (made, made)
+
+
+def ran(zoo: Path, manifest: str, ended: Ended, seen: Callable[[list[Outcome]], None] = lambda _: None) -> list[str]:
+    """Run a manifest with an engine that does nothing but end every entry so; return the names of those that were run."""
+    (zoo / "zoo.toml").write_text(manifest)
+    names = []
+
+    def engine(waiting: Sequence[Entry], workplace: Path, _jobs: int, finished: Any) -> None:
+        for entry in waiting:
+            names.append(entry.name)
+            made = workplace / entry.name.replace("/", "@")
+            made.mkdir()
+            (made / "model.onnx").write_bytes(b"made")
+            finished(entry, ended, made)
+
+    seen(run_batch(read_zoo(zoo / "zoo.toml"), zoo / "out", engine=engine))
+    return names
+
+
+ONE = '[[models]]\npath = "nets/a.onnx"\ndata = "data.npz"\n'
+DONE = Ended("done", "", {"output": "model.onnx", "bytes": 1, "float_bytes": 1, "charts": {"layers": []}}, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("ended", "before", "same", "after"),
+    [
+        (Ended("timeout", "", {}, 4.1), "timeout = 4", False, "timeout = 5"),
+        (Ended("timeout", "", {}, 4.1), "timeout = 4", False, "timeout = 0"),
+        (Ended("memory", "", {}, 4.1), 'memory = "1GB"', False, 'memory = "2GB"'),
+        (Ended("failed", "no space", {}, 1.0, passing=True), "timeout = 4", True, "timeout = 4"),
+    ],
+)
+def test_what_was_too_little_is_no_verdict_where_there_is_more(
+    zoo: Path, ended: Ended, before: str, same: bool, after: str
+) -> None:
+    assert ran(zoo, ONE + before, ended) == ["a/default"]
+    assert bool(ran(zoo, ONE + before, ended)) == same
+    assert ran(zoo, ONE + before.replace("4", "3").replace("1GB", "900MB"), ended) == ["a/default"] * same
+    assert ran(zoo, ONE + after, DONE) == ["a/default"]
+    assert ran(zoo, ONE + before, DONE) == []
+
+
+def test_a_full_disk_is_no_verdict(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (zoo / "mine.py").write_text("def full(outputs, labels):\n    raise OSError(28, 'No space left on device')\n")
+    (zoo / "zoo.toml").write_text(ONE + 'recipe = "fast.toml"\nmetric = "mine:full"\n')
+    for _ in range(2):
+        _, document = told(capsys, f"batch {zoo / 'zoo.toml'} -o {zoo / 'out'}")
+        assert (document["ran"], statuses(document)) == (1, {"a/default": "failed"})
+    log = (zoo / "out" / "entries" / "a" / "default" / "log.txt").read_text()
+    assert log.startswith("failed: the metric mine:full fails")
+
+
+def test_a_report_or_a_speed_that_is_there_is_not_made_again(zoo: Path) -> None:
+    charts: list[bool] = []
+
+    def seen(outcomes: list[Outcome]) -> None:
+        charts.append("charts" in outcomes[0].record.figures)
+
+    assert ran(zoo, ONE + "report = true\nmin_speedup = 0", DONE, seen) == ["a/default"]
+    for wishes in ("", "report = false", "report = true", "min_speedup = 2"):
+        assert ran(zoo, ONE + wishes, DONE, seen) == []
+    assert charts == [True, False, False, True, False]
+
+
+def test_what_fails_with_a_report_is_tried_without(zoo: Path) -> None:
+    ended = Ended("failed", "as it happens", {}, 1.0)
+    assert ran(zoo, ONE + "report = true", ended) == ["a/default"]
+    assert ran(zoo, ONE + "report = true", ended) == []
+    assert ran(zoo, ONE, ended) == ["a/default"]
+
+
+def test_a_default_that_is_written_out_and_a_new_name_of_data_change_nothing(zoo: Path) -> None:
+    assert ran(zoo, ONE, DONE) == ["a/default"]
+    written = 'format = "qdq"\noutput = "onnx"\nreport = false\nstrict = false\nverify = false\ntrust_pickle = false'
+    assert ran(zoo, ONE + written, DONE) == []
+    (zoo / "data.npz").rename(zoo / "renamed.npz")
+    assert ran(zoo, ONE.replace("data.npz", "renamed.npz"), DONE) == []
+    assert ran(zoo, ONE.replace("data.npz", "renamed.npz") + 'format = "qoperator"', DONE) == ["a/default"]
+
+
+def test_a_pattern_does_not_find_what_the_batch_has_made(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = '[[models]]\npath = "**/*.onnx"\ndata = "data.npz"\n'
+    (zoo / "corrupt.onnx").unlink()
+    assert ran(zoo, manifest, DONE) == ["a/default", "b/default"]
+    assert (zoo / "out" / "entries" / "a" / "default" / "model.onnx").is_file()
+    _, listed = told(capsys, f"batch {zoo / 'zoo.toml'} -o {zoo / 'out'} --list")
+    assert [entry["name"] for entry in listed["entries"]] == ["a/default", "b/default"]
 
 
 def test_a_second_run_in_one_folder_is_refused(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:

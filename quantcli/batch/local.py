@@ -41,12 +41,14 @@ class Ended:
         reason: Why, where it is not done.
         figures: What was found.
         seconds: How long it took.
+        passing: Whether the failure may pass by itself (a full disk): it says nothing about the entry.
     """
 
     status: str
     reason: str
     figures: dict[str, Any]
     seconds: float
+    passing: bool = False
 
 
 def run_local(
@@ -101,7 +103,7 @@ def run_one(entry: Entry, folder: Path) -> Ended:
     with contextlib.suppress(OSError, msgspec.DecodeError):
         result = msgspec.json.decode((folder / RESULT).read_bytes())
         (folder / RESULT).unlink()
-        return Ended(result["status"], result["reason"], result["figures"], seconds)
+        return Ended(result["status"], result["reason"], result["figures"], seconds, result["passing"])
     return Ended("crashed", died(process.returncode), {}, seconds)
 
 

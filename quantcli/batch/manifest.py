@@ -9,7 +9,7 @@ import math
 import re
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
@@ -19,9 +19,18 @@ from quantcli.evaluation.metrics import METRICS
 from quantcli.evaluation.verdict import Thresholds, check_thresholds
 from quantcli.recipe import Recipe, read_recipe, resolve_target
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 Number = Annotated[float, msgspec.Meta(ge=0)]
 FORMATS = ("qdq", "qoperator", "c", "c-params")
 OUTPUTS = ("onnx", "pt2")
+DEFAULTS = {
+    "format": "qdq",
+    "output": "onnx",
+    "end_at": (),
+    **dict.fromkeys(("trust_pickle", "strict", "verify", "report"), False),
+}
 # What outputs depend on besides their inputs.
 PACKAGES = ("quantcli", "numpy", "onnx", "onnxruntime", "onnx-ir", "onnxscript", "torch")
 SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -152,7 +161,7 @@ class Entry(msgspec.Struct, frozen=True):
     def key(self, digests: dict[Path, str]) -> str:
         """Return what the entry's output and figures follow from, as a digest: contents, recipe, versions.
 
-        Neither thresholds nor limits are part of it, nor where files stand.
+        Neither thresholds nor limits are part of it, nor where files stand; a default that is written out is none.
 
         Args:
             digests: Digests of files and folders that were read already; new ones are added.
@@ -164,12 +173,25 @@ class Entry(msgspec.Struct, frozen=True):
             contents[field] = digests[path]
         named = {"data", "labels", "evaluate", "recipe", "factory"}
         aside = {"max_drop", "min_metric", "min_speedup", "timeout", "memory", "shards"} | named
-        wishes = {name: getattr(self.wishes, name) for name in Wishes.__struct_fields__ if name not in aside}
+        wishes = {
+            name: DEFAULTS.get(name) if getattr(self.wishes, name) is None else getattr(self.wishes, name)
+            for name in Wishes.__struct_fields__
+            if name not in aside
+        }
         factory = (self.wishes.factory or "").rpartition(":")
         recipe = msgspec.to_builtins(self.recipe) | {"target": Path(self.recipe.target).name}
         timed = self.wishes.min_speedup is not None
         told = [contents, Path(self.path).name, Path(factory[0]).name, factory[2], recipe, wishes, versions(), timed]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    def richer(self) -> list[Entry]:
+        """Return the entries whose outcome holds this one's: those with a report, with measured latencies, or both."""
+        asked = self.wishes
+        return [
+            msgspec.structs.replace(self, wishes=msgspec.structs.replace(asked, report=report, min_speedup=speedup))
+            for report in {bool(asked.report), True}
+            for speedup in {asked.min_speedup, asked.min_speedup or 0.0}
+        ]
 
 
 def versions() -> dict[str, str]:
@@ -184,10 +206,13 @@ def versions() -> dict[str, str]:
 
 
 def digest_at(path: Path) -> str:
-    """Return the sha256 of a file (and of a model's external data), or of a folder's files, with their names."""
+    """Return the sha256 of a file (and of a model's external data), or of a folder's files, with their names.
+
+    A file's own name is left out, but for what tells its kind.
+    """
     digest = hashlib.sha256()
     for file in files_of(path):
-        name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+        name = file.relative_to(path).as_posix() if path.is_dir() else file.name if file != path else file.suffix
         digest.update(name.encode(errors="surrogateescape") + b"\0")
         # What cannot be read is told by the entry that reads it.
         with contextlib.suppress(OSError), file.open("rb") as stream:
@@ -208,10 +233,12 @@ def files_of(path: Path) -> list[Path]:
     return [path] if path.is_file() else []
 
 
-def read_zoo(path: Path) -> list[Entry]:
+def read_zoo(path: Path, made: Sequence[Path] = ()) -> list[Entry]:
     """Return the entries of a manifest: every model with every one of its recipes.
 
-    Paths in it are relative to its folder.
+    Args:
+        path: The manifest; paths in it are relative to its folder.
+        made: The folders of what the batch makes, which no pattern finds.
 
     Raises:
         RecipeError: If it cannot be read, a pattern finds nothing, or two entries have one name.
@@ -222,7 +249,7 @@ def read_zoo(path: Path) -> list[Entry]:
         raise RecipeError(f"{path} is not a manifest ({error})", "it is a TOML file: docs/batch.md") from error
     entries: list[Entry] = []
     for model in zoo.models:
-        for file in found_at(path, model):
+        for file in found_at(path, model, made):
             names = model.recipes if model.recipes is not None else tuple(zoo.recipes) or ("default",)
             for recipe in names:
                 if recipe not in zoo.recipes and (zoo.recipes or recipe != "default"):
@@ -240,8 +267,8 @@ def read_zoo(path: Path) -> list[Entry]:
     return entries
 
 
-def found_at(manifest: Path, model: Model) -> list[Path]:
-    """Return the files of a model's path or pattern.
+def found_at(manifest: Path, model: Model, made: Sequence[Path]) -> list[Path]:
+    """Return the files of a model's path or pattern, without those that the batch itself has made.
 
     Raises:
         RecipeError: If a pattern finds nothing.
@@ -253,7 +280,10 @@ def found_at(manifest: Path, model: Model) -> list[Path]:
         top, pattern = Path(Path(model.path).anchor), str(Path(model.path).relative_to(Path(model.path).anchor))
     else:
         top, pattern = folder, model.path
-    files = sorted(file for file in top.glob(pattern) if file.is_file())
+    ours = [place.resolve() for place in made]
+    files = sorted(
+        file for file in top.glob(pattern) if file.is_file() and not any(map(file.resolve().is_relative_to, ours))
+    )
     if not files:
         raise RecipeError(f"{manifest}: '{model.path}' finds no file", "patterns are those of a shell")
     if model.name is not None and len(files) > 1:
