@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from quantcli.batch import local
 from quantcli.batch.cluster import Place, laid_out
 from quantcli.batch.local import Ended
 from quantcli.batch.manifest import FORMATS, Entry, bytes_in, files_of, read_zoo
@@ -576,6 +577,25 @@ def test_a_second_run_in_one_folder_is_refused(zoo: Path, capsys: pytest.Capture
     assert len(run_batch(entries, output, engine=engine)) == len(entries)
     assert "another run is at work" in capsys.readouterr().err
     assert len(run_batch(entries, output)) == len(entries)  # the first has let go
+
+
+def test_an_interruption_waits_for_no_worker_that_is_about_to_start(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    def slow(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        time.sleep(0.3)  # the interruption comes before there is a process
+        return popen(command, **options)
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(local, "wait", interrupted)
+    monkeypatch.setattr(subprocess, "Popen", slow)
+    entries = [entry for entry in read_zoo(zoo / "failing.toml") if entry.name == "never/default"]
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_batch(entries, zoo / "out")
+    assert time.monotonic() - began < 3  # it would have been ended after 4 seconds
+    assert not (zoo / "out" / ".work").exists()
 
 
 def test_junit_holds_no_character_that_xml_has_not() -> None:
