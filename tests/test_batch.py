@@ -442,6 +442,38 @@ def test_a_key_follows_from_code_and_from_where_files_of_a_folder_stand(zoo: Pat
     assert len(set(keys)) == 4
 
 
+def test_a_key_follows_from_what_code_imports_beside_it(zoo: Path) -> None:
+    (zoo / "zoo.toml").write_text(
+        '[[models]]\npath = "nets/a.onnx"\nmetric = "top:of"\nfactory = "nets/build.py:net"\n'
+    )
+    (zoo / "parts").mkdir()
+    code = {
+        "top.py": "import json, helper.x\ndef of(outputs, labels):\n    from parts import one\n",
+        "helper.py": "import top\nvalue = 1\n",
+        "parts/__init__.py": "",
+        "parts/one.py": "from . import two\n",
+        "parts/two.py": "import deep\n",
+        "deep.py": "value = 1\n",
+        "unused.py": "value = 1\n",
+        "nets/build.py": "import layers\n",
+        "nets/layers.py": "value = 1\n",
+    }
+    for name, text in code.items():
+        (zoo / name).write_text(text)
+    (entry,) = read_zoo(zoo / "zoo.toml")
+    before = entry.key({})
+    (zoo / "elsewhere" / "node").mkdir()
+    laid, _ = moved(entry, zoo / "elsewhere" / "node")
+    assert (Path(laid.folder) / "parts" / "two.py").is_file()
+    assert laid.key({}) == before
+    for name, text in code.items():
+        (zoo / name).write_text(text + "more = 2\n")
+        assert (entry.key({}) != before) == (name != "unused.py"), name
+        (zoo / name).write_text(text)
+    (zoo / "helper.py").write_text("this is no Python")
+    assert entry.key({}) != before
+
+
 def test_nothing_beside_a_manifest_takes_a_modules_place(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (zoo / "calibration.py").write_text("raise RuntimeError('imported')\n")
     (zoo / "zoo.toml").write_text('[[models]]\npath = "nets/a.onnx"\ndata = "data.npz"\nrecipe = "fast.toml"\n')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import json
@@ -149,14 +150,9 @@ class Entry(msgspec.Struct, frozen=True):
         return {field: Path(place) for field, place in named.items() if place}
 
     def source_of(self, module: str) -> str | None:
-        """Return the file of a module beside the manifest, or the folder of the package that it is of; None where there is none."""
-        if not module:
-            return None
-        package = Path(self.folder) / module.partition(".")[0]
-        file = package.with_name(f"{package.name}.py")
-        if file.is_file() and not (package / "__init__.py").is_file():  # as Python chooses between the two
-            return str(file)
-        return str(package) if package.is_dir() else None
+        """Return the file of a module beside the manifest, or the folder of its package; None where there is none."""
+        found = module_in(Path(self.folder), module) if module else None
+        return str(found) if found else None
 
     def key(self, digests: dict[Path, str]) -> str:
         """Return what the entry's output and figures follow from, as a digest: contents, recipe, versions.
@@ -221,10 +217,50 @@ def digest_at(path: Path) -> str:
     return digest.hexdigest()
 
 
+def module_in(folder: Path, module: str) -> Path | None:
+    """Return the file of a module in a folder, or the folder of the package that it is of; None where there is none."""
+    package = folder / module.partition(".")[0]
+    file = package.with_name(f"{package.name}.py")
+    if file.is_file() and not (package / "__init__.py").is_file():  # as Python chooses between the two
+        return file
+    return package if package.is_dir() else None
+
+
+def with_imports(file: Path) -> list[Path]:
+    """Return a module's file, and those of the modules beside it that it imports, and that they import."""
+    found: list[Path] = []
+    waiting = [file]
+    while waiting:
+        one = waiting.pop()
+        if one in found:
+            continue
+        found.append(one)
+        for name in imported_by(one):
+            beside = module_in(file.parent, name)
+            if beside is not None:
+                waiting += beside.rglob("*.py") if beside.is_dir() else [beside]
+    return [file, *sorted(found[1:])]
+
+
+def imported_by(file: Path) -> set[str]:
+    """Return the names of the modules that a file imports, wherever in it; none where it is no Python."""
+    if file.suffix != ".py":
+        return set()
+    with contextlib.suppress(OSError, SyntaxError, ValueError):
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+        plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        return plain | {
+            node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level
+        }
+    return set()
+
+
 def files_of(path: Path) -> list[Path]:
     """Return the files that a path stands for; none where there is nothing."""
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file() and file.parent.name != "__pycache__")
+    if path.suffix == ".py" and path.is_file():
+        return with_imports(path)
     if path.suffix == ".onnx":
         from quantcli.load.onnx import load_onnx
 
