@@ -593,6 +593,25 @@ def test_a_pattern_does_not_find_what_the_batch_has_made(zoo: Path, capsys: pyte
     assert [entry["name"] for entry in listed["entries"]] == ["a/default", "b/default"]
 
 
+def test_folders_may_have_names_that_are_no_utf8(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(os.fsdecode(os.fsencode(zoo) + b"/\xff"))
+    try:
+        (zoo / "nets").rename(folder)
+    except OSError:
+        pytest.skip("the file system has no such names")
+    manifest = ONE.replace("nets/", "").replace("data.npz", "../data.npz") + 'recipe = "../fast.toml"\n'
+    (folder / "zoo.toml").write_text(manifest + manifest.replace("../data", "data") + 'name = "failing"\n')
+    assert run(["batch", str(folder / "zoo.toml"), "-o", str(folder / "out")]) == 4
+    results = json.loads((folder / "out" / "results.json").read_text())
+    assert statuses(results) == {"a/default": "met", "failing/default": "failed"}
+    assert "\\udcff" in results["entries"][1]["reason"]
+    capsys.readouterr()
+    made = folder / "out" / "entries" / "a" / "default" / "model.onnx"
+    command = ["eval", made, "--float", folder / "a.onnx", "--data", zoo / "labelled.npz", "--memory", "--json"]
+    assert run(list(map(str, command))) == 0
+    assert json.loads(capsys.readouterr().out)["memory"]["bytes"] > 0
+
+
 def test_a_second_run_in_one_folder_is_refused(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entries, output = read_zoo(zoo / "zoo.toml"), zoo / "out"
 

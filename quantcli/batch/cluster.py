@@ -137,14 +137,12 @@ class Tasks:
         task = self.task.options(max_retries=RETRIES, num_cpus=self.cpus, **limits)
         shards = entry.wishes.shards or 1
         if shards == 1 or entry.wishes.data is None or entry.recipe.mode != "static":
-            return task.remote(msgspec.json.encode(entry), places, 0, *contents)
+            return task.remote(entry.encoded(), places, 0, *contents)
         parts = [
-            task.remote(
-                msgspec.json.encode(msgspec.structs.replace(entry, shard=(number, shards))), places, 0, *contents
-            )
+            task.remote(msgspec.structs.replace(entry, shard=(number, shards)).encoded(), places, 0, *contents)
             for number in range(shards)
         ]
-        return task.remote(msgspec.json.encode(entry), places, shards, *parts, *contents)
+        return task.remote(entry.encoded(), places, shards, *parts, *contents)
 
     def packed(self, entry: Entry) -> tuple[list[Place], list[Any]]:
         """Return what an entry reads, its contents as references into the object store."""
@@ -187,7 +185,7 @@ def on_node(encoded: bytes, places: list[Place], shards: int, *given: Any) -> tu
         shards: How many parts of its calibration come first in what is given.
         given: What the tasks of those parts returned; then the contents of what it reads.
     """
-    entry = msgspec.json.decode(encoded, type=Entry)
+    entry = Entry.decoded(encoded)
     top = Path(tempfile.mkdtemp(prefix="quantcli-"))
     try:
         laid, renamed = laid_out(entry, places, list(given[shards:]), top)

@@ -84,7 +84,7 @@ def run_one(entry: Entry, folder: Path, stopped: threading.Event | None = None) 
     """Run one entry in a process, and end it where it takes too long or too much memory, or everything is to stop."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    (folder / "entry.json").write_bytes(msgspec.json.encode(entry))
+    (folder / "entry.json").write_bytes(entry.encoded())
     place = folder.resolve()  # the process stands elsewhere
     command = [
         sys.executable,

@@ -133,6 +133,15 @@ class Entry(msgspec.Struct, frozen=True):
     shard: tuple[int, int] | None = None
     statistics: str | None = None
 
+    def encoded(self) -> bytes:
+        """Return the entry as JSON, from which `decoded` makes it again; paths may hold bytes that are no UTF-8."""
+        return json.dumps(msgspec.to_builtins(self)).encode()
+
+    @staticmethod
+    def decoded(data: bytes) -> Entry:
+        """Return the entry that was encoded."""
+        return msgspec.convert(json.loads(data), Entry)
+
     def places(self) -> dict[str, Path]:
         """Return the files and folders that the entry reads, by what they are to it."""
         wishes = self.wishes

@@ -18,7 +18,7 @@ import msgspec
 
 from quantcli.batch.local import LOG, Ended, run_local
 from quantcli.batch.manifest import files_of
-from quantcli.documents import as_json
+from quantcli.documents import as_json, encodable
 from quantcli.errors import OutputError, UsageError
 from quantcli.evaluation.junit import Case, junit
 from quantcli.evaluation.verdict import Check, Figures, Thresholds, checked
@@ -185,7 +185,7 @@ def outcomes_of(
         record = Record(
             keys[entry.name],
             ended.status,
-            ended.reason,
+            encodable(ended.reason),
             ended.figures,
             ended.seconds,
             timeout=entry.timeout,

@@ -18,7 +18,7 @@ import msgspec
 
 from calibration.errors import ReportedError
 from quantcli.batch.manifest import Entry
-from quantcli.documents import finite
+from quantcli.documents import encodable, finite
 
 RESULT = "result.json"
 # What the page about a model is called.
@@ -135,7 +135,7 @@ def main(arguments: list[str]) -> int:
     """Run the entry of a file, and write what came of it."""
     die_with_parent(int(arguments[2]))
     sys.path.append(str(Path.cwd()))  # at the end: nothing beside the manifest takes the place of what is installed
-    entry = msgspec.json.decode(Path(arguments[0]).read_bytes(), type=Entry)
+    entry = Entry.decoded(Path(arguments[0]).read_bytes())
     folder = Path(arguments[1])
     began = time.perf_counter()
     result: dict[str, Any] = {"status": "done", "reason": "", "figures": {}, "passing": False}
@@ -148,6 +148,7 @@ def main(arguments: list[str]) -> int:
     except Exception as error:  # noqa: BLE001 - whatever it is, it is this entry's
         print(traceback.format_exc(), file=sys.stderr)
         result |= {"status": "crashed", "reason": f"{type(error).__name__}: {error}", "passing": passes(error)}
+    result["reason"] = encodable(result["reason"])
     result["seconds"] = time.perf_counter() - began
     temporary = folder / f".{RESULT}"
     temporary.write_bytes(msgspec.json.encode(result))
