@@ -23,7 +23,7 @@ from quantcli.cli.report import report as report_page
 from quantcli.cli.review import diff, lint
 from quantcli.cli.streams import guarded_streams
 from quantcli.cli.targets import targets
-from quantcli.cli.terminal import MessageRelay, Terminal, output_options
+from quantcli.cli.terminal import MessageRelay, Terminal, output_options, terminal_of
 from quantcli.cli.verify import verify
 
 EXIT_CODES = """\b
@@ -50,13 +50,25 @@ Shell completion: eval "$(_QUANTCLI_COMPLETE=bash_source quantcli)" (zsh_source,
 """
 
 
+def print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    """Print the version, as JSON where that is asked for, and end."""
+    if not wanted or context.resilient_parsing:
+        return
+    terminal = terminal_of(context)
+    if terminal.json:
+        terminal.result({"quantcli": __version__})
+    else:
+        click.echo(f"quantcli, version {__version__}")
+    context.exit()
+
+
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help=HELP,
     epilog=EXIT_CODES,
     no_args_is_help=True,
 )
-@click.version_option(__version__, "--version", prog_name="quantcli")
+@click.option("--version", is_flag=True, expose_value=False, callback=print_version, help="Show the version and exit.")
 @output_options
 def cli() -> None:
     """Turn a saved float PyTorch or ONNX model into an integer one."""

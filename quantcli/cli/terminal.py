@@ -154,7 +154,7 @@ def output_options(command: Command) -> Command:
             terminal = context.find_root().ensure_object(dict).setdefault("terminal", Terminal())
             setattr(terminal, parameter.name, True)
 
-    options: dict[str, Any] = {"is_flag": True, "expose_value": False, "callback": remember}
+    options: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": False, "callback": remember}
     for option in (
         click.option("--json", "json", help="Print one JSON document on standard output.", **options),
         click.option("-v", "--verbose", "verbose", help="Say more.", **options),
