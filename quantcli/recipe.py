@@ -158,7 +158,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Path(self.target) if self.target.endswith(".toml") else None
 
 
-def read_recipe(path: Path | None, overrides: dict[str, Any] | None = None, place: str = "the command line") -> Recipe:
+def read_recipe(path: Path | None, overrides: dict[str, Any] | None = None, place: str | None = None) -> Recipe:
     """Return the recipe of a TOML file with the command line's entries laid over it.
 
     Args:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Number = Annotated[float, msgspec.Meta(ge=0)]
 FORMATS = ("qdq", "qoperator", "c", "c-params")
 OUTPUTS = ("onnx", "pt2")
+# What a wish is where none is made: written out, it changes no key.
 DEFAULTS = {
     "format": "qdq",
     "output": "onnx",

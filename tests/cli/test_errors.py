@@ -336,6 +336,7 @@ REQUESTS: list[Row] = [
     ("not UTF-8", f"{CONVERT} --recipe r.toml", 2, "r.toml", text("r.toml", b"target = '\xff'")),
     ("unknown section", f"{CONVERT} --recipe r.toml", 2, "colour", recipe("[colour]\n")),
     ("unknown key", f"{CONVERT} --recipe r.toml", 2, "colour", recipe("[weight]\ncolour = 1\n")),
+    ("whose unknown key", f"{CONVERT} --recipe r.toml", 2, "r.toml asks", recipe("[weight]\ncolour = 1\n")),
     ("unknown value", f"{CONVERT} --recipe r.toml", 2, "int4", recipe("[activation]\ndtype = 'int4'\n")),
     ("wrong type", f"{CONVERT} --recipe r.toml", 2, "samples", recipe("[calibration]\nsamples = 'many'\n")),
     ("a number for a section", f"{CONVERT} --recipe r.toml", 2, "calibration", recipe("calibration = 3\n")),
