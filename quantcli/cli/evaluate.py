@@ -43,8 +43,7 @@ MUCH = 6.0
 @click.option(
     "--metric",
     metavar="NAME|MODULE:FUNCTION",
-    help="What to measure: top1, top5, sqnr, mse, psnr, cosine, or a function of (outputs, labels), better the "
-    "higher.  "
+    help="What to measure: top1, top5, sqnr, mse, psnr, cosine, or a function of (outputs, labels), better the higher.  "
     "[default: top1 where there are labels, else sqnr]",
 )
 @click.option(
