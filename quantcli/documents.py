@@ -17,5 +17,10 @@ def finite(value: Any) -> Any:
 
 
 def as_json(value: Any) -> bytes:
-    """Return a document as JSON text."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    """Return a document as JSON text; bytes of names that are no UTF-8 are escaped."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
+def encodable(text: str) -> str:
+    """Return text with bytes that are no UTF-8, as names of files may hold them, written out."""
+    return text.encode(errors="backslashreplace").decode()

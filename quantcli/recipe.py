@@ -158,12 +158,13 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Path(self.target) if self.target.endswith(".toml") else None
 
 
-def read_recipe(path: Path | None, overrides: dict[str, Any] | None = None) -> Recipe:
+def read_recipe(path: Path | None, overrides: dict[str, Any] | None = None, place: str | None = None) -> Recipe:
     """Return the recipe of a TOML file with the command line's entries laid over it.
 
     Args:
         path: The file; None for an empty recipe.
         overrides: Entries by section, as the file would spell them; None values are left out.
+        place: Where those stand, for errors; None for the file, or else the command line.
 
     Raises:
         RecipeError: If the file cannot be read, or an entry is unknown or of the wrong kind.
@@ -171,7 +172,7 @@ def read_recipe(path: Path | None, overrides: dict[str, Any] | None = None) -> R
     document: dict[str, Any] = {}
     if path is not None:
         try:
-            document = msgspec.toml.decode(path.read_bytes())
+            document = msgspec.toml.decode(path.read_text("utf-8-sig"))
         except (msgspec.DecodeError, OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path} is not a recipe ({error})", "it is a TOML file: docs/recipes.md") from error
     for section, value in (overrides or {}).items():
@@ -188,7 +189,7 @@ def read_recipe(path: Path | None, overrides: dict[str, Any] | None = None) -> R
         return msgspec.convert(document, Recipe)
     except (msgspec.ValidationError, ValueError, TypeError) as error:
         raise RecipeError(
-            f"{path or 'the command line'} asks for something unknown ({error})", "see docs/recipes.md"
+            f"{place or path or 'the command line'} asks for something unknown ({error})", "see docs/recipes.md"
         ) from error
 
 

@@ -10,20 +10,26 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
 
 import msgspec
 import numpy as np
 import pytest
 
+from quantcli.batch import local
 from quantcli.batch.cluster import Place, laid_out
-from quantcli.batch.manifest import Entry, bytes_in, files_of, read_zoo
+from quantcli.batch.local import Ended
+from quantcli.batch.manifest import FORMATS, Entry, bytes_in, files_of, read_zoo
+from quantcli.batch.run import Outcome, run_batch
 from quantcli.cli import run
-from quantcli.errors import RecipeError
+from quantcli.errors import OutputError, RecipeError
 from quantcli.evaluation.junit import Case, junit
 from tests.graphs import normal, residual_net
 from tests.pages import CHROMIUM, Charts, figures, looked_at
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 METRICS = """
 import os, time
@@ -364,6 +370,17 @@ BROKEN = [
     ('[[models]]\npath = "nets/a.onnx"\nmax_drop = nan', "max_drop is nan"),
     ('[[models]]\npath = "nets/a.onnx"\nmin_metric = -inf', "min_metric is -inf"),
     ('[recipes.x]\nweight = {bits = 99}\n[[models]]\npath = "nets/a.onnx"', "unknown"),
+    ('[recipes.x]\nweight = {bits = 99}\n[[models]]\npath = "nets/a.onnx"', r"a/x: \[recipes.x\] asks"),
+    (
+        '[defaults]\nrecipe = "fast.toml"\n[recipes.x]\ncolour = 3\n[[models]]\npath = "nets/a.onnx"',
+        r"a/x: \[recipes.x\] asks",
+    ),
+    ('[recipes.x]\ntarget = "moon"\n[[models]]\npath = "nets/a.onnx"', "a/x: there is no target 'moon'"),
+    ('[[models]]\npath = "nets/a.onnx"\nmetric = "top2"', "a/default: there is no metric 'top2'"),
+    ('[[models]]\npath = "nets/a.onnx"\nformat = "tflite"', "a/default: there is no format 'tflite'"),
+    ('[[models]]\npath = "nets/a.onnx"\noutput = "pth"', "a/default: there is no output 'pth'"),
+    ('[[models]]\npath = "nets/a.onnx"\nmetric = "mse"\nmin_metric = 1', "a/default: .*better the lower"),
+    ('[[models]]\npath = "nets/a.onnx"\nmetric = "sqnr"\nmax_drop = 1', "a/default: .*no meaning for sqnr"),
     ('[[models]]\npath = "nets/a.onnx"\nname = "../up"', "no name of an entry"),
 ]
 
@@ -373,6 +390,20 @@ def test_a_manifest_that_means_nothing_is_refused(zoo: Path, text: str, message:
     (zoo / "zoo.toml").write_text(text)
     with pytest.raises(RecipeError, match=message):
         read_zoo(zoo / "zoo.toml")
+
+
+def test_a_manifest_and_a_recipe_may_begin_with_a_byte_order_mark(zoo: Path) -> None:
+    for name in ("zoo.toml", "fast.toml"):
+        (zoo / name).write_bytes(b"\xef\xbb\xbf" + (zoo / name).read_bytes())
+    (zoo / "zoo.toml").write_text((zoo / "zoo.toml").read_text().replace("max_drop", 'recipe = "fast.toml"\nmax_drop'))
+    assert len(read_zoo(zoo / "zoo.toml")) == 6
+
+
+def test_a_manifest_knows_the_formats_that_are_written() -> None:
+    from quantcli.delivery import C_FORMS
+    from quantcli.write import WRITERS
+
+    assert (*WRITERS, *C_FORMS) == FORMATS
 
 
 def test_a_key_follows_from_contents_and_not_from_places(zoo: Path) -> None:
@@ -411,6 +442,38 @@ def test_a_key_follows_from_code_and_from_where_files_of_a_folder_stand(zoo: Pat
     assert len(set(keys)) == 4
 
 
+def test_a_key_follows_from_what_code_imports_beside_it(zoo: Path) -> None:
+    (zoo / "zoo.toml").write_text(
+        '[[models]]\npath = "nets/a.onnx"\nmetric = "top:of"\nfactory = "nets/build.py:net"\n'
+    )
+    (zoo / "parts").mkdir()
+    code = {
+        "top.py": "import json, helper.x\ndef of(outputs, labels):\n    from parts import one\n",
+        "helper.py": "import top\nvalue = 1\n",
+        "parts/__init__.py": "",
+        "parts/one.py": "from . import two\n",
+        "parts/two.py": "import deep\n",
+        "deep.py": "value = 1\n",
+        "unused.py": "value = 1\n",
+        "nets/build.py": "import layers\n",
+        "nets/layers.py": "value = 1\n",
+    }
+    for name, text in code.items():
+        (zoo / name).write_text(text)
+    (entry,) = read_zoo(zoo / "zoo.toml")
+    before = entry.key({})
+    (zoo / "elsewhere" / "node").mkdir()
+    laid, _ = moved(entry, zoo / "elsewhere" / "node")
+    assert (Path(laid.folder) / "parts" / "two.py").is_file()
+    assert laid.key({}) == before
+    for name, text in code.items():
+        (zoo / name).write_text(text + "more = 2\n")
+        assert (entry.key({}) != before) == (name != "unused.py"), name
+        (zoo / name).write_text(text)
+    (zoo / "helper.py").write_text("this is no Python")
+    assert entry.key({}) != before
+
+
 def test_nothing_beside_a_manifest_takes_a_modules_place(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (zoo / "calibration.py").write_text("raise RuntimeError('imported')\n")
     (zoo / "zoo.toml").write_text('[[models]]\npath = "nets/a.onnx"\ndata = "data.npz"\nrecipe = "fast.toml"\n')
@@ -441,6 +504,149 @@ def test_a_worker_whose_parent_is_gone_does_nothing(zoo: Path) -> None:
     for parent, made in ((1, False), (os.getpid(), True)):
         ended = subprocess.run([*command, str(parent)], check=False, cwd=zoo)
         assert (ended.returncode == 0, (zoo / "elsewhere" / "result.json").is_file()) == (made, made)
+
+
+def ran(zoo: Path, manifest: str, ended: Ended, seen: Callable[[list[Outcome]], None] = lambda _: None) -> list[str]:
+    """Run a manifest with an engine that does nothing but end every entry so; return the names of those that were run."""
+    (zoo / "zoo.toml").write_text(manifest)
+    names = []
+
+    def engine(waiting: Sequence[Entry], workplace: Path, _jobs: int, finished: Any) -> None:
+        for entry in waiting:
+            names.append(entry.name)
+            made = workplace / entry.name.replace("/", "@")
+            made.mkdir()
+            (made / "model.onnx").write_bytes(b"made")
+            finished(entry, ended, made)
+
+    seen(run_batch(read_zoo(zoo / "zoo.toml"), zoo / "out", engine=engine))
+    return names
+
+
+ONE = '[[models]]\npath = "nets/a.onnx"\ndata = "data.npz"\n'
+DONE = Ended("done", "", {"output": "model.onnx", "bytes": 1, "float_bytes": 1, "charts": {"layers": []}}, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("ended", "before", "same", "after"),
+    [
+        (Ended("timeout", "", {}, 4.1), "timeout = 4", False, "timeout = 5"),
+        (Ended("timeout", "", {}, 4.1), "timeout = 4", False, "timeout = 0"),
+        (Ended("memory", "", {}, 4.1), 'memory = "1GB"', False, 'memory = "2GB"'),
+        (Ended("failed", "no space", {}, 1.0, passing=True), "timeout = 4", True, "timeout = 4"),
+    ],
+)
+def test_what_was_too_little_is_no_verdict_where_there_is_more(
+    zoo: Path, ended: Ended, before: str, same: bool, after: str
+) -> None:
+    assert ran(zoo, ONE + before, ended) == ["a/default"]
+    assert bool(ran(zoo, ONE + before, ended)) == same
+    assert ran(zoo, ONE + before.replace("4", "3").replace("1GB", "900MB"), ended) == ["a/default"] * same
+    assert ran(zoo, ONE + after, DONE) == ["a/default"]
+    assert ran(zoo, ONE + before, DONE) == []
+
+
+def test_a_full_disk_is_no_verdict(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (zoo / "mine.py").write_text("def full(outputs, labels):\n    raise OSError(28, 'No space left on device')\n")
+    (zoo / "zoo.toml").write_text(ONE + 'recipe = "fast.toml"\nmetric = "mine:full"\n')
+    for _ in range(2):
+        _, document = told(capsys, f"batch {zoo / 'zoo.toml'} -o {zoo / 'out'}")
+        assert (document["ran"], statuses(document)) == (1, {"a/default": "failed"})
+    log = (zoo / "out" / "entries" / "a" / "default" / "log.txt").read_text()
+    assert log.startswith("failed: the metric mine:full fails")
+
+
+def test_a_report_or_a_speed_that_is_there_is_not_made_again(zoo: Path) -> None:
+    charts: list[bool] = []
+
+    def seen(outcomes: list[Outcome]) -> None:
+        charts.append("charts" in outcomes[0].record.figures)
+
+    assert ran(zoo, ONE + "report = true\nmin_speedup = 0", DONE, seen) == ["a/default"]
+    for wishes in ("", "report = false", "report = true", "min_speedup = 2"):
+        assert ran(zoo, ONE + wishes, DONE, seen) == []
+    assert charts == [True, False, False, True, False]
+
+
+def test_what_fails_with_a_report_is_tried_without(zoo: Path) -> None:
+    ended = Ended("failed", "as it happens", {}, 1.0)
+    assert ran(zoo, ONE + "report = true", ended) == ["a/default"]
+    assert ran(zoo, ONE + "report = true", ended) == []
+    assert ran(zoo, ONE, ended) == ["a/default"]
+
+
+def test_a_default_that_is_written_out_and_a_new_name_of_data_change_nothing(zoo: Path) -> None:
+    assert ran(zoo, ONE, DONE) == ["a/default"]
+    written = 'format = "qdq"\noutput = "onnx"\nreport = false\nstrict = false\nverify = false\ntrust_pickle = false'
+    assert ran(zoo, ONE + written, DONE) == []
+    (zoo / "data.npz").rename(zoo / "renamed.npz")
+    assert ran(zoo, ONE.replace("data.npz", "renamed.npz"), DONE) == []
+    assert ran(zoo, ONE.replace("data.npz", "renamed.npz") + 'format = "qoperator"', DONE) == ["a/default"]
+
+
+def test_a_pattern_does_not_find_what_the_batch_has_made(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = '[[models]]\npath = "**/*.onnx"\ndata = "data.npz"\n'
+    (zoo / "corrupt.onnx").unlink()
+    assert ran(zoo, manifest, DONE) == ["a/default", "b/default"]
+    assert (zoo / "out" / "entries" / "a" / "default" / "model.onnx").is_file()
+    _, listed = told(capsys, f"batch {zoo / 'zoo.toml'} -o {zoo / 'out'} --list")
+    assert [entry["name"] for entry in listed["entries"]] == ["a/default", "b/default"]
+
+
+def test_folders_may_have_names_that_are_no_utf8(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(os.fsdecode(os.fsencode(zoo) + b"/\xff"))
+    try:
+        (zoo / "nets").rename(folder)
+    except OSError:
+        pytest.skip("the file system has no such names")
+    manifest = ONE.replace("nets/", "").replace("data.npz", "../data.npz") + 'recipe = "../fast.toml"\n'
+    (folder / "zoo.toml").write_text(manifest + manifest.replace("../data", "data") + 'name = "failing"\n')
+    assert run(["batch", str(folder / "zoo.toml"), "-o", str(folder / "out")]) == 4
+    results = json.loads((folder / "out" / "results.json").read_text())
+    assert statuses(results) == {"a/default": "met", "failing/default": "failed"}
+    assert "\\udcff" in results["entries"][1]["reason"]
+    capsys.readouterr()
+    made = folder / "out" / "entries" / "a" / "default" / "model.onnx"
+    command = ["eval", made, "--float", folder / "a.onnx", "--data", zoo / "labelled.npz", "--memory", "--json"]
+    assert run(list(map(str, command))) == 0
+    assert json.loads(capsys.readouterr().out)["memory"]["bytes"] > 0
+
+
+def test_a_second_run_in_one_folder_is_refused(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entries, output = read_zoo(zoo / "zoo.toml"), zoo / "out"
+
+    def engine(waiting: Sequence[Entry], workplace: Path, _jobs: int, finished: Any) -> None:
+        (workplace / "held").write_text("of the first")
+        with pytest.raises(OutputError, match="another run is at work"):
+            run_batch(entries, output)
+        assert run(["batch", str(zoo / "zoo.toml"), "-o", str(output)]) == 1
+        assert (workplace / "held").is_file()
+        for entry in waiting:
+            (workplace / entry.name.replace("/", "@")).mkdir()
+            finished(entry, Ended("failed", "as it happens", {}, 0.0), workplace / entry.name.replace("/", "@"))
+
+    assert len(run_batch(entries, output, engine=engine)) == len(entries)
+    assert "another run is at work" in capsys.readouterr().err
+    assert len(run_batch(entries, output)) == len(entries)  # the first has let go
+
+
+def test_an_interruption_waits_for_no_worker_that_is_about_to_start(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    def slow(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        time.sleep(0.3)  # the interruption comes before there is a process
+        return popen(command, **options)
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(local, "wait", interrupted)
+    monkeypatch.setattr(subprocess, "Popen", slow)
+    entries = [entry for entry in read_zoo(zoo / "failing.toml") if entry.name == "never/default"]
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_batch(entries, zoo / "out")
+    assert time.monotonic() - began < 3  # it would have been ended after 4 seconds
+    assert not (zoo / "out" / ".work").exists()
 
 
 def test_junit_holds_no_character_that_xml_has_not() -> None:

@@ -207,14 +207,14 @@ def checked(path: Path | str, stored: dict[str, Stored], reading: Reading, label
     counts = {name: len(values) for name, values in stored.items()}
     if len(set(counts.values())) > 1:
         raise DataError(f"{path} holds arrays of different lengths: {counts}", "the first axis of each is the sample")
-    labels = None if labels is None else checked_labels(path, labels, next(iter(counts.values())))
+    labels = None if labels is None else checked_labels(path, labels, next(iter(counts.values())), reading.labels)
     return Arrays(
         stored, reading.inputs, reading.preprocess, labels, digest_of(stored), str(path), reading.allow_non_finite
     )
 
 
-def checked_labels(path: Path | str, labels: NDArray[Any], count: int) -> NDArray[np.integer]:
-    """Return the labels of ``count`` samples as a single axis.
+def checked_labels(path: Path | str, labels: NDArray[Any], count: int, file: Path | None) -> NDArray[np.integer]:
+    """Return the labels of ``count`` samples as a single axis; they stand in the data at ``path``, or in a file of their own.
 
     Raises:
         DataError: If they are not integers, one a sample.
@@ -222,9 +222,12 @@ def checked_labels(path: Path | str, labels: NDArray[Any], count: int) -> NDArra
     labels = labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         held = f"{labels.dtype} of shape {list(labels.shape)}"
-        raise DataError(f"the labels of {path} are {held}, not one integer per sample", "number the classes from 0")
+        raise DataError(
+            f"the labels of {file or path} are {held}, not one integer per sample", "number the classes from 0"
+        )
     if len(labels) != count:
-        raise DataError(f"{path} has {count} samples and {len(labels)} labels", "give one label a sample")
+        held = f"{len(labels)} labels" if file is None else f"{file} has {len(labels)} labels"
+        raise DataError(f"{path} has {count} samples and {held}", "give one label a sample")
     return labels
 
 

@@ -559,7 +559,7 @@ def open_test_sets(folders: list[Path], reading: Reading) -> TestSets:
         raise DataError(f"{folders[0].parent} holds no samples", "give at least one")
     labels = None
     if reading.labels is not None:
-        labels = checked_labels(folders[0].parent, read_labels(reading.labels), int(starts[-1]))
+        labels = checked_labels(folders[0].parent, read_labels(reading.labels), int(starts[-1]), reading.labels)
     return TestSets(tuple(sets), reading, starts, tuple(shapes), labels, digest.hexdigest())
 
 

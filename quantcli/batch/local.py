@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -41,12 +42,14 @@ class Ended:
         reason: Why, where it is not done.
         figures: What was found.
         seconds: How long it took.
+        passing: Whether the failure may pass by itself (a full disk): it says nothing about the entry.
     """
 
     status: str
     reason: str
     figures: dict[str, Any]
     seconds: float
+    passing: bool = False
 
 
 def run_local(
@@ -61,6 +64,7 @@ def run_local(
         finished: Called in this thread as each ends, with the folder of what it has made.
     """
     waiting = list(entries)
+    stopped = threading.Event()
     with ThreadPoolExecutor(jobs) as pool:
         running: dict[Future[Ended], tuple[Entry, Path]] = {}
         try:
@@ -68,19 +72,19 @@ def run_local(
                 while waiting and len(running) < jobs:
                     entry = waiting.pop(0)
                     folder = workplace / entry.name.replace("/", "@")
-                    running[pool.submit(run_one, entry, folder)] = entry, folder
+                    running[pool.submit(run_one, entry, folder, stopped)] = entry, folder
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     entry, folder = running.pop(future)
                     finished(entry, future.result(), folder)
         finally:
-            stop_all()
+            stopped.set()
 
 
-def run_one(entry: Entry, folder: Path) -> Ended:
-    """Run one entry in a process, and end it where it takes too long or too much memory."""
+def run_one(entry: Entry, folder: Path, stopped: threading.Event | None = None) -> Ended:
+    """Run one entry in a process, and end it where it takes too long or too much memory, or everything is to stop."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    (folder / "entry.json").write_bytes(msgspec.json.encode(entry))
+    (folder / "entry.json").write_bytes(entry.encoded())
     place = folder.resolve()  # the process stands elsewhere
     command = [
         sys.executable,
@@ -93,7 +97,7 @@ def run_one(entry: Entry, folder: Path) -> Ended:
     ]
     began = time.monotonic()
     with (folder / LOG).open("wb") as log, watched(command, log, entry.folder) as process:
-        killed = watch(process, entry, began)
+        killed = watch(process, entry, began, stopped or threading.Event())
     seconds = time.monotonic() - began
     (folder / "entry.json").unlink(missing_ok=True)
     if killed is not None:
@@ -101,7 +105,7 @@ def run_one(entry: Entry, folder: Path) -> Ended:
     with contextlib.suppress(OSError, msgspec.DecodeError):
         result = msgspec.json.decode((folder / RESULT).read_bytes())
         (folder / RESULT).unlink()
-        return Ended(result["status"], result["reason"], result["figures"], seconds)
+        return Ended(result["status"], result["reason"], result["figures"], seconds, result["passing"])
     return Ended("crashed", died(process.returncode), {}, seconds)
 
 
@@ -111,9 +115,6 @@ def died(code: int) -> str:
         name = signal.Signals(-code).name if -code in {s.value for s in signal.Signals} else str(-code)
         return f"the process was ended by {name}" + (": the machine's memory, perhaps" if name == "SIGKILL" else "")
     return f"the process ended with code {code} and left no result"
-
-
-RUNNING: set[subprocess.Popen[bytes]] = set()
 
 
 @contextlib.contextmanager
@@ -128,12 +129,10 @@ def watched(command: list[str], log: Any, folder: str) -> Iterator[subprocess.Po
         cwd=folder,
         env={**os.environ, **ONE_THREAD},
     )
-    RUNNING.add(process)
     try:
         yield process
     finally:
         kill(process)
-        RUNNING.discard(process)
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
@@ -143,18 +142,16 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def stop_all() -> None:
-    """Kill what is still running."""
-    for process in list(RUNNING):
-        kill(process)
-
-
-def watch(process: subprocess.Popen[bytes], entry: Entry, began: float) -> tuple[str, str] | None:
+def watch(
+    process: subprocess.Popen[bytes], entry: Entry, began: float, stopped: threading.Event
+) -> tuple[str, str] | None:
     """Wait for a process; return why it has to be ended, or None where it ended by itself."""
     while process.poll() is None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(WATCH)
             return None
+        if stopped.is_set():
+            return "crashed", "it was stopped"
         if entry.timeout and time.monotonic() - began > entry.timeout:
             return "timeout", f"it took more than {entry.timeout:g} seconds"
         if entry.memory and (held := resident(process.pid)) > entry.memory:

@@ -8,6 +8,8 @@ which key (contents, recipe, versions) it was made: it is made again only where 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import logging
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ import msgspec
 
 from quantcli.batch.local import LOG, Ended, run_local
 from quantcli.batch.manifest import files_of
-from quantcli.documents import as_json
+from quantcli.documents import as_json, encodable
 from quantcli.errors import OutputError, UsageError
 from quantcli.evaluation.junit import Case, junit
 from quantcli.evaluation.verdict import Check, Figures, Thresholds, checked
@@ -24,14 +26,17 @@ from quantcli.files import staged
 from quantcli.load import digest_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from quantcli.batch.manifest import Entry
 
     Engine = Callable[[Sequence[Entry], Path, int, Callable[[Entry, Ended, Path], None]], None]
 
+logger = logging.getLogger(__name__)
+
 RECORD = "record.json"
+ENTRIES, WORK, LOCK = "entries", ".work", ".lock"
 VERSION = 1
 
 
@@ -45,6 +50,9 @@ class Record(msgspec.Struct, frozen=True):
         figures: What was found.
         seconds: How long it took.
         files: The sha256 of what it made, by place in its folder.
+        timeout: The seconds that it was allowed; 0 for no limit.
+        memory: The bytes that it was allowed; 0 for no limit.
+        passing: Whether the failure may pass by itself.
     """
 
     key: str
@@ -53,6 +61,17 @@ class Record(msgspec.Struct, frozen=True):
     figures: dict[str, Any]
     seconds: float
     files: dict[str, str] = {}
+    timeout: float = 0.0
+    memory: int = 0
+    passing: bool = False
+
+    def stands(self, entry: Entry) -> bool:
+        """Return whether the same entry would end the same way: not where more is allowed now than it was ended by."""
+        limits = {"timeout": (entry.timeout, self.timeout), "memory": (entry.memory, self.memory)}
+        if self.status in limits:
+            now, then = limits[self.status]
+            return 0 < now <= then
+        return not self.passing
 
 
 @dataclass(frozen=True)
@@ -105,10 +124,49 @@ def run_batch(
         told: Called with every outcome as it is known, how many are known, and how many there are.
 
     Raises:
-        OutputError: If the folder cannot be written to.
+        OutputError: If the folder cannot be written to, or another run is at work there.
     """
     digests: dict[Path, str] = {}
     keys = {entry.name: entry.key(digests) for entry in entries}
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with alone(output):
+            return outcomes_of(entries, keys, digests, output, jobs, fresh, retry, engine, told)
+    except OSError as error:
+        raise OutputError(f"{output} cannot be written ({error.strerror or error})", "choose another -o") from error
+
+
+@contextlib.contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Hold a folder against other runs; the system lets go of it however this process ends.
+
+    Raises:
+        OutputError: If another run is at work there.
+    """
+    with (output / LOCK).open("wb") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"another run is at work in {output}", "wait until it has ended, or choose another -o"
+            ) from error
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): start no second run there", output, error.strerror or error)
+        yield
+
+
+def outcomes_of(
+    entries: Sequence[Entry],
+    keys: dict[str, str],
+    digests: dict[Path, str],
+    output: Path,
+    jobs: int,
+    fresh: bool,
+    retry: bool,
+    engine: Engine,
+    told: Callable[[Outcome, int, int], None],
+) -> list[Outcome]:
+    """Do what `run_batch` does in a folder that is there and held, with the entries' keys and the digests that they came from."""
     outcomes: dict[str, Outcome] = {}
 
     def note(outcome: Outcome) -> None:
@@ -117,25 +175,31 @@ def run_batch(
 
     waiting = []
     for entry in entries:
-        record = None if fresh else known(output, entry, keys[entry.name])
-        if record is None or (retry and record.status != "done"):
+        record = None if fresh else known(output, entry, keys[entry.name], digests)
+        if record is None or not record.stands(entry) or (retry and record.status != "done"):
             waiting.append(entry)
         else:
             note(judged(entry, record, cached=True))
 
     def finished(entry: Entry, ended: Ended, folder: Path) -> None:
-        record = Record(keys[entry.name], ended.status, ended.reason, ended.figures, ended.seconds)
+        record = Record(
+            keys[entry.name],
+            ended.status,
+            encodable(ended.reason),
+            ended.figures,
+            ended.seconds,
+            timeout=entry.timeout,
+            memory=entry.memory,
+            passing=ended.passing,
+        )
         keep(output, entry, record, folder)
         note(judged(entry, record, cached=False))
 
-    workplace = output / ".work"
+    workplace = output / WORK
+    shutil.rmtree(workplace, ignore_errors=True)
+    workplace.mkdir()
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(workplace, ignore_errors=True)
-        workplace.mkdir()
         engine(waiting, workplace, jobs, finished)
-    except OSError as error:
-        raise OutputError(f"{output} cannot be written ({error.strerror or error})", "choose another -o") from error
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
     return [outcomes[entry.name] for entry in entries]
@@ -143,16 +207,28 @@ def run_batch(
 
 def place_of(output: Path, entry: Entry) -> Path:
     """Return an entry's folder."""
-    return output / "entries" / entry.name
+    return output / ENTRIES / entry.name
 
 
-def known(output: Path, entry: Entry, key: str) -> Record | None:
-    """Return the record of an entry that was made from the same; None where there is none, or its files are not what they were."""
+def made_in(output: Path) -> tuple[Path, ...]:
+    """Return the folders of what a batch makes."""
+    return output / ENTRIES, output / WORK
+
+
+def known(output: Path, entry: Entry, key: str, digests: dict[Path, str]) -> Record | None:
+    """Return the record of an entry that was made from the same; None where there is none, or its files are not what they were.
+
+    What was done with a report or with latencies serves without them as well.
+    """
     folder = place_of(output, entry)
     with contextlib.suppress(OSError, msgspec.DecodeError):
         record = msgspec.json.decode((folder / RECORD).read_bytes(), type=Record)
-        if record.key == key and all(digest_of([folder / name]) == digest for name, digest in record.files.items()):
-            return record
+        same = record.key == key or (
+            record.status == "done" and record.key in {richer.key(digests) for richer in entry.richer()}
+        )
+        if same and all(digest_of([folder / name]) == digest for name, digest in record.files.items()):
+            kept = record.figures if entry.wishes.report else {k: v for k, v in record.figures.items() if k != "charts"}
+            return msgspec.structs.replace(record, figures=kept)
     return None
 
 
@@ -167,6 +243,9 @@ def keep(output: Path, entry: Entry, record: Record, made: Path) -> None:
     (made / RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record)) + b"\n")
     if record.status == "done":
         (made / LOG).unlink(missing_ok=True)
+    else:
+        with (made / LOG).open("a", encoding="utf-8", errors="backslashreplace") as log:
+            log.write(f"{record.status}: {record.reason}\n")
     place = place_of(output, entry)
     shutil.rmtree(place, ignore_errors=True)
     place.parent.mkdir(parents=True, exist_ok=True)

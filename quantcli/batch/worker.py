@@ -5,6 +5,7 @@ Everything goes through files: the entry comes as JSON, and ``result.json`` appe
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -17,13 +18,15 @@ import msgspec
 
 from calibration.errors import ReportedError
 from quantcli.batch.manifest import Entry
-from quantcli.documents import finite
+from quantcli.documents import encodable, finite
 
 RESULT = "result.json"
 # What the page about a model is called.
 REPORT = "report.html"
 # What a part of a calibration is called.
 SHARD = "part.stats"
+# What the system says where it lacks something for now: room, memory, open files.
+PASSING = {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 
 
 def die_with_parent(parent: int) -> None:
@@ -119,23 +122,33 @@ def run(entry: Entry, folder: Path) -> dict[str, Any]:
     return figures
 
 
+def passes(error: BaseException | None) -> bool:
+    """Return whether a failure comes of a full disk or the like, and not of the entry."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in PASSING:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def main(arguments: list[str]) -> int:
     """Run the entry of a file, and write what came of it."""
     die_with_parent(int(arguments[2]))
     sys.path.append(str(Path.cwd()))  # at the end: nothing beside the manifest takes the place of what is installed
-    entry = msgspec.json.decode(Path(arguments[0]).read_bytes(), type=Entry)
+    entry = Entry.decoded(Path(arguments[0]).read_bytes())
     folder = Path(arguments[1])
     began = time.perf_counter()
-    result: dict[str, Any] = {"status": "done", "reason": "", "figures": {}}
+    result: dict[str, Any] = {"status": "done", "reason": "", "figures": {}, "passing": False}
     try:
         result["figures"] = run(entry, folder)
     except ReportedError as error:
-        result |= {"status": "failed", "reason": str(error)}
+        result |= {"status": "failed", "reason": str(error), "passing": passes(error)}
     except MemoryError:
         result |= {"status": "memory", "reason": "it ran out of memory"}
     except Exception as error:  # noqa: BLE001 - whatever it is, it is this entry's
         print(traceback.format_exc(), file=sys.stderr)
-        result |= {"status": "crashed", "reason": f"{type(error).__name__}: {error}"}
+        result |= {"status": "crashed", "reason": f"{type(error).__name__}: {error}", "passing": passes(error)}
+    result["reason"] = encodable(result["reason"])
     result["seconds"] = time.perf_counter() - began
     temporary = folder / f".{RESULT}"
     temporary.write_bytes(msgspec.json.encode(result))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import sys
@@ -22,8 +21,9 @@ from quantcli.cli.export import export
 from quantcli.cli.inspect import inspect
 from quantcli.cli.report import report as report_page
 from quantcli.cli.review import diff, lint
+from quantcli.cli.streams import guarded_streams
 from quantcli.cli.targets import targets
-from quantcli.cli.terminal import MessageRelay, Terminal, output_options
+from quantcli.cli.terminal import MessageRelay, Terminal, output_options, terminal_of
 from quantcli.cli.verify import verify
 
 EXIT_CODES = """\b
@@ -50,13 +50,25 @@ Shell completion: eval "$(_QUANTCLI_COMPLETE=bash_source quantcli)" (zsh_source,
 """
 
 
+def print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    """Print the version, as JSON where that is asked for, and end."""
+    if not wanted or context.resilient_parsing:
+        return
+    terminal = terminal_of(context)
+    if terminal.json:
+        terminal.result({"quantcli": __version__})
+    else:
+        click.echo(f"quantcli, version {__version__}")
+    context.exit()
+
+
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help=HELP,
     epilog=EXIT_CODES,
     no_args_is_help=True,
 )
-@click.version_option(__version__, "--version", prog_name="quantcli")
+@click.option("--version", is_flag=True, expose_value=False, callback=print_version, help="Show the version and exit.")
 @output_options
 def cli() -> None:
     """Turn a saved float PyTorch or ONNX model into an integer one."""
@@ -88,9 +100,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run the command line and return its exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no failure
     relay = MessageRelay(Terminal(quiet=bool({"-q", "--quiet"} & set(arguments)), json="--json" in arguments))
     telling = {"calibrate", "--max-memory", "-v", "--verbose"} & set(arguments)
     loggers = [logging.getLogger(name) for name in ("calibration", "quantcli")]
@@ -99,7 +108,8 @@ def run(arguments: list[str]) -> int:
         logger.addHandler(relay)
         logger.setLevel(logging.INFO if telling else logging.WARNING)
     try:
-        return dispatch(arguments)
+        with guarded_streams():
+            return dispatch(arguments)
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.removeHandler(relay)
@@ -109,10 +119,7 @@ def run(arguments: list[str]) -> int:
 def dispatch(arguments: list[str]) -> int:
     """Run the command that is named and turn whatever it raises into an exit code."""
     try:
-        code = cli.main(arguments, prog_name="quantcli", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
-        return 2
+        code = invoke(arguments)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "quantcli"
         return report(arguments, "UsageError", error.format_message(), f"see {command} --help", 2)
@@ -123,7 +130,6 @@ def dispatch(arguments: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         return report(arguments, "Interrupted", "interrupted", what_is_left(arguments), 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # noqa: BLE001 - the last line of defence: a defect of ours is one line too
         if {"-v", "--verbose"} & set(arguments):
@@ -132,6 +138,15 @@ def dispatch(arguments: list[str]) -> int:
         what = f"internal error: {type(error).__name__}: {error} ({os.path.basename(where.filename)}:{where.lineno})"  # noqa: PTH119
         return report(arguments, "InternalError", what, "please report this; -v shows the whole trace", 1)
     return code if isinstance(code, int) else 0
+
+
+def invoke(arguments: list[str]) -> object:
+    """Run the command that is named, or print the help where there is none, and return what click does."""
+    try:
+        return cli.main(arguments, prog_name="quantcli", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 2
 
 
 def what_is_left(arguments: list[str]) -> str:

@@ -64,11 +64,11 @@ def batch(
     """
     from quantcli.batch.local import run_local
     from quantcli.batch.manifest import read_zoo
-    from quantcli.batch.run import document, run_batch, write_reports
+    from quantcli.batch.run import document, made_in, run_batch, write_reports
     from quantcli.errors import UsageError
 
     terminal = terminal_of(context)
-    entries = read_zoo(zoo)
+    entries = read_zoo(zoo, made_in(output))
     if listed:
         terminal.table("Entries", ("entry", "model"), [(entry.name, entry.path) for entry in entries])
         terminal.result({"entries": [{"name": entry.name, "model": entry.path} for entry in entries]})

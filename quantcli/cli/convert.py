@@ -16,6 +16,7 @@ from quantcli.cli.options import (
     data_options,
     keep_apart,
     label_options,
+    only_finite,
     opening_of,
     preprocess_options,
     quantization_options,
@@ -100,6 +101,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-drop",
     type=click.FloatRange(min=0),
+    callback=only_finite,
     help="Search the cheapest widths that keep the metric within so many points of float's.",
 )
 @click.option("--validate", type=EXISTING, help="Labelled data that --max-drop is judged on.  [default: --data]")

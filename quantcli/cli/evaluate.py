@@ -14,6 +14,7 @@ from quantcli.cli.options import (
     KINDS_OF_DATA,
     OUTPUT,
     label_options,
+    only_finite,
     opening_of,
     preprocess_options,
     recipe_of,
@@ -42,12 +43,27 @@ MUCH = 6.0
 @click.option(
     "--metric",
     metavar="NAME|MODULE:FUNCTION",
-    help="What to measure: top1, top5, sqnr, mse, psnr, cosine, or a function of (outputs, labels).  "
+    help="What to measure: top1, top5, sqnr, mse, psnr, cosine, or a function of (outputs, labels), better the higher.  "
     "[default: top1 where there are labels, else sqnr]",
 )
-@click.option("--max-drop", type=float, help="Fail (exit code 4) where float minus quantized is above this, in points.")
-@click.option("--min-metric", type=float, help="Fail (exit code 4) where the quantized model's metric is below this.")
-@click.option("--min-speedup", type=float, help="Fail (exit code 4) where it is not so many times as fast as float.")
+@click.option(
+    "--max-drop",
+    type=float,
+    callback=only_finite,
+    help="Fail (exit code 4) where float minus quantized is above this, in points.",
+)
+@click.option(
+    "--min-metric",
+    type=float,
+    callback=only_finite,
+    help="Fail (exit code 4) where the quantized model's metric is below this; not for mse, which is better the lower.",
+)
+@click.option(
+    "--min-speedup",
+    type=float,
+    callback=only_finite,
+    help="Fail (exit code 4) where it is not so many times as fast as float.",
+)
 @click.option("--junit", type=OUTPUT, help="Write the verdict as JUnit XML too.")
 @click.option("--layers", is_flag=True, help="Show the SQNR of every layer (over the first batch), the worst first.")
 @click.option("--memory", is_flag=True, help="Measure the memory that both models take (over the first batch).")
@@ -82,7 +98,7 @@ def evaluate(
     from calibration.datasets import Selection
     from quantcli import pipeline
     from quantcli.errors import UsageError
-    from quantcli.evaluation.verdict import Thresholds, checked, figures_of
+    from quantcli.evaluation.verdict import Thresholds, check_thresholds, checked, figures_of
     from quantcli.files import check_output
 
     if junit is not None:
@@ -90,6 +106,9 @@ def evaluate(
     terminal = terminal_of(context)
     if max_drop is not None and reference is None:
         raise UsageError("--max-drop compares with the float model and none was given", "add --float MODEL")
+    asked = Thresholds(max_drop, min_metric, min_speedup)
+    if metric is not None:
+        check_thresholds(metric, asked)
     if options["memory"] and (
         reference is None or {path.suffix for path in (quantized, reference) if path is not None} != {".onnx"}
     ):
@@ -118,7 +137,7 @@ def evaluate(
             options["memory"],
             progress,
         )
-    checks = checked(figures_of(found), Thresholds(max_drop, min_metric, min_speedup))
+    checks = checked(figures_of(found), asked)
     show(terminal, found)
     missed = [check for check in checks if not check.met]
     verdict = ("fail" if missed else "pass") if checks else None

@@ -61,6 +61,13 @@ class Numbers(click.ParamType[Any]):
         return found
 
 
+def only_finite(_context: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:
+    """Return the number of an option, which neither nan nor inf can be: nothing compares with them."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a finite number")
+    return value
+
+
 class Bytes(click.ParamType[Any]):
     """A number of bytes, with an optional unit."""
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from quantcli.documents import finite
+from quantcli.errors import OutputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,7 +58,8 @@ class Terminal:
         console(stderr=True).print(line, style="red", markup=False, emoji=False, highlight=False, soft_wrap=True)
         if self.json:
             document = {"error": {"type": kind, "message": what, "remedy": remedy, "exit_code": code}}
-            click.echo(json_module.dumps(document, indent=2))
+            with contextlib.suppress(OutputError, BrokenPipeError):  # the line has told it
+                click.echo(json_module.dumps(document, indent=2))
 
     def result(self, document: dict[str, Any]) -> None:
         """Print the result for machines; numbers that JSON does not know become null."""
@@ -152,7 +154,7 @@ def output_options(command: Command) -> Command:
             terminal = context.find_root().ensure_object(dict).setdefault("terminal", Terminal())
             setattr(terminal, parameter.name, True)
 
-    options: dict[str, Any] = {"is_flag": True, "expose_value": False, "callback": remember}
+    options: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": False, "callback": remember}
     for option in (
         click.option("--json", "json", help="Print one JSON document on standard output.", **options),
         click.option("-v", "--verbose", "verbose", help="Say more.", **options),

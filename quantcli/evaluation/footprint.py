@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.errors import RunError
+from calibration.hooks.onnxruntime import openable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -55,10 +56,11 @@ def footprint(model: Path | bytes, feeds: dict[str, NDArray[Any]], threads: int)
     with tempfile.TemporaryDirectory() as folder:
         inputs, path = Path(folder) / "feeds.npz", Path(folder) / "model.onnx"
         np.savez(inputs, **feeds)  # type: ignore[arg-type]
-        if isinstance(model, bytes):
-            path.write_bytes(model)
-        given = path if isinstance(model, bytes) else model
-        command = [sys.executable, "-c", PROBE, str(given), str(inputs), str(threads), str(RUNS)]
+        given = openable(model) if isinstance(model, Path) else model
+        if isinstance(given, bytes):
+            path.write_bytes(given)
+            given = str(path)
+        command = [sys.executable, "-c", PROBE, given, str(inputs), str(threads), str(RUNS)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - it is our own text
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]

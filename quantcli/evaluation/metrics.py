@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LABEL_METRICS = {"top1": 1, "top5": 5}
 FLOAT_METRICS = ("sqnr", "mse", "psnr", "cosine")
+LOWER_IS_BETTER = ("mse",)
 METRICS = (*LABEL_METRICS, *FLOAT_METRICS)
 UNITS = {"top1": "%", "top5": "%", "sqnr": "dB", "psnr": "dB", "mse": "", "cosine": ""}
 
@@ -66,7 +67,8 @@ class Asked:
     """A metric of the user's: a function of all outputs and labels.
 
     Attributes:
-        name: ``module:function``; it is called with the outputs by name, and the labels or None, and returns a number.
+        name: ``module:function``; it is called with the outputs by name, and the labels or None, and returns a number, which is
+            better the higher.
     """
 
     name: str

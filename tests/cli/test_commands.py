@@ -570,6 +570,12 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert quantcli.__version__ in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", [["--version", "--json"], ["--json", "--version", "targets"]])
+def test_the_version_is_told_to_machines(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    assert run(command) == 0
+    assert strict_json(capsys.readouterr().out) == {"quantcli": quantcli.__version__}
+
+
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_is_told(capsys: pytest.CaptureFixture[str], command: list[str], flag: str) -> None:

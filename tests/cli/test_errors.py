@@ -265,6 +265,8 @@ DATA: list[Row] = [
     ("no labels", EVAL.replace("labelled", "data") + " --metric top1", 1, "labels", nothing),
     ("a CSV for arrays", f"{EVAL} --labels l.csv", 1, "l.csv", text("l.csv", "file,label\n")),
     ("too few labels", EVAL.replace("labelled", "bad"), 1, "7 labels", labels(range(7))),
+    ("fewer labels in a file", f"{EVAL} --labels l.npy", 1, "8 samples and l.npy has 7", lambda: np.save("l.npy", range(7))),
+    ("labels of floats in a file", f"{EVAL} --labels l.npy", 1, "labels of l.npy", lambda: np.save("l.npy", np.ones(8))),
     ("a label beyond the classes", EVAL.replace("labelled", "bad"), 1, "label", labels([10] * 8)),
     ("a negative label", EVAL.replace("labelled", "bad"), 1, "label", labels([-1] * 8)),
     ("one-hot labels", EVAL.replace("labelled", "bad"), 1, "label", labels(np.eye(8, dtype=int))),
@@ -311,6 +313,10 @@ REQUESTS: list[Row] = [
     ("symmetric uint8 while calibrating", f"{CALIBRATE} --activation-dtype uint8 --symmetric", 2, "uint8", nothing),
     ("a threshold without float", f"{EVAL} --max-drop 1", 2, "--float", nothing),
     ("a threshold without points", f"{EVAL} --float model.onnx --metric sqnr --max-drop 1", 2, "sqnr", nothing),
+    ("a threshold that is no number", f"{EVAL} --min-metric nan", 2, "--min-metric", nothing),
+    ("an infinite threshold", f"{EVAL} --float model.onnx --max-drop inf", 2, "--max-drop", nothing),
+    ("a drop that is no number", f"{CONVERT} --max-drop nan", 2, "--max-drop", nothing),
+    ("a floor for an error", f"{EVAL} --float model.onnx --metric mse --min-metric 1", 2, "better the lower", nothing),
     ("a comparison without float", f"{EVAL} --metric sqnr", 2, "--float", nothing),
     ("float with other outputs", "eval rows.int8.onnx --float other.onnx --data rows.npz", 1, "output", nothing),
     ("float with other inputs", f"{EVAL} --float rows.onnx", 1, "rows.onnx", nothing),
@@ -330,6 +336,7 @@ REQUESTS: list[Row] = [
     ("not UTF-8", f"{CONVERT} --recipe r.toml", 2, "r.toml", text("r.toml", b"target = '\xff'")),
     ("unknown section", f"{CONVERT} --recipe r.toml", 2, "colour", recipe("[colour]\n")),
     ("unknown key", f"{CONVERT} --recipe r.toml", 2, "colour", recipe("[weight]\ncolour = 1\n")),
+    ("whose unknown key", f"{CONVERT} --recipe r.toml", 2, "r.toml asks", recipe("[weight]\ncolour = 1\n")),
     ("unknown value", f"{CONVERT} --recipe r.toml", 2, "int4", recipe("[activation]\ndtype = 'int4'\n")),
     ("wrong type", f"{CONVERT} --recipe r.toml", 2, "samples", recipe("[calibration]\nsamples = 'many'\n")),
     ("a number for a section", f"{CONVERT} --recipe r.toml", 2, "calibration", recipe("calibration = 3\n")),
@@ -594,3 +601,48 @@ def test_a_reader_that_leaves_gets_no_traceback(here: Path) -> None:
         os.close(writing)
     assert without_estimate(done.stderr) == []
     assert (here / "new.onnx").is_file()
+
+
+SPEAKING = [["targets"], ["targets", "--json"], ["--version"], [], [*EVAL.split(), "--json"]]
+
+
+def ended(command: Sequence[str], where: Path, stdout: int) -> tuple[int, str]:
+    """Run a command whose standard output leads to a descriptor, which is closed; return its exit code and what it said."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    try:
+        done = subprocess.run(
+            [*MAIN, *command], stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=where, check=False, env=environment
+        )
+    finally:
+        os.close(stdout)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("command", SPEAKING)
+def test_a_full_device_is_one_line(kit: Path, command: list[str]) -> None:
+    code, errors = ended(command, kit, os.open("/dev/full", os.O_WRONLY))
+    assert code == 1
+    assert the_line(errors).startswith("error: the output cannot be written (No space left on device)")
+
+
+@pytest.mark.parametrize("command", [*SPEAKING, ["targets", "--no-such", "--json"]])
+def test_a_pipe_without_reader_is_quiet(kit: Path, command: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    code, errors = ended(command, kit, writing)
+    if "--no-such" in command:
+        assert (code, "No such option" in the_line(errors)) == (2, True)
+    else:
+        assert (code, errors) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("command", "streams", "code"),
+    [(CONVERT, "<&- >&- 2>&-", 0), ("targets", ">&-", 0), ("targets --no-such", "2>/dev/full", 2)],
+)
+def test_closed_streams_end_no_work_and_stand_in_no_file(here: Path, command: str, streams: str, code: int) -> None:
+    shell = ["sh", "-c", f'"$@" {streams}', "sh", *MAIN, *command.split()]
+    assert subprocess.run(shell, cwd=here, check=False).returncode == code
+    if command == CONVERT:
+        assert (here / "new.onnx").read_bytes() == (here / "q.onnx").read_bytes()
