@@ -68,7 +68,8 @@ def open_dataset(
     Raises:
         DataError: If the data cannot be read or does not fit the model.
     """
-    from calibration.datasets import arrays, images, samples
+    from calibration.datasets import arrays, images, samples, testsets, text
+    from calibration.datasets.synthetic import open_synthetic
 
     if sum(given is not None for given in (path, function, synthetic)) != 1:
         raise DataError("data comes from exactly one place", "give a path, a function, or a number of random samples")
@@ -76,7 +77,7 @@ def open_dataset(
     if synthetic is not None:
         if labels is not None or split is not None:
             raise DataError("random samples have neither labels nor splits", "leave out --labels and --split")
-        return samples.open_synthetic(synthetic, tuple(inputs), seed)
+        return open_synthetic(synthetic, tuple(inputs), seed)
     if function is not None:
         if split is not None:
             raise DataError(f"{function} has no splits", "leave out --split, and yield what it should")
@@ -85,10 +86,10 @@ def open_dataset(
     if not path.exists():
         raise DataError(f"there is no data at {path}", f"give {KINDS}")
     if path.is_dir():
-        if folders := samples.test_set_folders(path):
+        if folders := testsets.test_set_folders(path):
             if split is not None:
                 raise DataError(f"the test data in {path} has no splits", "leave out --split")
-            return samples.open_test_sets(folders, reading)
+            return testsets.open_test_sets(folders, reading)
         return images.open_images(path, inputs, preprocess or Preprocess(), labels, split)
     if split is not None:
         raise DataError(f"{path.name} has no splits", "--split chooses rows of a labels CSV beside a folder of images")
@@ -98,8 +99,8 @@ def open_dataset(
         ".safetensors": arrays.open_safetensors,
         ".pt": samples.open_torch,
         ".pth": samples.open_torch,
-        ".csv": samples.open_csv,
-        ".jsonl": samples.open_lines,
+        ".csv": text.open_csv,
+        ".jsonl": text.open_lines,
     }
     suffix = path.suffix.lower()
     if labels is not None and suffix in {".csv", ".jsonl"}:

@@ -11,17 +11,10 @@ from calibration.datasets.arrays import LABEL_NAMES, first_line, read_array
 from calibration.datasets.dataset import InputSpec
 from calibration.datasets.images import open_images
 from calibration.datasets.preprocess import Preprocess, normalized
-from calibration.datasets.samples import (
-    as_array,
-    called,
-    failing_clearly,
-    is_tensor,
-    numbered,
-    read_tensor,
-    test_set_folders,
-)
+from calibration.datasets.samples import as_array, called, failing_clearly, is_tensor
 from calibration.datasets.stored import npz_members, safetensors_members
 from calibration.datasets.tensors import load_tensors
+from calibration.datasets.testsets import numbered, read_tensor, test_set_folders
 from calibration.errors import DataError, ReportedError
 
 if TYPE_CHECKING:
