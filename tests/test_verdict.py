@@ -7,6 +7,7 @@ import math
 import pytest
 
 from quantcli.errors import UsageError
+from quantcli.evaluation.metrics import written
 from quantcli.evaluation.verdict import Figures, Thresholds, checked, told_apart
 
 
@@ -43,3 +44,21 @@ def test_a_near_miss_is_told_with_the_digits_that_miss() -> None:
 def test_a_threshold_without_meaning_for_the_metric_is_refused(metric: str, asked: Thresholds, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         checked(Figures(metric, 0.01, None, None), asked)
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "signed", "text"),
+    [
+        ("top1", 98.765, False, "98.77"),
+        ("top1", 0.5, True, "+0.50"),
+        ("sqnr", 40.126, False, "40.13"),
+        ("mse", 0.000123456, False, "0.000123456"),
+        ("iou:mean", 0.81234, False, "0.81234"),
+        ("iou:mean", 0.003, True, "+0.003"),
+        ("top1", None, False, ""),
+    ],
+)
+def test_figures_have_the_digits_that_their_metric_needs(
+    metric: str, value: float | None, signed: bool, text: str
+) -> None:
+    assert written(metric, value, signed) == text

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.batch.worker import REPORT
+from quantcli.evaluation.metrics import written
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,19 +29,17 @@ def index(outcomes: Sequence[Outcome]) -> bytes:
 def row_of(outcome: Outcome) -> dict[str, Any]:
     """Return one entry's cells."""
     figures = outcome.record.figures
-    done = outcome.record.status == "done"
+    done, metric = outcome.record.status == "done", str(figures.get("metric", ""))
     shown = REPORT if "charts" in figures else str(figures.get("output", "")).rpartition(".")[0] + ".json"
     return {
         "name": outcome.entry.name,
         "status": outcome.status,
         "reason": outcome.reason,
         "link": f"entries/{outcome.entry.name}/" + (shown if done else "log.txt"),
-        "metric": figures.get("metric", ""),
+        "metric": metric,
         "bytes": f"{figures['bytes']:,}" if done else "",
         "share": f"{figures['bytes'] / figures['float_bytes']:.0%}" if done else "",
         "speed": "" if figures.get("speedup") is None else f"{figures['speedup']:.2f}×",
         "seconds": f"{outcome.record.seconds:.1f}",
-        **{
-            name: "" if figures.get(name) is None else f"{figures[name]:.2f}" for name in ("float", "quantized", "drop")
-        },
+        **{name: written(metric, figures.get(name)) for name in ("float", "quantized", "drop")},
     }

@@ -118,8 +118,10 @@ def show(terminal: Terminal, outcomes: list[Outcome], output: Path) -> None:
 
 def cells(outcome: Outcome) -> tuple[str, ...]:
     """Return one entry's row."""
+    from quantcli.evaluation.metrics import written
+
     figures: dict[str, Any] = outcome.record.figures
-    numbers = [figures.get(name) for name in ("float", "quantized", "drop")]
+    metric = str(figures.get("metric", ""))
+    shown = [written(metric, figures.get(name)) for name in ("float", "quantized", "drop")]
     share = f"{figures['bytes'] / figures['float_bytes']:.0%}" if outcome.record.status == "done" else ""
-    shown = ["" if number is None else f"{number:.2f}" for number in numbers]
-    return outcome.entry.name, outcome.status, str(figures.get("metric", "")), *shown, share
+    return outcome.entry.name, outcome.status, metric, *shown, share

@@ -166,15 +166,15 @@ def write_junit(path: Path, quantized: Path, checks: Sequence[Check]) -> None:
 
 def show(terminal: Terminal, found: Evaluation) -> None:
     """Print an evaluation."""
-    from quantcli.evaluation.metrics import UNITS
+    from quantcli.evaluation.metrics import UNITS, written
 
     unit = UNITS.get(found.metric, "")
     rows: list[tuple[str, str, str, str]] = [
         (
             f"{found.metric} ({unit})" if unit else found.metric,
-            "" if found.reference is None else f"{found.reference:.2f}",
-            f"{found.quantized:.6g}" if found.reference is None else f"{found.quantized:.2f}",
-            "" if found.drop is None else f"drop {found.drop:+.2f}",
+            written(found.metric, found.reference),
+            written(found.metric, found.quantized),
+            "" if found.drop is None else f"drop {written(found.metric, found.drop, signed=True)}",
         )
     ]
     if found.reference_size is not None:

@@ -25,6 +25,12 @@ METRICS = (*LABEL_METRICS, *FLOAT_METRICS)
 UNITS = {"top1": "%", "top5": "%", "sqnr": "dB", "psnr": "dB", "mse": "", "cosine": ""}
 
 
+def written(metric: str, value: float | None, signed: bool = False) -> str:
+    """Write a figure of a metric for people: per cent and dB with two decimals, others with six digits; nothing for None."""
+    form = f"{'+' if signed else ''}{'.2f' if UNITS.get(metric) else '.6g'}"
+    return "" if value is None else format(value, form)
+
+
 @dataclass
 class TopK:
     """The share of samples whose label is among the k highest scores, in percent.
@@ -51,7 +57,11 @@ class TopK:
                 "choose --metric sqnr",
             )
         if labels.min() < 0 or labels.max() >= scores.shape[1]:
-            raise DataError(f"a label lies outside 0 … {scores.shape[1] - 1}", "number the classes as the model does")
+            wrong = int(labels.min() if labels.min() < 0 else labels.max())
+            raise DataError(
+                f"a label is {wrong}, and the model's classes are 0 … {scores.shape[1] - 1}",
+                "number the classes as the model does",
+            )
         best = np.argsort(-scores.astype(np.float64), axis=1, kind="stable")[:, : self.k]
         self.hits += int((best == labels[:, None]).any(axis=1).sum())
         self.samples += len(labels)

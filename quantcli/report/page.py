@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from quantcli.documents import finite
+from quantcli.evaluation.metrics import written
 from quantcli.report.charts import channels_chart, histogram_chart, layers_chart
 
 if TYPE_CHECKING:
@@ -56,8 +57,10 @@ def page(found: Figures) -> bytes:
 def tiles(found: Figures) -> list[tuple[str, str, str]]:
     """Return the figures that stand on top: what, how much, beside what."""
     evaluation, sidecar = found.evaluation, found.sidecar
-    drop = "" if evaluation.drop is None else f"float {evaluation.reference:.2f}, drop {evaluation.drop:+.2f}"
-    rows = [(evaluation.metric, f"{evaluation.quantized:.2f}", drop)]
+    metric, drop = evaluation.metric, ""
+    if evaluation.drop is not None:
+        drop = f"float {written(metric, evaluation.reference)}, drop {written(metric, evaluation.drop, signed=True)}"
+    rows = [(metric, written(metric, evaluation.quantized), drop)]
     if evaluation.reference_size:
         share = evaluation.size / evaluation.reference_size
         rows.append(("size", f"{share:.0%}", f"{evaluation.size:,} of {evaluation.reference_size:,} bytes"))

@@ -475,7 +475,7 @@ def test_labels_stand_beside_lists_functions_and_test_data(tmp_path: Path, modul
         assert dataset.labels is not None
         assert dataset.labels.tolist() == [0, 2, 4, 6, 8, 10, 12]
     np.save(tmp_path / "l.npy", np.arange(3))
-    with pytest.raises(DataError, match="7 samples and .*l.npy has 3 labels"):
+    with pytest.raises(DataError, match=r"7 samples and .*l\.npy has 3 labels"):
         open_dataset(tmp_path / "sets", [X], labels=labels)
     assert module
 
