@@ -86,7 +86,10 @@ ORDER = [
 ]
 HEAVY = {"torch", "onnxruntime", "ray"}
 # Rooms for PyTorch alone; who enters them imports them where a torch model is handled.
-TORCH_ROOMS = {"quantcli.tune.adaround", "quantcli.write.torch_operators", "quantcli.write.torch_pt2", "quantcli.torch"}
+TORCH_WRITERS = {
+    f"quantcli.write.torch_{name}" for name in ("call", "functions", "layers", "moves", "operators", "pt2")
+}
+TORCH_ROOMS = {"quantcli.tune.adaround", "quantcli.torch"} | TORCH_WRITERS
 DRAWERS = {"utils", "util", "common", "helpers", "helper", "base", "core", "manager", "misc"}
 
 

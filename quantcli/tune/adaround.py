@@ -26,7 +26,8 @@ from quantcli.plan import make_plan, unresolvable
 from quantcli.recipe import resolve_target
 from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.vary import varied
-from quantcli.write.torch_operators import Stored, computed, operators
+from quantcli.write.torch_call import Stored
+from quantcli.write.torch_operators import computed, operators
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

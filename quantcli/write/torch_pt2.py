@@ -22,7 +22,8 @@ from calibration.hooks.torch import register_operators
 from quantcli.errors import OutputError
 from quantcli.load.exporter import quiet, reason
 from quantcli.load.torch import ROWS
-from quantcli.write.torch_operators import Stored, computed, operators
+from quantcli.write.torch_call import Stored
+from quantcli.write.torch_operators import computed, operators
 
 if TYPE_CHECKING:
     import onnx_ir as ir
