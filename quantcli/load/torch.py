@@ -24,6 +24,7 @@ from quantcli.load import Opening, trust
 from quantcli.load.exporter import causes, expressed, quiet, reason, where
 from quantcli.load.learned import learned_of
 from quantcli.load.onnx import as_arrays
+from quantcli.load.training import check_evaluating
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -96,10 +97,11 @@ def opened(path: Path, program: Any, names: Sequence[str] | None = None, sources
     """Return a program with its ONNX form.
 
     Raises:
-        ModelError: If the exporter cannot express it in ONNX.
+        ModelError: If it is in training mode, or the exporter cannot express it in ONNX.
     """
     import onnx
 
+    check_evaluating(program, path)
     data = expressed(program, names, path)
     graph = ir.from_proto(onnx.load_from_string(data))
     as_arrays(graph, len(data))
