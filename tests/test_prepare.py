@@ -291,6 +291,33 @@ def test_a_frozen_model_gives_what_it_gave_and_learns_no_more(scheme: str) -> No
     assert not any(quantizer.hi.requires_grad for _, quantizer in named_quantizers(frozen))
 
 
+class Tied(nn.Module):
+    """An embedding and two layers that share one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.wide, self.narrow = nn.Embedding(6, 8), nn.Linear(8, 6), nn.Linear(8, 6)
+        self.wide.weight = self.narrow.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        found: torch.Tensor = self.wide(x) + self.narrow(x)
+        return found
+
+
+@pytest.mark.parametrize("scheme", ["affine", "dorefa"])
+def test_freezing_leaves_shared_weights_to_the_others(scheme: str) -> None:
+    torch.manual_seed(0)
+    tokens = torch.arange(6).reshape(2, 3)
+    prepared = qt.calibrate(qt.prepare(Tied(), weight_bits=4, scheme=scheme), [tokens])
+    with torch.no_grad():
+        before = prepared.eval()(tokens)
+        table = prepared.get_parameter("embedding.weight").clone()
+        assert torch.equal(qt.freeze(prepared)(tokens), before)
+    assert torch.equal(prepared.get_parameter("embedding.weight"), table)
+    assert len(torch.unique(prepared.get_parameter("wide.weight")[0])) < 8
+
+
 def test_training_recovers_what_narrow_grids_lose() -> None:
     torch.manual_seed(0)
     teacher = nn.Sequential(

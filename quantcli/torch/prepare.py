@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -280,7 +281,7 @@ def freeze(model: nn.Module) -> nn.Module:
         model: A prepared model; it is changed, and left in evaluation mode.
 
     Returns:
-        The same model. It gives what it gave before, in evaluation mode.
+        The same model. It gives what it gave before, in evaluation mode: a weight that several modules share becomes a layer's own.
 
     Raises:
         PlanError: If a quantizer has no range.
@@ -290,8 +291,11 @@ def freeze(model: nn.Module) -> nn.Module:
             raise PlanError(f"'{name}' has no range yet", "calibrate the prepared model first")
         module.lo.requires_grad_(False)
         module.hi.requires_grad_(False)
+    owners = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     for layer in model.modules():
         if isinstance(layer, Quantizing) and isinstance(layer.weight_quantizer, WeightQuantizer):
+            if owners[id(layer.weight)] > 1:  # the others read it as it is
+                layer.weight = nn.Parameter(layer.weight.detach().clone(), layer.weight.requires_grad)
             with torch.no_grad():
                 layer.weight.copy_(layer.weight_quantizer(layer.weight))
             layer.weight_quantizer.already = True
