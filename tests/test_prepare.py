@@ -406,6 +406,31 @@ def test_a_residual_is_not_narrowed_for_the_layer_beside_it(tmp_path: Path) -> N
     assert all(done.plan.tensors[layer.inputs[0]].integer.bits == 4 for layer in convs)
 
 
+class Twice(nn.Module):
+    """A layer that is called twice, and one whose name is that of the function that the others call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.linear = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.shared(torch.relu(self.shared(x)))
+        found: torch.Tensor = self.linear(torch.relu(x))
+        return found
+
+
+@pytest.mark.parametrize("shape", [(16, 8), (16, 3, 8)])
+def test_every_call_of_a_layer_keeps_what_it_learned(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(1)
+    x = torch.from_numpy(normal(*shape, seed=3))
+    recipe = Recipe(layers=Layers(exclude=("linear",)))
+    prepared = qt.calibrate(qt.prepare(Twice().eval(), recipe, activation_bits=4), [x])
+    done = qt.convert(prepared, tmp_path / "q.onnx", [x])
+    products = [layer for layer in done.plan.layers if layer.operator in {"Gemm", "MatMul"}]
+    assert [done.plan.tensors[layer.inputs[0]].integer.bits for layer in products] == [4, 4]
+    assert [f.operator for f in done.plan.floats if f.operator in {"Gemm", "MatMul"}] == [products[0].operator]
+
+
 def test_what_was_not_prepared_stays_float(tmp_path: Path) -> None:
     recipe = Recipe(layers=Layers(exclude=("stem.*", "head")))
     prepared = qt.calibrate(qt.prepare(network(), recipe), BATCHES)
