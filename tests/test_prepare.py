@@ -104,6 +104,36 @@ def test_pytorchs_own_sum_is_swapped() -> None:
     assert prepared(BATCHES[0]).shape == (8, 3, 8, 4)
 
 
+class Functions(nn.Module):
+    """Everything that PyTorch's FloatFunctional computes; one of them only multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        kind = pytest.importorskip("torch.ao.nn.quantized").FloatFunctional
+        self.fc, self.all, self.product = nn.Linear(8, 8), kind(), kind()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc(x)
+        y = self.all.cat([self.all.add_relu(x, y), self.all.mul_scalar(y, 0.5), self.all.add_scalar(x, 0.5)], dim=2)
+        y = self.all.matmul(y, y.transpose(2, 3))
+        found: torch.Tensor = self.product.mul(y, y)
+        return found
+
+
+@pytest.mark.parametrize("scheme", ["affine", "dorefa"])
+def test_pytorchs_other_functions_are_kept(tmp_path: Path, scheme: str) -> None:
+    torch.manual_seed(0)
+    model = Functions().eval()
+    passing = qt.prepare(model, weight_bits=32, activation_bits=32)
+    prepared = qt.freeze(qt.calibrate(qt.prepare(model, scheme=scheme), BATCHES))
+    done = qt.convert(prepared, tmp_path / "q.onnx", BATCHES)
+    with torch.no_grad():
+        assert torch.equal(passing(BATCHES[0]), model(BATCHES[0]))
+        expected, found = prepared(BATCHES[0]), outputs(done.model, BATCHES[0])
+    error = (found - expected).square().sum() / expected.square().sum()
+    assert error < {"affine": 1e-3, "dorefa": 0.1}[scheme]
+
+
 @pytest.mark.parametrize("bits", [1, 0, -1, 17, 31, 33])
 @pytest.mark.parametrize("what", ["weight_bits", "activation_bits"])
 def test_widths_that_cannot_be_made_are_refused(bits: int, what: str) -> None:

@@ -48,6 +48,7 @@ class LearnedLayer:
         largest: The largest magnitude of each of the weight's output channels.
         bits: The width of the weight's grid.
         prepared: Whether it was prepared at all; a layer that was not stays float.
+        spare: Whether it may have no node: it may do other things than what is quantized.
     """
 
     name: str
@@ -56,6 +57,7 @@ class LearnedLayer:
     largest: NDArray[np.float64] | None = None
     bits: int | None = None
     prepared: bool = True
+    spare: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +108,7 @@ def learned_of(graph: ir.Graph, layers: Sequence[LearnedLayer]) -> Learned:
     standing = nodes_by_scope(graph)
     for layer in layers:
         nodes = nodes_of(graph, layer, standing)
-        if not nodes and layer.prepared:
+        if not nodes and layer.prepared and not layer.spare:
             raise ModelError(
                 f"the exporter left no trace of the prepared layer '{layer.name}'", "exclude it from prepare"
             )

@@ -10,7 +10,7 @@ from torch import nn
 
 from quantcli.errors import PlanError
 from quantcli.load.learned import WHOLE, LearnedLayer, LearnedOperand
-from quantcli.torch.layers import TWINS, Clamped, QuantAdd, Quantizing, Sum, channel_axis, float_of
+from quantcli.torch.layers import TWINS, Clamped, QuantAdd, QuantFunctional, Quantizing, Sum, channel_axis, float_of
 from quantcli.torch.quantizers import ActivationQuantizer, DorefaActivation, WeightQuantizer
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ def floated(model: nn.Module) -> tuple[nn.Module, tuple[LearnedLayer, ...]]:
             both = layer.first_quantizer, layer.second_quantizer
             factor = float(getattr(both[0], "factor", 1.0))
             setattr(parent, last, Sum((clamp_of(both[0]), clamp_of(both[1])), factor))
-            learned.append(LearnedLayer(name, tuple(learned_operand(name, q) for q in both)))
+            spare = isinstance(layer, QuantFunctional)
+            operands = tuple(learned_operand(name, quantizer, spare) for quantizer in both)
+            learned.append(LearnedLayer(name, operands, spare=spare))
         elif type(layer) in TWINS:
             learned.append(LearnedLayer(name, (), prepared=False))
     return made, tuple(learned)
@@ -64,13 +66,15 @@ def clamp_of(quantizer: Any) -> tuple[float, float] | None:
     return None
 
 
-def learned_operand(name: str, quantizer: Any) -> LearnedOperand | None:
-    """Return what a quantizer of activations has learned; None for one that passes them through.
+def learned_operand(name: str, quantizer: Any, spare: bool = False) -> LearnedOperand | None:
+    """Return what a quantizer of activations has learned; None for one that passes them through, or may have learned nothing.
 
     Raises:
         PlanError: If it has no range.
     """
     if not isinstance(quantizer, (ActivationQuantizer, DorefaActivation)):
+        return None
+    if spare and not quantizer.ready:
         return None
     if not quantizer.ready:
         raise PlanError(f"'{name}' has no range yet", "calibrate the prepared model first")

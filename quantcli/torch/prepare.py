@@ -17,7 +17,16 @@ from calibration.ranges import Grid, observer_for, parse_range, range_of
 from quantcli.arithmetic.affine import IntegerType
 from quantcli.errors import PlanError, UsageError
 from quantcli.recipe import Recipe, resolve_target
-from quantcli.torch.layers import TWINS, QuantAdd, Quantizing, addition_modules, channel_axis, twin_of
+from quantcli.torch.layers import (
+    TWINS,
+    Add,
+    QuantAdd,
+    QuantFunctional,
+    Quantizing,
+    addition_modules,
+    channel_axis,
+    twin_of,
+)
 from quantcli.torch.quantizers import (
     PASSES,
     ActivationQuantizer,
@@ -134,7 +143,8 @@ class Making:
     def twin(self, layer: nn.Module) -> nn.Module:
         """Return the twin of a layer."""
         if type(layer) in addition_modules():
-            return QuantAdd(self.activation(), self.activation())
+            kind = QuantAdd if isinstance(layer, Add) else QuantFunctional
+            return kind(self.activation(), self.activation())
         return twin_of(layer, self.activation(), self.weight(layer))
 
     def activation(self) -> nn.Module:
@@ -159,6 +169,12 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, ActivationQuantizer):
             yield name, module
+
+
+def spare_quantizers(model: nn.Module) -> set[nn.Module]:
+    """Return the quantizers that nothing may reach: those of modules that may do other things than add."""
+    sums = [module for module in model.modules() if isinstance(module, QuantFunctional)]
+    return {quantizer for module in sums for quantizer in (module.first_quantizer, module.second_quantizer)}
 
 
 def calibrate(model: nn.Module, loader: Iterable[Any], recipe: Recipe | None = None) -> nn.Module:
@@ -205,7 +221,10 @@ def calibrate(model: nn.Module, loader: Iterable[Any], recipe: Recipe | None = N
                 module.training = mode
     if not count:
         raise DataError("the loader yields no batch", "give at least one")
+    spare = spare_quantizers(model)
     for name, module in quantizers(model):
+        if name not in seen and module in spare:
+            continue
         if name not in seen:
             raise PlanError(f"the data does not reach '{name}'", "exclude its layer, or give data that reaches it")
         if (histogram := seen[name].histogram) is not None:
@@ -286,8 +305,9 @@ def freeze(model: nn.Module) -> nn.Module:
     Raises:
         PlanError: If a quantizer has no range.
     """
+    spare = spare_quantizers(model)
     for name, module in quantizers(model):
-        if not module.ready:
+        if not module.ready and module not in spare:
             raise PlanError(f"'{name}' has no range yet", "calibrate the prepared model first")
         module.lo.requires_grad_(False)
         module.hi.requires_grad_(False)
