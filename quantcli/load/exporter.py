@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from quantcli.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
+
+    import onnx_ir as ir
 
 # The exporter writes this operator set; naming it keeps the output the same when torch changes its default.
 OPSET = 20
@@ -54,13 +56,46 @@ def onnx_of(program: Any, names: Sequence[str] | None) -> bytes:
             dynamo=True,
             verbose=False,
             opset_version=OPSET,
-            input_names=list(names) if names else None,
-            output_names=output_names(program),
         )
         if found is None:
             raise RuntimeError("the exporter gave no model")
+        name_ends(found.model.graph, names or program.graph_signature.user_inputs, output_names(program))
         data: bytes = found.model_proto.SerializeToString(deterministic=True)
         return data
+
+
+def name_ends(graph: ir.Graph, inputs: Sequence[Any], outputs: Sequence[str] | None) -> None:
+    """Give a graph's inputs and outputs their names; values inside that bear one of them get others.
+
+    An output that is called like an input or a weight gets another name, too.
+
+    Args:
+        graph: The graph.
+        inputs: What its inputs are to be called.
+        outputs: What its outputs are to be called; None to leave them as they are.
+    """
+    named = list(map(str, inputs)) if len(inputs) == len(graph.inputs) else [str(value.name) for value in graph.inputs]
+    taken = {*named, *graph.initializers}
+    wanted = outputs if outputs and len(outputs) == len(graph.outputs) else [str(v.name) for v in graph.outputs]
+    for name in wanted:
+        named.append(free_name(name, "output", taken))
+        taken.add(named[-1])
+    ends = dict(zip([*graph.inputs, *graph.outputs], named, strict=True))
+    inner = [value for node in graph.all_nodes() for value in node.outputs if value not in ends]
+    taken.update(str(value.name) for value in inner)
+    for value in inner:
+        if value.name in named:
+            value.name = free_name(value.name, "inner", taken)
+            taken.add(value.name)
+    for value, name in ends.items():
+        value.name = name
+
+
+def free_name(name: str, what: str, taken: Collection[str]) -> str:
+    """Return a name that is not taken."""
+    while name in taken:
+        name = f"{name}_{what}"
+    return name
 
 
 def output_names(program: Any) -> list[str] | None:

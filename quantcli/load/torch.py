@@ -52,7 +52,7 @@ class Opened:
         exported: Its ONNX form, as bytes.
         program: The exported program (`torch.export.ExportedProgram`).
         sources: The files besides its own that say what it is: the factory's source.
-        aliases: The program's own names of inputs and outputs that the graph calls otherwise.
+        aliases: The program's own names of the outputs that the graph calls otherwise, and of all inputs.
         learned: What a prepared model has learned; None of any other.
     """
 
@@ -109,13 +109,13 @@ def opened(path: Path, program: Any, names: Sequence[str] | None = None, sources
 
 
 def aliases_of(program: Any, graph: ir.Model) -> dict[str, str]:
-    """Return a program's own names of the inputs and outputs that its ONNX form calls otherwise."""
+    """Return a program's own names of the outputs that its ONNX form calls otherwise, and of all inputs."""
     signature = program.graph_signature
-    pairs = [
-        *zip(graph.graph.inputs, signature.user_inputs, strict=False),
-        *zip(graph.graph.outputs, signature.user_outputs, strict=False),
-    ]
-    return {str(value.name): node for value, node in pairs if isinstance(node, str) and value.name != node}
+    outputs = zip(graph.graph.outputs, signature.user_outputs, strict=False)
+    inputs = zip(graph.graph.inputs, signature.user_inputs, strict=False)
+    own = {str(value.name): node for value, node in outputs if isinstance(node, str) and value.name != node}
+    # Inputs come last: one that is given out as well goes by its name as an input.
+    return {**own, **{str(value.name): node for value, node in inputs if isinstance(node, str)}}
 
 
 # ---- exported programs and TorchScript -----------------------------------------------------------------------------------------
