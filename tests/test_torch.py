@@ -187,3 +187,25 @@ def test_a_saved_program_in_training_mode_is_refused(tmp_path: Path) -> None:
     torch.export.save(torch.export.export(module, (torch.ones(2, 8),)), tmp_path / "m.pt2")
     with pytest.raises(ModelError, match=r"aten\.dropout"):
         load(tmp_path / "m.pt2")
+
+
+class Growing(nn.Module):
+    """An image that is made as large as is said, of a free batch: the sizes are computed while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.second(nn.functional.interpolate(torch.relu(self.first(x)), size=(16, 16)))
+        return found
+
+
+def test_images_resized_to_computed_sizes_are_tuned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    free = ({0: torch.export.Dim.AUTO},)
+    program = torch.export.export(Growing().eval(), (torch.ones(2, 3, 8, 8),), dynamic_shapes=free)
+    torch.export.save(program, tmp_path / "m.pt2")
+    data_for(tmp_path / "d.npz")
+    done = convert(tmp_path / "m.pt2", tmp_path / "q.onnx", data=tmp_path / "d.npz")
+    assert [layer.operator for layer in done.plan.layers] == ["Conv", "Resize", "Conv"]
+    assert not [record for record in caplog.records if "left out" in record.getMessage()]
