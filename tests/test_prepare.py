@@ -501,7 +501,8 @@ def test_a_model_that_is_not_prepared_is_tuned_as_a_file_is(tmp_path: Path) -> N
 
 def test_widths_that_do_not_fit_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     prepared = qt.calibrate(qt.prepare(network(), activation_bits=12), BATCHES)
-    with pytest.raises(PlanError, match="--activation-dtype int16"):
+    assert "activations of 12 bits do not fit uint8" in caplog.text
+    with pytest.raises(PlanError, match=r"--activation-dtype int16, in Python .*dtype=.int16"):
         qt.convert(prepared, tmp_path / "q.onnx", BATCHES)
     wide = qt.calibrate(qt.prepare(network(), weight_bits=12, activation_bits=8), BATCHES)
     qt.convert(wide, tmp_path / "q.onnx", BATCHES)
@@ -510,6 +511,16 @@ def test_widths_that_do_not_fit_are_told(tmp_path: Path, caplog: pytest.LogCaptu
     sixteen = qt.calibrate(qt.prepare(network(), recipe, activation_bits=12), BATCHES)
     done = qt.convert(sixteen, tmp_path / "q16.onnx", BATCHES, recipe)
     assert done.plan.tensors[done.plan.layers[0].inputs[0]].integer.name == "int12"
+
+
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(8, 32), (32, 8), (32, 32)])
+def test_layers_that_round_one_operand_alone_are_no_integer_layers(
+    tmp_path: Path, weight_bits: int, activation_bits: int
+) -> None:
+    x = torch.ones(4, 8)
+    model = qt.prepare(nn.Sequential(nn.Linear(8, 8)), weight_bits=weight_bits, activation_bits=activation_bits)
+    with pytest.raises(PlanError, match="weight_bits and activation_bits of 2 to 16: 32 passes through"):
+        qt.convert(qt.calibrate(model, [x]), tmp_path / "q.onnx", [x])
 
 
 def test_the_model_stays_as_it_was(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import ast
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from quantcli.errors import ModelError
+from quantcli.errors import ModelError, PlanError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -102,6 +102,7 @@ def learned_of(graph: ir.Graph, layers: Sequence[LearnedLayer]) -> Learned:
 
     Raises:
         ModelError: If a module has no node there.
+        PlanError: If every module passes its input or its weight through.
     """
     readers: dict[ir.Value, list[LearnedOperand]] = {}
     weights, floats = {}, []
@@ -122,6 +123,11 @@ def learned_of(graph: ir.Graph, layers: Sequence[LearnedLayer]) -> Learned:
                     readers.setdefault(value, []).append(operand)
             if layer.scale is not None and layer.largest is not None and layer.bits is not None:
                 weights[str(node.name)] = LearnedWeight(layer.scale, layer.largest, layer.bits)
+    if not readers:
+        raise PlanError(
+            "no prepared layer rounds both its input and its weight, and a layer that does not stays float",
+            "prepare with weight_bits and activation_bits of 2 to 16: 32 passes through",
+        )
     ranges: dict[str, tuple[float, float]] = {}
     grids: dict[str, int] = {}
     shared = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import logging
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 SCHEMES = ("affine", "dorefa")
 
@@ -109,6 +112,12 @@ class Making:
         self.per_channel = target.weight.per_channel
         self.activation_bits = check_bits(grid.bits if activation_bits is None else activation_bits, "activations")
         self.weight_bits = check_bits(target.weight.bits if weight_bits is None else weight_bits, "weights")
+        if IntegerType(target.activation.dtype).bits < self.activation_bits != PASSES:
+            logger.warning(
+                "activations of %d bits do not fit %s: convert takes them with Recipe(activation=Activation(dtype='int16'))",
+                self.activation_bits,
+                target.activation.dtype,
+            )
 
     def chosen(self, model: nn.Module) -> list[str]:
         """Return the names of the modules that are swapped.
