@@ -13,13 +13,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 
 import quantcli.torch as qt
 from calibration.errors import DataError
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe
 from quantcli.arithmetic.affine import IntegerType, affine_parameters, quantize, symmetric_parameters, symmetric_scales
-from quantcli.errors import PlanError, UsageError
+from quantcli.errors import ModelError, PlanError, UsageError
 from quantcli.load import Opening
 from quantcli.pipeline import convert
 from quantcli.recipe import Activation, Calibration, Layers
@@ -132,6 +133,41 @@ def test_pytorchs_other_functions_are_kept(tmp_path: Path, scheme: str) -> None:
         expected, found = prepared(BATCHES[0]), outputs(done.model, BATCHES[0])
     error = (found - expected).square().sum() / expected.square().sum()
     assert error < {"affine": 1e-3, "dorefa": 0.1}[scheme]
+
+
+COMPUTED: list[Callable[[nn.Module], nn.Module]] = [
+    torch.nn.utils.weight_norm,
+    torch.nn.utils.spectral_norm,
+    torch.nn.utils.parametrizations.weight_norm,
+    torch.nn.utils.parametrizations.spectral_norm,
+    lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("normed", COMPUTED)
+def test_layers_that_compute_their_weight_are_refused(normed: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), normed(nn.Linear(8, 8)))
+    with pytest.raises(ModelError, match=r"'1' computes its parameters.*remove_parametrizations"):
+        qt.prepare(model)
+    prepared = qt.prepare(model, Recipe(layers=Layers(exclude=("1",))), inplace=True)
+    assert [type(layer).__name__.startswith("Quant") for layer in prepared.children()] == [True, False]
+
+
+def test_a_parametrized_layer_that_was_left_out_stays_float(tmp_path: Path) -> None:
+    x = torch.from_numpy(normal(16, 8))
+    model = nn.Sequential(nn.Linear(8, 8), torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    prepared = qt.calibrate(qt.prepare(model, Recipe(layers=Layers(exclude=("1",)))), [x])
+    done = qt.convert(prepared, tmp_path / "q.onnx", [x])
+    assert [layer.operator for layer in done.plan.layers] == ["Gemm"]
+    assert [layer.operator for layer in done.plan.floats] == ["Gemm"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_cannot_be_copied_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), torch.nn.utils.weight_norm(nn.Linear(8, 8)))
+    with pytest.raises(ModelError, match=r"Sequential cannot be copied .*weight_norm"):
+        qt.prepare(model, Recipe(layers=Layers(exclude=("1",))))
 
 
 @pytest.mark.parametrize("bits", [1, 0, -1, 17, 31, 33])

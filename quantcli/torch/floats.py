@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from quantcli.errors import PlanError
 from quantcli.load.learned import WHOLE, LearnedLayer, LearnedOperand
-from quantcli.torch.layers import TWINS, Clamped, QuantAdd, QuantFunctional, Quantizing, Sum, channel_axis, float_of
+from quantcli.torch.layers import (
+    TWINS,
+    Clamped,
+    QuantAdd,
+    QuantFunctional,
+    Quantizing,
+    Sum,
+    channel_axis,
+    copied,
+    float_of,
+)
 from quantcli.torch.quantizers import ActivationQuantizer, DorefaActivation, WeightQuantizer
 
 if TYPE_CHECKING:
@@ -32,9 +42,10 @@ def floated(model: nn.Module) -> tuple[nn.Module, tuple[LearnedLayer, ...]]:
         model: A prepared model, frozen or not; it stays as it is.
 
     Raises:
+        ModelError: If the model cannot be copied.
         PlanError: If a quantizer has no range.
     """
-    made, learned = copy.deepcopy(model).eval(), []
+    made, learned = copied(model).eval(), []
     for name, layer in list(made.named_modules()):
         parent, last = made.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         if isinstance(layer, Quantizing):
@@ -52,7 +63,7 @@ def floated(model: nn.Module) -> tuple[nn.Module, tuple[LearnedLayer, ...]]:
             spare = isinstance(layer, QuantFunctional)
             operands = tuple(learned_operand(name, quantizer, spare) for quantizer in both)
             learned.append(LearnedLayer(name, operands, spare=spare))
-        elif type(layer) in TWINS:
+        elif type(layer) in TWINS or (isinstance(layer, tuple(TWINS)) and is_parametrized(layer)):
             learned.append(LearnedLayer(name, (), prepared=False))
     return made, tuple(learned)
 

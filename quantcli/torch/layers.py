@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
+
+from quantcli.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -179,6 +182,22 @@ TWINS: dict[type[nn.Module], type[Quantizing]] = {
     nn.ConvTranspose3d: QuantConvTranspose3d,
 }
 FLOATS = {twin: layer for layer, twin in TWINS.items()}
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a model.
+
+    Raises:
+        ModelError: If it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        what = str(error).split(". ", maxsplit=1)[0]
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied ({what})",
+            "remove weight_norm and its like from it",
+        ) from error
 
 
 def channel_axis(layer: nn.Module) -> int | None:

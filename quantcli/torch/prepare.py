@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import logging
 from collections import Counter
@@ -11,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from calibration.errors import DataError
 from calibration.observers import Counting, TensorStatistics
 from calibration.ranges import Grid, observer_for, parse_range, range_of
 from quantcli.arithmetic.affine import IntegerType
-from quantcli.errors import PlanError, UsageError
+from quantcli.errors import ModelError, PlanError, UsageError
 from quantcli.recipe import Recipe, resolve_target
 from quantcli.torch.layers import (
     TWINS,
@@ -26,6 +26,7 @@ from quantcli.torch.layers import (
     Quantizing,
     addition_modules,
     channel_axis,
+    copied,
     twin_of,
 )
 from quantcli.torch.quantizers import (
@@ -76,15 +77,18 @@ def prepare(
         The prepared model. An affine one wants `calibrate` before it runs.
 
     Raises:
+        ModelError: If a layer computes its weight (weight_norm, spectral_norm, pruning), or the model cannot be copied.
         UsageError: If a width, the scheme or a pattern has no meaning, or nothing is left to swap.
     """
     if scheme not in SCHEMES:
         raise UsageError(f"there is no scheme '{scheme}'", f"known: {', '.join(SCHEMES)}")
     making = Making(recipe or Recipe(), weight_bits, activation_bits, scheme, quant_inference)
-    prepared = model if inplace else copy.deepcopy(model)
-    chosen = making.chosen(prepared)
+    chosen = making.chosen(model)
     if not chosen:
         raise UsageError("the model holds no layer that could be prepared", "look at its modules, and at the patterns")
+    for name in chosen:
+        check_weight(model.get_submodule(name), name)
+    prepared = model if inplace else copied(model)
     places: dict[nn.Module, list[str]] = {}
     for name, module in prepared.named_modules(remove_duplicate=False):
         places.setdefault(module, []).append(name)
@@ -97,6 +101,21 @@ def prepare(
             # Its shortcut for evaluation reads the layers' weights itself, past the twins, unless it does not know the activation.
             module.activation_relu_or_gelu = 0
     return prepared
+
+
+def check_weight(layer: nn.Module, name: str) -> None:
+    """Check that a layer's weight is a parameter of its own.
+
+    Raises:
+        ModelError: If it is computed from others.
+    """
+    computed = isinstance(layer, tuple(TWINS)) and "weight" not in dict(layer.named_parameters(recurse=False))
+    if computed or is_parametrized(layer):
+        raise ModelError(
+            f"'{name}' computes its parameters from others (weight_norm, spectral_norm, pruning or another parametrization)",
+            "remove that first: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), remove_weight_norm, "
+            "remove_spectral_norm or prune.remove; or exclude the layer",
+        )
 
 
 class Making:
@@ -126,7 +145,11 @@ class Making:
             UsageError: If a pattern matches none.
         """
         kinds = (*TWINS, *addition_modules())
-        names = [name for name, module in model.named_modules() if type(module) in kinds and name]
+        names = [
+            name
+            for name, module in model.named_modules()
+            if name and (type(module) in kinds or (isinstance(module, kinds) and is_parametrized(module)))
+        ]
         if not names and type(model) in kinds:
             raise UsageError(
                 "the model is a single layer, which has no place to put its twin", "wrap it in nn.Sequential"
