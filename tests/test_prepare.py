@@ -140,7 +140,7 @@ COMPUTED: list[Callable[[nn.Module], nn.Module]] = [
     torch.nn.utils.spectral_norm,
     torch.nn.utils.parametrizations.weight_norm,
     torch.nn.utils.parametrizations.spectral_norm,
-    lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    lambda layer: prune.identity(layer, "weight"),
 ]
 
 
@@ -168,6 +168,23 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 8), torch.nn.utils.weight_norm(nn.Linear(8, 8)))
     with pytest.raises(ModelError, match=r"Sequential cannot be copied .*weight_norm"):
         qt.prepare(model, Recipe(layers=Layers(exclude=("1",))))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+def test_layers_that_are_not_float32_are_refused(kind: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(8, 8)).to(kind)
+    with pytest.raises(ModelError, match=rf"'0' is {str(kind).removeprefix('torch.')}, .*model\.float\(\)"):
+        qt.prepare(model)
+
+
+def test_models_and_data_of_other_precisions_are_refused_at_convert(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.ones(4, 8)
+    with pytest.raises(ModelError, match=r"Sequential computes in float64; .*model\.float\(\)"):
+        qt.convert(model.double(), tmp_path / "q.onnx", [x.double()])
+    with pytest.raises(DataError, match=r"bfloat16.*model\.float\(\)"):
+        qt.convert(model.bfloat16(), tmp_path / "q.onnx", [x.bfloat16()])
+    with pytest.raises(DataError, match=r"the model fails on a batch .*same dtype"):
+        qt.calibrate(qt.prepare(model.float()), [x.half()])
 
 
 @pytest.mark.parametrize("bits", [1, 0, -1, 17, 31, 33])

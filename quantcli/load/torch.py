@@ -97,11 +97,14 @@ def opened(path: Path, program: Any, names: Sequence[str] | None = None, sources
     """Return a program with its ONNX form.
 
     Raises:
-        ModelError: If it is in training mode, or the exporter cannot express it in ONNX.
+        ModelError: If it is in training mode or float64, or the exporter cannot express it in ONNX.
     """
     import onnx
+    import torch
 
     check_evaluating(program, path)
+    if {parameter.dtype for parameter in program.parameters() if parameter.is_floating_point()} == {torch.float64}:
+        raise ModelError(f"{path} computes in float64", "save it as float32: call model.float() first")
     data = expressed(program, names, path)
     graph = ir.from_proto(onnx.load_from_string(data))
     as_arrays(graph, len(data))

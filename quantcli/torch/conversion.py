@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from numpy.typing import NDArray
-    from torch import nn
+    from torch import Tensor, nn
 
     from quantcli.pipeline import Conversion
     from quantcli.recipe import Recipe
@@ -90,10 +90,27 @@ def samples_of(model: nn.Module, loader: Iterable[Any]) -> dict[str, NDArray[Any
     for batch in loader:
         arguments, keywords = arguments_of(batch)
         for name, value in {**dict(zip([first], arguments, strict=False)), **keywords}.items():
-            parts.setdefault(name, []).append(value.detach().cpu().numpy())
+            parts.setdefault(name, []).append(array_of(value))
     if not parts:
         raise DataError("the loader yields no batch", "give at least one")
     try:
         return {name: np.concatenate(values) for name, values in parts.items()}
     except ValueError as error:
         raise DataError(f"the loader's batches do not fit together ({error})", "give samples of one shape") from error
+
+
+def array_of(value: Tensor) -> NDArray[Any]:
+    """Return a tensor as an array.
+
+    Raises:
+        DataError: If arrays have no such type.
+    """
+    try:
+        found: NDArray[Any] = value.detach().cpu().numpy()
+    except TypeError as error:
+        kind = str(value.dtype).removeprefix("torch.")
+        raise DataError(
+            f"the loader yields {kind}, which cannot be saved as calibration data",
+            "convert model.float(), with float32",
+        ) from error
+    return found

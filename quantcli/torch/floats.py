@@ -63,7 +63,7 @@ def floated(model: nn.Module) -> tuple[nn.Module, tuple[LearnedLayer, ...]]:
             spare = isinstance(layer, QuantFunctional)
             operands = tuple(learned_operand(name, quantizer, spare) for quantizer in both)
             learned.append(LearnedLayer(name, operands, spare=spare))
-        elif type(layer) in TWINS or (isinstance(layer, tuple(TWINS)) and is_parametrized(layer)):
+        elif type(layer) in TWINS or (is_parametrized(layer) and isinstance(layer, tuple(TWINS))):
             learned.append(LearnedLayer(name, (), prepared=False))
     return made, tuple(learned)
 

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from calibration.errors import DataError
+from calibration.errors import DataError, ReportedError
 from calibration.observers import Counting, TensorStatistics
 from calibration.ranges import Grid, observer_for, parse_range, range_of
 from quantcli.arithmetic.affine import IntegerType
 from quantcli.errors import ModelError, PlanError, UsageError
+from quantcli.load.exporter import reason, where
 from quantcli.recipe import Recipe, resolve_target
 from quantcli.torch.layers import (
     TWINS,
@@ -104,13 +105,17 @@ def prepare(
 
 
 def check_weight(layer: nn.Module, name: str) -> None:
-    """Check that a layer's weight is a parameter of its own.
+    """Check that a layer's parameters are its own, and float32.
 
     Raises:
-        ModelError: If it is computed from others.
+        ModelError: If they are computed from others, or are not float32.
     """
-    computed = isinstance(layer, tuple(TWINS)) and "weight" not in dict(layer.named_parameters(recurse=False))
-    if computed or is_parametrized(layer):
+    own = dict(layer.named_parameters(recurse=False))
+    for parameter in own.values():
+        if parameter.dtype != torch.float32:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise ModelError(f"'{name}' is {kind}, and what is prepared is float32", "call model.float() first")
+    if is_parametrized(layer) or (isinstance(layer, tuple(TWINS)) and "weight" not in own):
         raise ModelError(
             f"'{name}' computes its parameters from others (weight_norm, spectral_norm, pruning or another parametrization)",
             "remove that first: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), remove_weight_norm, "
@@ -221,7 +226,7 @@ def calibrate(model: nn.Module, loader: Iterable[Any], recipe: Recipe | None = N
         The same model.
 
     Raises:
-        DataError: If there is no batch, or values are not finite.
+        DataError: If there is no batch, the model does not take one, or values are not finite.
         PlanError: If a quantizer is not reached.
     """
     recipe = recipe or Recipe()
@@ -300,10 +305,21 @@ class Bypass:
 
 
 def run(model: nn.Module, batch: Any) -> bool:
-    """Run a batch of a loader."""
-    with torch.no_grad():
-        arguments, keywords = arguments_of(batch)
-        model(*arguments, **keywords)
+    """Run a batch of a loader.
+
+    Raises:
+        DataError: If the model does not take it.
+    """
+    arguments, keywords = arguments_of(batch)
+    try:
+        with torch.no_grad():
+            model(*arguments, **keywords)
+    except ReportedError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"the model fails on a batch of the loader ({reason(error)}){where(error)}", "yield what its forward takes"
+        ) from error
     return True
 
 
