@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +142,7 @@ COMPUTED: list[Callable[[nn.Module], nn.Module]] = [
     torch.nn.utils.spectral_norm,
     torch.nn.utils.parametrizations.weight_norm,
     torch.nn.utils.parametrizations.spectral_norm,
-    lambda layer: prune.identity(layer, "weight"),
+    lambda layer: prune.identity(layer, "weight"),  # type: ignore[no-untyped-call]
 ]
 
 
@@ -574,6 +576,20 @@ def test_layers_that_round_one_operand_alone_are_no_integer_layers(
     model = qt.prepare(nn.Sequential(nn.Linear(8, 8)), weight_bits=weight_bits, activation_bits=activation_bits)
     with pytest.raises(PlanError, match="weight_bits and activation_bits of 2 to 16: 32 passes through"):
         qt.convert(qt.calibrate(model, [x]), tmp_path / "q.onnx", [x])
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+def test_several_threads_convert_at_once(tmp_path: Path, form: str) -> None:
+    x, streams = torch.from_numpy(normal(16, 8)), (sys.stdout, sys.stderr)
+    models = [qt.calibrate(qt.prepare(nn.Sequential(nn.Linear(8, size))), [x]) for size in (4, 5, 6)]
+
+    def converted(number: int) -> int:
+        done = qt.convert(models[number], tmp_path / f"{number}.{form}", [x])
+        return len(done.plan.layers)
+
+    with ThreadPoolExecutor(len(models)) as pool:
+        assert list(pool.map(converted, range(len(models)))) == [1, 1, 1]
+    assert (sys.stdout, sys.stderr) == streams
 
 
 def test_the_model_stays_as_it_was(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import re
+import threading
 import traceback
 import warnings
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # The exporter writes this operator set; naming it keeps the output the same when torch changes its default.
 OPSET = 20
+# Exporting replaces parts of torch and of Python's standard streams while it lasts, for all threads.
+EXPORTING = threading.RLock()
 
 
 def expressed(program: Any, names: Sequence[str] | None, path: Path) -> bytes:
@@ -166,7 +169,14 @@ def where(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the exporter's progress prints and warnings away from the user's terminal."""
+    """Keep the exporter's progress prints and warnings away from the user's terminal; one thread at a time."""
+    with EXPORTING, silenced():
+        yield
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Drop what is printed, warned of and logged by torch's exporter."""
     loggers = {name: logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._export")}
     levels = {name: found.level for name, found in loggers.items()}
     with (

@@ -12,6 +12,7 @@ import numpy as np
 
 from calibration.errors import DataError
 from quantcli.load import LoadedModel
+from quantcli.load.exporter import EXPORTING
 from quantcli.load.learned import learned_of
 from quantcli.load.torch import exported, opened
 from quantcli.pipeline import convert as convert_file
@@ -47,11 +48,12 @@ def convert(
     Raises:
         ReportedError: If the model cannot be exported or converted; nothing is written then.
     """
-    plain, layers = floated(model)
-    samples = samples_of(plain, loader)
+    samples = samples_of(model, loader)
     name = type(model).__name__
-    program = exported(plain, Path(name), tuple(samples), example=lambda _: samples)
-    made = opened(Path(name), program)
+    with EXPORTING:
+        plain, layers = floated(model)
+        program = exported(plain, Path(name), tuple(samples), example=lambda _: samples)
+        made = opened(Path(name), program)
     digest = hashlib.sha256(made.exported).hexdigest()
     learned = learned_of(made.graph.graph, layers) if any(layer.prepared for layer in layers) else None
     source = LoadedModel(
