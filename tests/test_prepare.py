@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import UserDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -189,11 +190,11 @@ def test_models_and_data_of_other_precisions_are_refused_at_convert(tmp_path: Pa
         qt.calibrate(qt.prepare(model.float()), [x.half()])
 
 
-@pytest.mark.parametrize("bits", [1, 0, -1, 17, 31, 33])
+@pytest.mark.parametrize("bits", [1, 0, -1, 17, 31, 33, 8.5, "8"])
 @pytest.mark.parametrize("what", ["weight_bits", "activation_bits"])
-def test_widths_that_cannot_be_made_are_refused(bits: int, what: str) -> None:
-    with pytest.raises(UsageError, match=f"{bits} bit"):
-        qt.prepare(network(), **{what: bits})  # type: ignore[arg-type]
+def test_widths_that_cannot_be_made_are_refused(bits: Any, what: str) -> None:
+    with pytest.raises(UsageError, match=f"{bits!r} bit"):
+        qt.prepare(network(), **{what: bits})
 
 
 def test_patterns_choose_layers() -> None:
@@ -336,6 +337,60 @@ def test_loaders_yield_tensors_tuples_and_dicts() -> None:
         qt.calibrate(qt.prepare(network()), [])
     with pytest.raises(DataError, match="yields str"):
         qt.calibrate(qt.prepare(network()), ["text"])
+
+
+class Named(nn.Module):
+    """Two inputs, one of which may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        found: torch.Tensor = self.fc(x if mask is None else x * mask)
+        return found
+
+
+def test_what_forward_does_not_take_is_left_out(tmp_path: Path) -> None:
+    x = torch.from_numpy(normal(16, 8))
+    batches = [UserDict(x=x, labels=torch.ones(16)), {"x": x, "names": ["a"] * 16}]
+    prepared = qt.calibrate(qt.prepare(Named()), batches)
+    done = qt.convert(prepared, tmp_path / "q.onnx", batches)
+    assert [spec.name for spec in Runner(done.model).inputs] == ["x"]
+
+
+X = torch.ones(4, 8)
+BATCHES_REFUSED: list[tuple[list[Any], str]] = [
+    ([{"mask": X}], "hold no 'x' .they hold mask.; name their entries after the arguments of forward: x, mask"),
+    ([{"x": X, "mask": [1]}], "'mask' of the loader's batches is of the type list"),
+    ([{"x": X, "mask": X}, {"x": X}], "yields 8 of 'x', 4 of 'mask'"),
+]
+
+
+@pytest.mark.parametrize(("batches", "message"), BATCHES_REFUSED)
+def test_batches_that_do_not_suffice_are_refused(tmp_path: Path, batches: list[Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        qt.convert(Named(), tmp_path / "q.onnx", batches)
+
+
+WRONG: list[tuple[Callable[..., Any], tuple[Any, ...], str]] = [
+    (qt.prepare, ("model.pt",), "the model is of the type str"),
+    (qt.prepare, (Named(), {"target": "tflite"}), "the recipe is of the type dict; give a quantcli.Recipe"),
+    (qt.calibrate, (qt.prepare(Named()), None), "the loader is None"),
+    (qt.calibrate, (Named(), [X]), "the model is not prepared"),
+    (qt.freeze, (Named(),), "the model is not prepared"),
+    (qt.convert, ("model.pt", "q.onnx", [X]), "the model is of the type str"),
+    (qt.convert, (Named(), None, [X]), "the output is None"),
+    (qt.to_sidecar, (Named(), 3), "the loader is of the type int"),
+]
+
+
+@pytest.mark.parametrize(("function", "arguments", "message"), WRONG)
+def test_arguments_of_other_types_are_usage_errors(
+    function: Callable[..., Any], arguments: tuple[Any, ...], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        function(*arguments)
 
 
 def named_quantizers(model: nn.Module) -> list[tuple[str, Any]]:

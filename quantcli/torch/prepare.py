@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from quantcli.arithmetic.affine import IntegerType
 from quantcli.errors import ModelError, PlanError, UsageError
 from quantcli.load.exporter import reason, where
 from quantcli.recipe import Recipe, resolve_target
+from quantcli.torch.floats import is_prepared
 from quantcli.torch.layers import (
     TWINS,
     Add,
@@ -81,6 +84,7 @@ def prepare(
         ModelError: If a layer computes its weight (weight_norm, spectral_norm, pruning), or the model cannot be copied.
         UsageError: If a width, the scheme or a pattern has no meaning, or nothing is left to swap.
     """
+    check_types(model, recipe)
     if scheme not in SCHEMES:
         raise UsageError(f"there is no scheme '{scheme}'", f"known: {', '.join(SCHEMES)}")
     making = Making(recipe or Recipe(), weight_bits, activation_bits, scheme, quant_inference)
@@ -102,6 +106,39 @@ def prepare(
             # Its shortcut for evaluation reads the layers' weights itself, past the twins, unless it does not know the activation.
             module.activation_relu_or_gelu = 0
     return prepared
+
+
+def check_types(model: Any, recipe: Any = None, loader: Any = ()) -> None:
+    """Check that arguments are of the types that they are to be of.
+
+    Raises:
+        UsageError: If one is not.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"the model is {kind_of(model)}", "give a torch.nn.Module; quantcli.convert takes files")
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise UsageError(
+            f"the recipe is {kind_of(recipe)}", "give a quantcli.Recipe; quantcli.read_recipe reads a file"
+        )
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise UsageError(f"the loader is {kind_of(loader)}", "give something that yields batches: a DataLoader, a list")
+
+
+def kind_of(thing: Any) -> str:
+    """Return what something is, for a message."""
+    return "None" if thing is None else f"of the type {type(thing).__name__}"
+
+
+def check_prepared(model: nn.Module) -> None:
+    """Check that a model holds twins.
+
+    Raises:
+        UsageError: If it holds none.
+    """
+    if not is_prepared(model):
+        raise UsageError(
+            "the model is not prepared", "give what prepare returned: without inplace=True, that is a copy"
+        )
 
 
 def check_weight(layer: nn.Module, name: str) -> None:
@@ -228,7 +265,10 @@ def calibrate(model: nn.Module, loader: Iterable[Any], recipe: Recipe | None = N
     Raises:
         DataError: If there is no batch, the model does not take one, or values are not finite.
         PlanError: If a quantizer is not reached.
+        UsageError: If the model is not prepared, or something is of another type.
     """
+    check_types(model, recipe, loader)
+    check_prepared(model)
     recipe = recipe or Recipe()
     spec = parse_range(recipe.activation.range or recipe.calibration.observer or "minmax")
     counting = Counting(recipe.calibration.observer or observer_for(spec), momentum=recipe.calibration.momentum)
@@ -310,7 +350,7 @@ def run(model: nn.Module, batch: Any) -> bool:
     Raises:
         DataError: If the model does not take it.
     """
-    arguments, keywords = arguments_of(batch)
+    arguments, keywords = taken_of(batch, model)
     try:
         with torch.no_grad():
             model(*arguments, **keywords)
@@ -323,17 +363,35 @@ def run(model: nn.Module, batch: Any) -> bool:
     return True
 
 
+def taken_of(batch: Any, model: nn.Module) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Return what a model is called with for a batch; entries that it does not take, such as labels, are left out.
+
+    Raises:
+        DataError: If the batch lacks what the model needs.
+    """
+    arguments, keywords = arguments_of(batch)
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = [p for p in parameters if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}]
+    lacking = [p.name for p in named if p.default is p.empty and p.name not in keywords]
+    if not arguments and lacking:
+        raise DataError(
+            f"the loader's batches hold no '{lacking[0]}' (they hold {', '.join(map(str, keywords)) or 'nothing'})",
+            f"name their entries after the arguments of forward: {', '.join(p.name for p in named)}",
+        )
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    names = {p.name for p in named}
+    return arguments, {name: value for name, value in keywords.items() if anything or name in names}
+
+
 def arguments_of(batch: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """Return what a loader's batch is called with: a tuple's or list's first entry, a dict by its names.
 
     Raises:
         DataError: If it is none of them.
     """
-    if isinstance(batch, dict):
-        return (), batch
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if isinstance(first, dict):
-        return (), first
+    if isinstance(first, Mapping):
+        return (), dict(first)
     if not isinstance(first, torch.Tensor):
         raise DataError(
             f"the loader yields {type(batch).__name__}", "yield tensors, tuples that begin with one, or dicts"
@@ -352,7 +410,10 @@ def freeze(model: nn.Module) -> nn.Module:
 
     Raises:
         PlanError: If a quantizer has no range.
+        UsageError: If the model is not prepared.
     """
+    check_types(model)
+    check_prepared(model)
     spare = spare_quantizers(model)
     for name, module in quantizers(model):
         if not module.ready and module not in spare:
