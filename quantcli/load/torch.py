@@ -209,7 +209,7 @@ def module_at(path: Path, opening: Opening) -> tuple[Any, tuple[Path, ...]]:
         return found.eval(), ()
     state = state_of(found)
     if state is None:
-        raise ModelError(f"{path} holds {type(found).__name__}, neither a state dict nor a module", "save one of them")
+        raise without_state(found, path)
     if opening.factory is None:
         raise UsageError(
             f"{path} is a state dict: weights without the module that they belong to",
@@ -278,6 +278,17 @@ def state_of(found: Any) -> dict[str, Any] | None:
     return next((state for state in inner if state is not None), None)
 
 
+def without_state(found: Any, path: Path) -> ModelError:
+    """Return the error for what is neither a module nor a state dict, nor holds one under a known name."""
+    if not isinstance(found, Mapping) or not found:
+        return ModelError(f"{path} holds {type(found).__name__}, neither a state dict nor a module", "save one of them")
+    likely = next((f"'{name}'" for name, value in found.items() if state_of(value) is not None), "state dict")
+    return ModelError(
+        f"{path} is a checkpoint of {shown(list(map(str, found)))}, and has no state dict under a name that is known",
+        f"save its {likely} alone, or as one of {', '.join(WRAPPINGS)}",
+    )
+
+
 def load_state(module: Any, state: dict[str, Any], path: Path) -> None:
     """Give a module its weights; what wrappers have put before their names is left out.
 
@@ -291,6 +302,7 @@ def load_state(module: Any, state: dict[str, Any], path: Path) -> None:
             break
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     counters = {name for name in wanted if name.endswith("num_batches_tracked")}
+    state = {**state, **tied_to(module, state)}
     missing, extra = sorted(wanted - set(state) - counters), sorted(set(state) - wanted)
     if missing or extra:
         parts = [f"lacks {shown(missing)}"] * bool(missing) + [f"holds {shown(extra)}, which the module lacks"] * bool(
@@ -305,6 +317,18 @@ def load_state(module: Any, state: dict[str, Any], path: Path) -> None:
                 "give the factory that these weights were trained with",
             )
     module.load_state_dict(state, strict=False)
+
+
+def tied_to(module: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the weights that a state lacks, but has under another name that the module ties them to: safetensors drops those."""
+    names: dict[int, list[str]] = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        names.setdefault(id(value), []).append(name)
+    found = {}
+    for tied in names.values():
+        held = next((name for name in tied if name in state), None)
+        found.update({name: state[held] for name in tied if held is not None and name not in state})
+    return found
 
 
 def shown(names: list[str]) -> str:
