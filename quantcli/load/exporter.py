@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
+from quantcli.probe import unused
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     import onnx_ir as ir
 
@@ -80,25 +81,15 @@ def name_ends(graph: ir.Graph, inputs: Sequence[Any], outputs: Sequence[str] | N
     named = list(map(str, inputs)) if len(inputs) == len(graph.inputs) else [str(value.name) for value in graph.inputs]
     taken = {*named, *graph.initializers}
     wanted = outputs if outputs and len(outputs) == len(graph.outputs) else [str(v.name) for v in graph.outputs]
-    for name in wanted:
-        named.append(free_name(name, "output", taken))
-        taken.add(named[-1])
+    named += [unused(f"{name}_output" if name in taken else name, taken) for name in wanted]
     ends = dict(zip([*graph.inputs, *graph.outputs], named, strict=True))
     inner = [value for node in graph.all_nodes() for value in node.outputs if value not in ends]
     taken.update(str(value.name) for value in inner)
     for value in inner:
         if value.name in named:
-            value.name = free_name(value.name, "inner", taken)
-            taken.add(value.name)
+            value.name = unused(f"{value.name}_inner", taken)
     for value, name in ends.items():
         value.name = name
-
-
-def free_name(name: str, what: str, taken: Collection[str]) -> str:
-    """Return a name that is not taken."""
-    while name in taken:
-        name = f"{name}_{what}"
-    return name
 
 
 def output_names(program: Any) -> list[str] | None:

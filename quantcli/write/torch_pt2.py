@@ -50,10 +50,10 @@ class Calling:
     @property
     def signature(self) -> inspect.Signature:
         """The arguments, as Python describes them."""
-        by_name = len(self.names) - self.inputs.child(1).num_children
+        positional = self.inputs.child(0).num_children
         kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         return inspect.Signature(
-            [inspect.Parameter(name, kinds[number >= by_name]) for number, name in enumerate(self.names)]
+            [inspect.Parameter(name, kinds[number >= positional]) for number, name in enumerate(self.names)]
         )
 
 
@@ -155,7 +155,7 @@ def write(model: ir.Model, source: Any = None) -> bytes:
         free.append({axis: torch.export.Dim.AUTO for axis, size in enumerate(shape) if not isinstance(size, int)})
     positional, keywords = pytree.tree_unflatten(examples, calling.inputs)
     axes, named_axes = pytree.tree_unflatten(free, calling.inputs)
-    shapes = dict(zip(calling.names, [*axes, *named_axes.values()], strict=True))
+    shapes = {**dict(zip(calling.names, axes, strict=False)), **named_axes}
     try:
         with quiet(), torch.no_grad():
             program = torch.export.export(network, positional, keywords, dynamic_shapes=shapes, strict=False)
