@@ -234,8 +234,8 @@ REFUSED: list[tuple[str, Opening, type[Exception], str]] = [
     ("short.pt", Opening(), ModelError, "cut short"),
     ("text.pth", Opening(), ModelError, "not what torch saves"),
     ("numbers.pt", Opening(), ModelError, "holds list"),
-    ("training.pt", BUILT, ModelError, "checkpoint of 'epoch', 'optimizer', 'weights'.*save its 'weights' alone"),
-    ("epoch.pt", BUILT, ModelError, "checkpoint of 'epoch', .*save its state dict alone, or as one of state_dict, "),
+    ("training.pt", BUILT, ModelError, "dict of 'epoch', 'optimizer', 'weights'.*save its 'weights' alone"),
+    ("epoch.pt", BUILT, ModelError, "dict of 'epoch', .*save its state dict alone, or as one of state_dict, "),
     ("double.pt2", Opening(), ModelError, "computes in float64"),
 ]
 

@@ -284,7 +284,7 @@ def without_state(found: Any, path: Path) -> ModelError:
         return ModelError(f"{path} holds {type(found).__name__}, neither a state dict nor a module", "save one of them")
     likely = next((f"'{name}'" for name, value in found.items() if state_of(value) is not None), "state dict")
     return ModelError(
-        f"{path} is a checkpoint of {shown(list(map(str, found)))}, and has no state dict under a name that is known",
+        f"{path} holds a dict of {shown(list(map(str, found)))}, neither a state dict nor a module",
         f"save its {likely} alone, or as one of {', '.join(WRAPPINGS)}",
     )
 
