@@ -183,7 +183,8 @@ def as_learned(learned: Learned, folded: ir.Model, found: Statistics, recipe: Re
     widest = max(learned.grids.values(), default=0)
     if widest > IntegerType(target.activation.dtype).bits:
         raise PlanError(
-            f"activations of {widest} bits do not fit {target.activation.dtype}", "choose --activation-dtype int16"
+            f"activations of {widest} bits do not fit {target.activation.dtype}",
+            'choose --activation-dtype int16, in Python Recipe(activation=Activation(dtype="int16"))',
         )
     placement = place(folded, recipe, unresolvable(found.tensors))
     ranges: dict[str, tuple[float, float]] = {}

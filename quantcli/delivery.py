@@ -291,10 +291,10 @@ def check_form(output: Path, form: str, recipe: Recipe) -> None:
 
 
 def as_program(model: ir.Model, source: LoadedModel) -> bytes:
-    """Return a quantized model as an exported PyTorch program, whose outputs are nested as its source's are."""
+    """Return a quantized model as an exported PyTorch program, which is called as its source is."""
     from quantcli.write import torch_pt2
 
-    return torch_pt2.write(model, source.program.call_spec.out_spec if source.program is not None else None)
+    return torch_pt2.write(model, source.program)
 
 
 def require_verified(verification: Verification) -> None:

@@ -36,6 +36,11 @@ def captured(node: ir.Node) -> list[ir.Value]:
     return list(found)
 
 
+def declared(node: ir.Node, array: NDArray[Any]) -> list[int | None]:
+    """Return the shape that an input is declared with: free, but for the rows of sizes that Resize has to know the length of."""
+    return [array.size] if node.op_type == "Resize" and array.ndim == 1 else [None] * array.ndim
+
+
 def single_node(
     node: ir.Node, given: list[NDArray[Any] | None], model: ir.Model
 ) -> Callable[[list[NDArray[Any] | None]], list[NDArray[Any]]]:
@@ -52,7 +57,7 @@ def single_node(
     }
     types = {
         str(value.name): onnx.helper.make_tensor_value_info(
-            str(value.name), int(ir.DataType.from_numpy(array.dtype)), [None] * array.ndim
+            str(value.name), int(ir.DataType.from_numpy(array.dtype)), declared(node, array)
         )
         for value, array in zip(values, given, strict=True)
         if value is not None and array is not None and str(value.name) not in held

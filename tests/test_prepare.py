@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
+from collections import UserDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 
 import quantcli.torch as qt
 from calibration.errors import DataError
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe
 from quantcli.arithmetic.affine import IntegerType, affine_parameters, quantize, symmetric_parameters, symmetric_scales
-from quantcli.errors import PlanError, UsageError
+from quantcli.errors import ModelError, PlanError, UsageError
 from quantcli.load import Opening
 from quantcli.pipeline import convert
 from quantcli.recipe import Activation, Calibration, Layers
@@ -104,11 +108,93 @@ def test_pytorchs_own_sum_is_swapped() -> None:
     assert prepared(BATCHES[0]).shape == (8, 3, 8, 4)
 
 
-@pytest.mark.parametrize("bits", [1, 0, -1, 17, 31, 33])
+class Functions(nn.Module):
+    """Everything that PyTorch's FloatFunctional computes; one of them only multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        kind = pytest.importorskip("torch.ao.nn.quantized").FloatFunctional
+        self.fc, self.all, self.product = nn.Linear(8, 8), kind(), kind()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc(x)
+        y = self.all.cat([self.all.add_relu(x, y), self.all.mul_scalar(y, 0.5), self.all.add_scalar(x, 0.5)], dim=2)
+        y = self.all.matmul(y, y.transpose(2, 3))
+        found: torch.Tensor = self.product.mul(y, y)
+        return found
+
+
+@pytest.mark.parametrize("scheme", ["affine", "dorefa"])
+def test_pytorchs_other_functions_are_kept(tmp_path: Path, scheme: str) -> None:
+    torch.manual_seed(0)
+    model = Functions().eval()
+    passing = qt.prepare(model, weight_bits=32, activation_bits=32)
+    prepared = qt.freeze(qt.calibrate(qt.prepare(model, scheme=scheme), BATCHES))
+    done = qt.convert(prepared, tmp_path / "q.onnx", BATCHES)
+    with torch.no_grad():
+        assert torch.equal(passing(BATCHES[0]), model(BATCHES[0]))
+        expected, found = prepared(BATCHES[0]), outputs(done.model, BATCHES[0])
+    error = (found - expected).square().sum() / expected.square().sum()
+    assert error < {"affine": 1e-3, "dorefa": 0.1}[scheme]
+
+
+COMPUTED: list[Callable[[nn.Module], nn.Module]] = [
+    torch.nn.utils.weight_norm,
+    torch.nn.utils.spectral_norm,
+    torch.nn.utils.parametrizations.weight_norm,
+    torch.nn.utils.parametrizations.spectral_norm,
+    lambda layer: prune.identity(layer, "weight"),  # type: ignore[no-untyped-call]
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("normed", COMPUTED)
+def test_layers_that_compute_their_weight_are_refused(normed: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), normed(nn.Linear(8, 8)))
+    with pytest.raises(ModelError, match=r"'1' computes its parameters.*remove_parametrizations"):
+        qt.prepare(model)
+    prepared = qt.prepare(model, Recipe(layers=Layers(exclude=("1",))), inplace=True)
+    assert [type(layer).__name__.startswith("Quant") for layer in prepared.children()] == [True, False]
+
+
+def test_a_parametrized_layer_that_was_left_out_stays_float(tmp_path: Path) -> None:
+    x = torch.from_numpy(normal(16, 8))
+    model = nn.Sequential(nn.Linear(8, 8), torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    prepared = qt.calibrate(qt.prepare(model, Recipe(layers=Layers(exclude=("1",)))), [x])
+    done = qt.convert(prepared, tmp_path / "q.onnx", [x])
+    assert [layer.operator for layer in done.plan.layers] == ["Gemm"]
+    assert [layer.operator for layer in done.plan.floats] == ["Gemm"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_cannot_be_copied_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), torch.nn.utils.weight_norm(nn.Linear(8, 8)))
+    with pytest.raises(ModelError, match=r"Sequential cannot be copied .*weight_norm"):
+        qt.prepare(model, Recipe(layers=Layers(exclude=("1",))))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+def test_layers_that_are_not_float32_are_refused(kind: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(8, 8)).to(kind)
+    with pytest.raises(ModelError, match=rf"'0' is {str(kind).removeprefix('torch.')}, .*model\.float\(\)"):
+        qt.prepare(model)
+
+
+def test_models_and_data_of_other_precisions_are_refused_at_convert(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.ones(4, 8)
+    with pytest.raises(ModelError, match=r"Sequential computes in float64; .*model\.float\(\)"):
+        qt.convert(model.double(), tmp_path / "q.onnx", [x.double()])
+    with pytest.raises(DataError, match=r"bfloat16.*model\.float\(\)"):
+        qt.convert(model.bfloat16(), tmp_path / "q.onnx", [x.bfloat16()])
+    with pytest.raises(DataError, match=r"the model fails on a batch .*same dtype"):
+        qt.calibrate(qt.prepare(model.float()), [x.half()])
+
+
+@pytest.mark.parametrize("bits", [1, 0, -1, 17, 31, 33, 8.5, "8"])
 @pytest.mark.parametrize("what", ["weight_bits", "activation_bits"])
-def test_widths_that_cannot_be_made_are_refused(bits: int, what: str) -> None:
-    with pytest.raises(UsageError, match=f"{bits} bit"):
-        qt.prepare(network(), **{what: bits})  # type: ignore[arg-type]
+def test_widths_that_cannot_be_made_are_refused(bits: Any, what: str) -> None:
+    with pytest.raises(UsageError, match=f"{bits!r} bit"):
+        qt.prepare(network(), **{what: bits})
 
 
 def test_patterns_choose_layers() -> None:
@@ -253,6 +339,60 @@ def test_loaders_yield_tensors_tuples_and_dicts() -> None:
         qt.calibrate(qt.prepare(network()), ["text"])
 
 
+class Named(nn.Module):
+    """Two inputs, one of which may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        found: torch.Tensor = self.fc(x if mask is None else x * mask)
+        return found
+
+
+def test_what_forward_does_not_take_is_left_out(tmp_path: Path) -> None:
+    x = torch.from_numpy(normal(16, 8))
+    batches = [UserDict(x=x, labels=torch.ones(16)), {"x": x, "names": ["a"] * 16}]
+    prepared = qt.calibrate(qt.prepare(Named()), batches)
+    done = qt.convert(prepared, tmp_path / "q.onnx", batches)
+    assert [spec.name for spec in Runner(done.model).inputs] == ["x"]
+
+
+X = torch.ones(4, 8)
+BATCHES_REFUSED: list[tuple[list[Any], str]] = [
+    ([{"mask": X}], "hold no 'x' .they hold mask.; name their entries after the arguments of forward: x, mask"),
+    ([{"x": X, "mask": [1]}], "'mask' of the loader's batches is of the type list"),
+    ([{"x": X, "mask": X}, {"x": X}], "yields 8 of 'x', 4 of 'mask'"),
+]
+
+
+@pytest.mark.parametrize(("batches", "message"), BATCHES_REFUSED)
+def test_batches_that_do_not_suffice_are_refused(tmp_path: Path, batches: list[Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        qt.convert(Named(), tmp_path / "q.onnx", batches)
+
+
+WRONG: list[tuple[Callable[..., Any], tuple[Any, ...], str]] = [
+    (qt.prepare, ("model.pt",), "the model is of the type str"),
+    (qt.prepare, (Named(), {"target": "tflite"}), "the recipe is of the type dict; give a quantcli.Recipe"),
+    (qt.calibrate, (qt.prepare(Named()), None), "the loader is None"),
+    (qt.calibrate, (Named(), [X]), "the model is not prepared"),
+    (qt.freeze, (Named(),), "the model is not prepared"),
+    (qt.convert, ("model.pt", "q.onnx", [X]), "the model is of the type str"),
+    (qt.convert, (Named(), None, [X]), "the output is None"),
+    (qt.to_sidecar, (Named(), 3), "the loader is of the type int"),
+]
+
+
+@pytest.mark.parametrize(("function", "arguments", "message"), WRONG)
+def test_arguments_of_other_types_are_usage_errors(
+    function: Callable[..., Any], arguments: tuple[Any, ...], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        function(*arguments)
+
+
 def named_quantizers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, qt.ActivationQuantizer)]
 
@@ -289,6 +429,33 @@ def test_a_frozen_model_gives_what_it_gave_and_learns_no_more(scheme: str) -> No
     weight = frozen.get_parameter("head.weight").detach()
     assert len(torch.unique(weight[0])) <= 16
     assert not any(quantizer.hi.requires_grad for _, quantizer in named_quantizers(frozen))
+
+
+class Tied(nn.Module):
+    """An embedding and two layers that share one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.wide, self.narrow = nn.Embedding(6, 8), nn.Linear(8, 6), nn.Linear(8, 6)
+        self.wide.weight = self.narrow.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        found: torch.Tensor = self.wide(x) + self.narrow(x)
+        return found
+
+
+@pytest.mark.parametrize("scheme", ["affine", "dorefa"])
+def test_freezing_leaves_shared_weights_to_the_others(scheme: str) -> None:
+    torch.manual_seed(0)
+    tokens = torch.arange(6).reshape(2, 3)
+    prepared = qt.calibrate(qt.prepare(Tied(), weight_bits=4, scheme=scheme), [tokens])
+    with torch.no_grad():
+        before = prepared.eval()(tokens)
+        table = prepared.get_parameter("embedding.weight").clone()
+        assert torch.equal(qt.freeze(prepared)(tokens), before)
+    assert torch.equal(prepared.get_parameter("embedding.weight"), table)
+    assert len(torch.unique(prepared.get_parameter("wide.weight")[0])) < 8
 
 
 def test_training_recovers_what_narrow_grids_lose() -> None:
@@ -379,6 +546,31 @@ def test_a_residual_is_not_narrowed_for_the_layer_beside_it(tmp_path: Path) -> N
     assert all(done.plan.tensors[layer.inputs[0]].integer.bits == 4 for layer in convs)
 
 
+class Twice(nn.Module):
+    """A layer that is called twice, and one whose name is that of the function that the others call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.linear = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.shared(torch.relu(self.shared(x)))
+        found: torch.Tensor = self.linear(torch.relu(x))
+        return found
+
+
+@pytest.mark.parametrize("shape", [(16, 8), (16, 3, 8)])
+def test_every_call_of_a_layer_keeps_what_it_learned(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(1)
+    x = torch.from_numpy(normal(*shape, seed=3))
+    recipe = Recipe(layers=Layers(exclude=("linear",)))
+    prepared = qt.calibrate(qt.prepare(Twice().eval(), recipe, activation_bits=4), [x])
+    done = qt.convert(prepared, tmp_path / "q.onnx", [x])
+    products = [layer for layer in done.plan.layers if layer.operator in {"Gemm", "MatMul"}]
+    assert [done.plan.tensors[layer.inputs[0]].integer.bits for layer in products] == [4, 4]
+    assert [f.operator for f in done.plan.floats if f.operator in {"Gemm", "MatMul"}] == [products[0].operator]
+
+
 def test_what_was_not_prepared_stays_float(tmp_path: Path) -> None:
     recipe = Recipe(layers=Layers(exclude=("stem.*", "head")))
     prepared = qt.calibrate(qt.prepare(network(), recipe), BATCHES)
@@ -419,7 +611,8 @@ def test_a_model_that_is_not_prepared_is_tuned_as_a_file_is(tmp_path: Path) -> N
 
 def test_widths_that_do_not_fit_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     prepared = qt.calibrate(qt.prepare(network(), activation_bits=12), BATCHES)
-    with pytest.raises(PlanError, match="--activation-dtype int16"):
+    assert "activations of 12 bits do not fit uint8" in caplog.text
+    with pytest.raises(PlanError, match=r"--activation-dtype int16, in Python .*dtype=.int16"):
         qt.convert(prepared, tmp_path / "q.onnx", BATCHES)
     wide = qt.calibrate(qt.prepare(network(), weight_bits=12, activation_bits=8), BATCHES)
     qt.convert(wide, tmp_path / "q.onnx", BATCHES)
@@ -428,6 +621,30 @@ def test_widths_that_do_not_fit_are_told(tmp_path: Path, caplog: pytest.LogCaptu
     sixteen = qt.calibrate(qt.prepare(network(), recipe, activation_bits=12), BATCHES)
     done = qt.convert(sixteen, tmp_path / "q16.onnx", BATCHES, recipe)
     assert done.plan.tensors[done.plan.layers[0].inputs[0]].integer.name == "int12"
+
+
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(8, 32), (32, 8), (32, 32)])
+def test_layers_that_round_one_operand_alone_are_no_integer_layers(
+    tmp_path: Path, weight_bits: int, activation_bits: int
+) -> None:
+    x = torch.ones(4, 8)
+    model = qt.prepare(nn.Sequential(nn.Linear(8, 8)), weight_bits=weight_bits, activation_bits=activation_bits)
+    with pytest.raises(PlanError, match="weight_bits and activation_bits of 2 to 16: 32 passes through"):
+        qt.convert(qt.calibrate(model, [x]), tmp_path / "q.onnx", [x])
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+def test_several_threads_convert_at_once(tmp_path: Path, form: str) -> None:
+    x, streams = torch.from_numpy(normal(16, 8)), (sys.stdout, sys.stderr)
+    models = [qt.calibrate(qt.prepare(nn.Sequential(nn.Linear(8, size))), [x]) for size in (4, 5, 6)]
+
+    def converted(number: int) -> int:
+        done = qt.convert(models[number], tmp_path / f"{number}.{form}", [x])
+        return len(done.plan.layers)
+
+    with ThreadPoolExecutor(len(models)) as pool:
+        assert list(pool.map(converted, range(len(models)))) == [1, 1, 1]
+    assert (sys.stdout, sys.stderr) == streams
 
 
 def test_the_model_stays_as_it_was(tmp_path: Path) -> None:

@@ -22,8 +22,10 @@ from quantcli import Recipe, convert, evaluate
 from quantcli.cli import run
 from quantcli.errors import OutputError, UsageError
 from quantcli.fold import fold
-from quantcli.load import Opening
-from quantcli.pipeline import verify
+from quantcli.load import Opening, load
+from quantcli.load.torch import program_at
+from quantcli.observation import Run
+from quantcli.pipeline import calibrate, verify
 from quantcli.recipe import Tune
 from quantcli.write.torch_operators import operators
 from quantcli.write.torch_pt2 import Network, write
@@ -172,9 +174,59 @@ def test_outputs_are_nested_as_the_source_nests_them(tmp_path: Path) -> None:
     opening = Opening(trusted=True)
     convert(tmp_path / "m.pt", tmp_path / "q.pt2", data=tmp_path / "d.npz", recipe=FAST, opening=opening)
     module = torch.export.load(tmp_path / "q.pt2").module()
-    found = module(torch.ones(3, 8), torch.ones(3, 5))
+    found = module(torch.ones(3, 8), rows=torch.ones(3, 5))
     assert set(found) == {"logits", "sum"}
     assert found["logits"].shape == (3, 4)
+
+
+class Nested(nn.Module):
+    """Inputs in a tuple and a dict and by name; one is given out, and outputs are called like an input and like what is inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(
+        self, x: torch.Tensor, pair: tuple[torch.Tensor, dict[str, torch.Tensor]], *, mask: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        y = torch.relu(self.first(x) + pair[0] + pair[1]["more"]) * mask
+        return {"linear": self.second(y), "x": x}
+
+
+@pytest.fixture(scope="module")
+def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program of nested inputs, and data beside it."""
+    folder = tmp_path_factory.mktemp("nested")
+    x, first, more, mask = (torch.from_numpy(normal(4, 8, seed=seed)) for seed in range(4))
+    rows = {0: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(
+        Nested().eval(),
+        (x, (first, {"more": more})),
+        {"mask": mask},
+        dynamic_shapes={"x": rows, "pair": (rows, {"more": rows}), "mask": rows},
+    )
+    torch.export.save(program, folder / "m.pt2")
+    np.savez(folder / "d.npz", **dict(zip(program.graph_signature.user_inputs, normal(4, 16, 8), strict=True)))
+    return folder
+
+
+def test_inputs_are_nested_as_the_source_nests_them(nested: Path, tmp_path: Path) -> None:
+    convert(nested / "m.pt2", tmp_path / "q.pt2", data=nested / "d.npz", recipe=FAST)
+    program = program_at(tmp_path / "q.pt2")
+    assert program.graph_signature.user_inputs == ("x", "pair_0", "pair_1_more", "mask")
+    x, first, more, mask = torch.from_numpy(normal(4, 3, 8, seed=5))
+    arguments, keywords = (x, (first, {"more": more})), {"mask": mask}
+    found = program.module()(*arguments, **keywords)
+    expected = torch.export.load(nested / "m.pt2").module()(*arguments, **keywords)
+    assert torch.equal(found["x"], x)
+    assert (found["linear"] - expected["linear"]).square().sum() < 1e-2 * expected["linear"].square().sum()
+
+
+def test_inputs_keep_their_names_whatever_outputs_are_called(nested: Path) -> None:
+    runner = Runner(load(nested / "m.pt2").runnable)
+    assert [spec.name for spec in runner.inputs] == ["x", "pair_0", "pair_1_more", "mask"]
+    assert runner.outputs == ("linear", "x_output")
+    assert "x" in calibrate(nested / "m.pt2", nested / "d.npz", run=Run(runtime="torch")).tensors
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])

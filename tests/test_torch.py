@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch import nn
 from calibration.hooks.onnxruntime import Runner
 from quantcli import convert, evaluate
 from quantcli.errors import ModelError
+from quantcli.load import load
+from quantcli.load.training import check_evaluating
 from tests.graphs import data_for, normal
 
 
@@ -145,3 +148,64 @@ def test_the_line_is_named_that_the_exporter_fails_at(tmp_path: Path, monkeypatc
     line = r"scaled_dot_product_attention.*: only 4D .*, at test_torch.py, line \d+, in forward"
     with pytest.raises(ModelError, match=line):
         convert(program_of(Attending(), tmp_path), tmp_path / "q.onnx", data=tmp_path / "d.npz")
+
+
+TRAINED: list[Callable[[], nn.Module]] = [
+    lambda: nn.Dropout(0.5),
+    nn.Dropout1d,
+    nn.AlphaDropout,
+    lambda: nn.BatchNorm1d(5),
+    lambda: nn.InstanceNorm1d(5, track_running_stats=True),
+    lambda: nn.LSTM(8, 4, 2, dropout=0.5),
+    lambda: nn.TransformerEncoderLayer(8, 2, 8),
+    nn.RReLU,
+]
+# These give the same in both modes.
+STEADY: list[Callable[[], nn.Module]] = [
+    lambda: nn.Dropout(0.0),
+    lambda: nn.BatchNorm1d(5, track_running_stats=False),
+    lambda: nn.InstanceNorm1d(5),
+    lambda: nn.LSTM(8, 4),
+]
+
+
+@pytest.mark.parametrize("build", TRAINED)
+def test_programs_in_training_mode_are_refused(build: Callable[[], nn.Module]) -> None:
+    module, x = build(), torch.ones(2, 5, 8)
+    with pytest.raises(ModelError, match=r"m\.pt2 is in training mode: the operator aten\..*model\.eval\(\)"):
+        check_evaluating(torch.export.export(module, (x,)), Path("m.pt2"))
+    check_evaluating(torch.export.export(module.eval(), (x,)), Path("m.pt2"))
+
+
+@pytest.mark.parametrize("build", STEADY)
+def test_what_training_does_not_change_is_taken(build: Callable[[], nn.Module]) -> None:
+    check_evaluating(torch.export.export(build(), (torch.ones(2, 5, 8),)), Path("m.pt2"))
+
+
+def test_a_saved_program_in_training_mode_is_refused(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
+    torch.export.save(torch.export.export(module, (torch.ones(2, 8),)), tmp_path / "m.pt2")
+    with pytest.raises(ModelError, match=r"aten\.dropout"):
+        load(tmp_path / "m.pt2")
+
+
+class Growing(nn.Module):
+    """An image that is made as large as is said, of a free batch: the sizes are computed while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.second(nn.functional.interpolate(torch.relu(self.first(x)), size=(16, 16)))
+        return found
+
+
+def test_images_resized_to_computed_sizes_are_tuned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    free = ({0: torch.export.Dim.AUTO},)
+    program = torch.export.export(Growing().eval(), (torch.ones(2, 3, 8, 8),), dynamic_shapes=free)
+    torch.export.save(program, tmp_path / "m.pt2")
+    data_for(tmp_path / "d.npz")
+    done = convert(tmp_path / "m.pt2", tmp_path / "q.onnx", data=tmp_path / "d.npz")
+    assert [layer.operator for layer in done.plan.layers] == ["Conv", "Resize", "Conv"]
+    assert not [record for record in caplog.records if "left out" in record.getMessage()]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 from calibration.datasets import InputSpec
@@ -19,6 +19,7 @@ from quantcli import Recipe, convert
 from quantcli.cli import main
 from quantcli.errors import ModelError, UsageError
 from quantcli.load import Opening, load
+from quantcli.load.torch import load_state
 from quantcli.observation import Run
 from quantcli.pipeline import calibrate
 from quantcli.recipe import Tune
@@ -233,6 +234,9 @@ REFUSED: list[tuple[str, Opening, type[Exception], str]] = [
     ("short.pt", Opening(), ModelError, "cut short"),
     ("text.pth", Opening(), ModelError, "not what torch saves"),
     ("numbers.pt", Opening(), ModelError, "holds list"),
+    ("training.pt", BUILT, ModelError, "dict of 'epoch', 'optimizer', 'weights'.*save its 'weights' alone"),
+    ("epoch.pt", BUILT, ModelError, "dict of 'epoch', .*save its state dict alone, or as one of state_dict, "),
+    ("double.pt2", Opening(), ModelError, "computes in float64"),
 ]
 
 
@@ -243,8 +247,36 @@ def test_what_cannot_be_used_says_why(
     (saved / "short.pt").write_bytes((saved / "state.pt").read_bytes()[:2000])
     (saved / "text.pth").write_text("hello")
     torch.save([1, 2], saved / "numbers.pt")
+    state = torch.load(saved / "state.pt")
+    torch.save({"epoch": 3, "optimizer": {"state": {}, "lr": 0.1}, "weights": state}, saved / "training.pt")
+    torch.save({"epoch": 3}, saved / "epoch.pt")
+    torch.export.save(torch.export.export(unknown().double(), (torch.ones(2, 3).double(),)), saved / "double.pt2")
     with pytest.raises(kind, match=message):
         load(saved / name, opening)
+
+
+class Shared(nn.Module):
+    """An embedding and a layer of the same weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(6, 8), nn.Linear(8, 6)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.head(self.embedding(tokens))
+        return found
+
+
+def test_a_weight_that_safetensors_keeps_once_is_loaded_under_all_its_names(tmp_path: Path) -> None:
+    model, other = Shared(), Shared()
+    save_model(model, str(tmp_path / "m.safetensors"))
+    state = load_file(tmp_path / "m.safetensors")
+    assert len(state) == 2
+    load_state(other, state, tmp_path / "m.safetensors")
+    assert torch.equal(other.head.weight, model.head.weight)
+    with pytest.raises(ModelError, match=r"lacks 'head\.bias'"):
+        load_state(other, {"head.weight": model.head.weight}, tmp_path / "m.safetensors")
 
 
 def text_lines(path: Path) -> str:

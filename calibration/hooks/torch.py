@@ -164,7 +164,7 @@ class ProgramRunner(TorchHook):
         self.specs = tuple(
             spec_of(name, placeholders[node].meta["val"]) for name, node in zip(names, given, strict=True)
         )
-        self.module = program.module().to(device)
+        self.module, self.nesting = program.module().to(device), program.call_spec.in_spec
 
     def run(self, feeds: dict[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Run one batch and return the asked outputs (all of them by default) by name.
@@ -173,11 +173,12 @@ class ProgramRunner(TorchHook):
             RunError: If torch fails.
         """
         import torch
-        from torch.utils._pytree import tree_leaves
+        from torch.utils._pytree import tree_leaves, tree_unflatten
 
         try:
+            positional, keywords = tree_unflatten(self.fed(feeds), self.nesting)
             with torch.no_grad():
-                found = tree_leaves(self.module(*self.fed(feeds)))
+                found = tree_leaves(self.module(*positional, **keywords))
         except Exception as error:
             raise RunError(f"torch fails while running {self.what} ({first_line(error)})") from error
         values = {name: value.cpu().numpy() for name, value in zip(self.outputs, found, strict=True)}

@@ -122,9 +122,11 @@ def outputs_of_program(
     import torch
 
     from calibration.hooks.torch import ProgramRunner
+    from quantcli.load.exporter import EXPORTING
 
-    loaded = torch.export.load(io.BytesIO(program))
-    return ProgramRunner(loaded, "the quantized program", tuple(feeds), outputs).run(feeds)
+    with EXPORTING:
+        loaded = torch.export.load(io.BytesIO(program))
+        return ProgramRunner(loaded, "the quantized program", tuple(feeds), outputs).run(feeds)
 
 
 def measured(reference: Runner, quantized: Runner, feeds: dict[str, NDArray[Any]]) -> float | None:

@@ -58,7 +58,7 @@ class LoadedModel:
         name: The file's name, without its folder.
         files: The files that it is made of.
         program: The exported program of a PyTorch model; None of an ONNX one.
-        aliases: The program's own names of inputs and outputs that the graph calls otherwise.
+        aliases: The program's own names of the outputs that the graph calls otherwise, and of all inputs.
         learned: What a prepared model has learned; None of any other.
     """
 

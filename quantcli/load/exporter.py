@@ -6,18 +6,24 @@ import contextlib
 import io
 import logging
 import re
+import threading
 import traceback
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
+from quantcli.probe import unused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import onnx_ir as ir
+
 # The exporter writes this operator set; naming it keeps the output the same when torch changes its default.
 OPSET = 20
+# Exporting replaces parts of torch and of Python's standard streams while it lasts, for all threads.
+EXPORTING = threading.RLock()
 
 
 def expressed(program: Any, names: Sequence[str] | None, path: Path) -> bytes:
@@ -54,13 +60,36 @@ def onnx_of(program: Any, names: Sequence[str] | None) -> bytes:
             dynamo=True,
             verbose=False,
             opset_version=OPSET,
-            input_names=list(names) if names else None,
-            output_names=output_names(program),
         )
         if found is None:
             raise RuntimeError("the exporter gave no model")
+        name_ends(found.model.graph, names or program.graph_signature.user_inputs, output_names(program))
         data: bytes = found.model_proto.SerializeToString(deterministic=True)
         return data
+
+
+def name_ends(graph: ir.Graph, inputs: Sequence[Any], outputs: Sequence[str] | None) -> None:
+    """Give a graph's inputs and outputs their names; values inside that bear one of them get others.
+
+    An output that is called like an input or a weight gets another name, too.
+
+    Args:
+        graph: The graph.
+        inputs: What its inputs are to be called.
+        outputs: What its outputs are to be called; None to leave them as they are.
+    """
+    named = list(map(str, inputs)) if len(inputs) == len(graph.inputs) else [str(value.name) for value in graph.inputs]
+    taken = {*named, *graph.initializers}
+    wanted = outputs if outputs and len(outputs) == len(graph.outputs) else [str(v.name) for v in graph.outputs]
+    named += [unused(f"{name}_output" if name in taken else name, taken) for name in wanted]
+    ends = dict(zip([*graph.inputs, *graph.outputs], named, strict=True))
+    inner = [value for node in graph.all_nodes() for value in node.outputs if value not in ends]
+    taken.update(str(value.name) for value in inner)
+    for value in inner:
+        if value.name in named:
+            value.name = unused(f"{value.name}_inner", taken)
+    for value, name in ends.items():
+        value.name = name
 
 
 def output_names(program: Any) -> list[str] | None:
@@ -131,7 +160,14 @@ def where(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the exporter's progress prints and warnings away from the user's terminal."""
+    """Keep the exporter's progress prints and warnings away from the user's terminal; one thread at a time."""
+    with EXPORTING, silenced():
+        yield
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Drop what is printed, warned of and logged by torch's exporter."""
     loggers = {name: logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._export")}
     levels = {name: found.level for name, found in loggers.items()}
     with (

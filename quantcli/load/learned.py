@@ -6,7 +6,7 @@ import ast
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from quantcli.errors import ModelError
+from quantcli.errors import ModelError, PlanError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -48,6 +48,7 @@ class LearnedLayer:
         largest: The largest magnitude of each of the weight's output channels.
         bits: The width of the weight's grid.
         prepared: Whether it was prepared at all; a layer that was not stays float.
+        spare: Whether it may have no node: it may do other things than what is quantized.
     """
 
     name: str
@@ -56,6 +57,7 @@ class LearnedLayer:
     largest: NDArray[np.float64] | None = None
     bits: int | None = None
     prepared: bool = True
+    spare: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,33 +102,39 @@ def learned_of(graph: ir.Graph, layers: Sequence[LearnedLayer]) -> Learned:
 
     Raises:
         ModelError: If a module has no node there.
+        PlanError: If every module passes its input or its weight through.
     """
-    readers: dict[ir.Value, list[tuple[ir.Node, int, LearnedOperand]]] = {}
+    readers: dict[ir.Value, list[LearnedOperand]] = {}
     weights, floats = {}, []
+    standing = nodes_by_scope(graph)
     for layer in layers:
-        node = node_of(graph, layer)
-        if node is None and not layer.prepared:
-            continue
-        if node is None:
+        nodes = nodes_of(graph, layer, standing)
+        if not nodes and layer.prepared and not layer.spare:
             raise ModelError(
                 f"the exporter left no trace of the prepared layer '{layer.name}'", "exclude it from prepare"
             )
         whole = layer.prepared and all(operand is not None for operand in layer.operands)
         if not whole or (layer.operands and len(layer.operands) == 1 and layer.scale is None):
-            floats.append(str(node.name))
+            floats += [str(node.name) for node in nodes]
             continue
-        for position, (value, operand) in enumerate(zip(node.inputs, layer.operands, strict=False)):
-            if value is not None and operand is not None:
-                readers.setdefault(value, []).append((node, position, operand))
-        if layer.scale is not None and layer.largest is not None and layer.bits is not None:
-            weights[str(node.name)] = LearnedWeight(layer.scale, layer.largest, layer.bits)
+        for node in nodes:
+            for value, operand in zip(node.inputs, layer.operands, strict=False):
+                if value is not None and operand is not None:
+                    readers.setdefault(value, []).append(operand)
+            if layer.scale is not None and layer.largest is not None and layer.bits is not None:
+                weights[str(node.name)] = LearnedWeight(layer.scale, layer.largest, layer.bits)
+    if not readers:
+        raise PlanError(
+            "no prepared layer rounds both its input and its weight, and a layer that does not stays float",
+            "prepare with weight_bits and activation_bits of 2 to 16: 32 passes through",
+        )
     ranges: dict[str, tuple[float, float]] = {}
     grids: dict[str, int] = {}
     shared = []
     for value, taught in readers.items():
-        name, bounds = str(value.name), [operand.range for _, _, operand in taught]
+        name, bounds = str(value.name), [operand.range for operand in taught]
         ranges[name] = min(lo for lo, _ in bounds), max(hi for _, hi in bounds)
-        grids[name] = max(one.bits for _, _, one in taught)
+        grids[name] = max(operand.bits for operand in taught)
         clip = value.producer()
         if clip is not None and clip.op_type == "Clip":
             hoisted(graph, clip)
@@ -159,20 +167,28 @@ def hoisted(graph: ir.Graph, clip: ir.Node) -> None:
         value, producer = source, source.producer()
 
 
-def node_of(graph: ir.Graph, layer: LearnedLayer) -> ir.Node | None:
-    """Return the node that a module became: the one that reads its weight, else the one whose scope it is."""
-    weight = graph.initializers.get(f"{layer.name}.weight")
-    readers = list(weight.consumers()) if weight is not None else []
-    if readers and readers[0].op_type in PRODUCTS:
-        return readers[0]
+def nodes_of(graph: ir.Graph, layer: LearnedLayer, standing: Mapping[str, list[ir.Node]]) -> list[ir.Node]:
+    """Return the nodes that a module became, one for each of its calls: those that read its weight, or whose scope it is."""
     kinds = SUMS if len(layer.operands) == 2 else PRODUCTS
-    return next((node for node in graph if node.op_type in kinds and layer.name in scopes(node)), None)
+    weight = graph.initializers.get(f"{layer.name}.weight")
+    found = [*(weight.consumers() if weight is not None else ()), *standing.get(layer.name, ())]
+    return [node for node in dict.fromkeys(found) if node.op_type in kinds]
+
+
+def nodes_by_scope(graph: ir.Graph) -> dict[str, list[ir.Node]]:
+    """Return the products and sums that stand in each module."""
+    found: dict[str, list[ir.Node]] = {}
+    for node in graph:
+        if node.op_type in PRODUCTS | SUMS:
+            for name in scopes(node):
+                found.setdefault(name, []).append(node)
+    return found
 
 
 def scopes(node: ir.Node) -> list[Any]:
     """Return the names of the modules that a node stands in, as the exporter notes them."""
     text = node.metadata_props.get(SCOPES)
     try:
-        return list(ast.literal_eval(text)) if text else []
+        return list(ast.literal_eval(text))[:-1] if text else []  # the last name is the node's own
     except (ValueError, SyntaxError):
         return []

@@ -24,6 +24,7 @@ from quantcli.load import Opening, trust
 from quantcli.load.exporter import causes, expressed, quiet, reason, where
 from quantcli.load.learned import learned_of
 from quantcli.load.onnx import as_arrays
+from quantcli.load.training import check_evaluating
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -51,7 +52,7 @@ class Opened:
         exported: Its ONNX form, as bytes.
         program: The exported program (`torch.export.ExportedProgram`).
         sources: The files besides its own that say what it is: the factory's source.
-        aliases: The program's own names of inputs and outputs that the graph calls otherwise.
+        aliases: The program's own names of the outputs that the graph calls otherwise, and of all inputs.
         learned: What a prepared model has learned; None of any other.
     """
 
@@ -96,10 +97,14 @@ def opened(path: Path, program: Any, names: Sequence[str] | None = None, sources
     """Return a program with its ONNX form.
 
     Raises:
-        ModelError: If the exporter cannot express it in ONNX.
+        ModelError: If it is in training mode or float64, or the exporter cannot express it in ONNX.
     """
     import onnx
+    import torch
 
+    check_evaluating(program, path)
+    if {parameter.dtype for parameter in program.parameters() if parameter.is_floating_point()} == {torch.float64}:
+        raise ModelError(f"{path} computes in float64", "save it as float32: call model.float() first")
     data = expressed(program, names, path)
     graph = ir.from_proto(onnx.load_from_string(data))
     as_arrays(graph, len(data))
@@ -107,13 +112,13 @@ def opened(path: Path, program: Any, names: Sequence[str] | None = None, sources
 
 
 def aliases_of(program: Any, graph: ir.Model) -> dict[str, str]:
-    """Return a program's own names of the inputs and outputs that its ONNX form calls otherwise."""
+    """Return a program's own names of the outputs that its ONNX form calls otherwise, and of all inputs."""
     signature = program.graph_signature
-    pairs = [
-        *zip(graph.graph.inputs, signature.user_inputs, strict=False),
-        *zip(graph.graph.outputs, signature.user_outputs, strict=False),
-    ]
-    return {str(value.name): node for value, node in pairs if isinstance(node, str) and value.name != node}
+    outputs = zip(graph.graph.outputs, signature.user_outputs, strict=False)
+    inputs = zip(graph.graph.inputs, signature.user_inputs, strict=False)
+    own = {str(value.name): node for value, node in outputs if isinstance(node, str) and value.name != node}
+    # Inputs come last: one that is given out as well goes by its name as an input.
+    return {**own, **{str(value.name): node for value, node in inputs if isinstance(node, str)}}
 
 
 # ---- exported programs and TorchScript -----------------------------------------------------------------------------------------
@@ -204,7 +209,7 @@ def module_at(path: Path, opening: Opening) -> tuple[Any, tuple[Path, ...]]:
         return found.eval(), ()
     state = state_of(found)
     if state is None:
-        raise ModelError(f"{path} holds {type(found).__name__}, neither a state dict nor a module", "save one of them")
+        raise without_state(found, path)
     if opening.factory is None:
         raise UsageError(
             f"{path} is a state dict: weights without the module that they belong to",
@@ -273,6 +278,17 @@ def state_of(found: Any) -> dict[str, Any] | None:
     return next((state for state in inner if state is not None), None)
 
 
+def without_state(found: Any, path: Path) -> ModelError:
+    """Return the error for what is neither a module nor a state dict, nor holds one under a known name."""
+    if not isinstance(found, Mapping) or not found:
+        return ModelError(f"{path} holds {type(found).__name__}, neither a state dict nor a module", "save one of them")
+    likely = next((f"'{name}'" for name, value in found.items() if state_of(value) is not None), "state dict")
+    return ModelError(
+        f"{path} holds a dict of {shown(list(map(str, found)))}, neither a state dict nor a module",
+        f"save its {likely} alone, or as one of {', '.join(WRAPPINGS)}",
+    )
+
+
 def load_state(module: Any, state: dict[str, Any], path: Path) -> None:
     """Give a module its weights; what wrappers have put before their names is left out.
 
@@ -286,6 +302,7 @@ def load_state(module: Any, state: dict[str, Any], path: Path) -> None:
             break
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     counters = {name for name in wanted if name.endswith("num_batches_tracked")}
+    state = {**state, **tied_to(module, state)}
     missing, extra = sorted(wanted - set(state) - counters), sorted(set(state) - wanted)
     if missing or extra:
         parts = [f"lacks {shown(missing)}"] * bool(missing) + [f"holds {shown(extra)}, which the module lacks"] * bool(
@@ -300,6 +317,18 @@ def load_state(module: Any, state: dict[str, Any], path: Path) -> None:
                 "give the factory that these weights were trained with",
             )
     module.load_state_dict(state, strict=False)
+
+
+def tied_to(module: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the weights that a state lacks, but has under another name that the module ties them to: safetensors drops those."""
+    names: dict[int, list[str]] = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        names.setdefault(id(value), []).append(name)
+    found = {}
+    for tied in names.values():
+        held = next((name for name in tied if name in state), None)
+        found.update({name: state[held] for name in tied if held is not None and name not in state})
+    return found
 
 
 def shown(names: list[str]) -> str:

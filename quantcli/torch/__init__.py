@@ -22,6 +22,7 @@ from quantcli.torch.layers import (
     QuantConvTranspose1d,
     QuantConvTranspose2d,
     QuantConvTranspose3d,
+    QuantFunctional,
     QuantLinear,
 )
 from quantcli.torch.prepare import calibrate, freeze, prepare
@@ -40,6 +41,7 @@ __all__ = [
     "QuantConvTranspose1d",
     "QuantConvTranspose2d",
     "QuantConvTranspose3d",
+    "QuantFunctional",
     "QuantLinear",
     "WeightQuantizer",
     "calibrate",

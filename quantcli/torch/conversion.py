@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from calibration.errors import DataError
+from quantcli.errors import UsageError
 from quantcli.load import LoadedModel
+from quantcli.load.exporter import EXPORTING
 from quantcli.load.learned import learned_of
 from quantcli.load.torch import exported, opened
 from quantcli.pipeline import convert as convert_file
 from quantcli.torch.floats import floated
-from quantcli.torch.prepare import arguments_of
+from quantcli.torch.prepare import check_types, kind_of, taken_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -47,11 +51,15 @@ def convert(
     Raises:
         ReportedError: If the model cannot be exported or converted; nothing is written then.
     """
-    plain, layers = floated(model)
-    samples = samples_of(plain, loader)
+    check_types(model, recipe, loader)
+    if not isinstance(output, (str, os.PathLike)):
+        raise UsageError(f"the output is {kind_of(output)}", "give the path of an .onnx or .pt2 file")
+    samples = samples_of(model, loader)
     name = type(model).__name__
-    program = exported(plain, Path(name), tuple(samples), example=lambda _: samples)
-    made = opened(Path(name), program)
+    with EXPORTING:
+        plain, layers = floated(model)
+        program = exported(plain, Path(name), tuple(samples), example=lambda _: samples)
+        made = opened(Path(name), program)
     digest = hashlib.sha256(made.exported).hexdigest()
     learned = learned_of(made.graph.graph, layers) if any(layer.prepared for layer in layers) else None
     source = LoadedModel(
@@ -85,15 +93,39 @@ def samples_of(model: nn.Module, loader: Iterable[Any]) -> dict[str, NDArray[Any
     Raises:
         DataError: If it yields nothing, or batches that do not fit together.
     """
-    first = next(iter(inspect.signature(model.forward).parameters), "x")
+    known = list(inspect.signature(model.forward).parameters) or ["x"]
     parts: dict[str, list[NDArray[Any]]] = {}
     for batch in loader:
-        arguments, keywords = arguments_of(batch)
-        for name, value in {**dict(zip([first], arguments, strict=False)), **keywords}.items():
-            parts.setdefault(name, []).append(value.detach().cpu().numpy())
+        arguments, keywords = taken_of(batch, model)
+        for name, value in {**dict(zip(known[:1], arguments, strict=False)), **keywords}.items():
+            if name in known:
+                parts.setdefault(name, []).append(array_of(value, name))
     if not parts:
         raise DataError("the loader yields no batch", "give at least one")
     try:
-        return {name: np.concatenate(values) for name, values in parts.items()}
+        samples = {name: np.concatenate(values) for name, values in parts.items()}
     except ValueError as error:
         raise DataError(f"the loader's batches do not fit together ({error})", "give samples of one shape") from error
+    if len({len(values) for values in samples.values()}) > 1:
+        counts = ", ".join(f"{len(values)} of '{name}'" for name, values in samples.items())
+        raise DataError(f"the loader yields {counts}", "give as many samples of each, in every batch")
+    return samples
+
+
+def array_of(value: Any, name: str) -> NDArray[Any]:
+    """Return a tensor as an array.
+
+    Raises:
+        DataError: If it is none, or arrays have no such type.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise DataError(f"'{name}' of the loader's batches is {kind_of(value)}", "yield tensors")
+    try:
+        found: NDArray[Any] = value.detach().cpu().numpy()
+    except TypeError as error:
+        kind = str(value.dtype).removeprefix("torch.")
+        raise DataError(
+            f"the loader yields {kind}, which cannot be saved as calibration data",
+            "convert model.float(), with float32",
+        ) from error
+    return found

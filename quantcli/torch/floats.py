@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from quantcli.errors import PlanError
 from quantcli.load.learned import WHOLE, LearnedLayer, LearnedOperand
-from quantcli.torch.layers import TWINS, Clamped, QuantAdd, Quantizing, Sum, channel_axis, float_of
+from quantcli.torch.layers import (
+    TWINS,
+    Clamped,
+    QuantAdd,
+    QuantFunctional,
+    Quantizing,
+    Sum,
+    channel_axis,
+    copied,
+    float_of,
+)
 from quantcli.torch.quantizers import ActivationQuantizer, DorefaActivation, WeightQuantizer
 
 if TYPE_CHECKING:
@@ -32,9 +42,10 @@ def floated(model: nn.Module) -> tuple[nn.Module, tuple[LearnedLayer, ...]]:
         model: A prepared model, frozen or not; it stays as it is.
 
     Raises:
+        ModelError: If the model cannot be copied.
         PlanError: If a quantizer has no range.
     """
-    made, learned = copy.deepcopy(model).eval(), []
+    made, learned = copied(model).eval(), []
     for name, layer in list(made.named_modules()):
         parent, last = made.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         if isinstance(layer, Quantizing):
@@ -49,8 +60,10 @@ def floated(model: nn.Module) -> tuple[nn.Module, tuple[LearnedLayer, ...]]:
             both = layer.first_quantizer, layer.second_quantizer
             factor = float(getattr(both[0], "factor", 1.0))
             setattr(parent, last, Sum((clamp_of(both[0]), clamp_of(both[1])), factor))
-            learned.append(LearnedLayer(name, tuple(learned_operand(name, q) for q in both)))
-        elif type(layer) in TWINS:
+            spare = isinstance(layer, QuantFunctional)
+            operands = tuple(learned_operand(name, quantizer, spare) for quantizer in both)
+            learned.append(LearnedLayer(name, operands, spare=spare))
+        elif type(layer) in TWINS or (is_parametrized(layer) and isinstance(layer, tuple(TWINS))):
             learned.append(LearnedLayer(name, (), prepared=False))
     return made, tuple(learned)
 
@@ -64,13 +77,15 @@ def clamp_of(quantizer: Any) -> tuple[float, float] | None:
     return None
 
 
-def learned_operand(name: str, quantizer: Any) -> LearnedOperand | None:
-    """Return what a quantizer of activations has learned; None for one that passes them through.
+def learned_operand(name: str, quantizer: Any, spare: bool = False) -> LearnedOperand | None:
+    """Return what a quantizer of activations has learned; None for one that passes them through, or may have learned nothing.
 
     Raises:
         PlanError: If it has no range.
     """
     if not isinstance(quantizer, (ActivationQuantizer, DorefaActivation)):
+        return None
+    if spare and not quantizer.ready:
         return None
     if not quantizer.ready:
         raise PlanError(f"'{name}' has no range yet", "calibrate the prepared model first")

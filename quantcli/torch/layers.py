@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from quantcli.errors import ModelError
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 
@@ -128,10 +133,42 @@ class QuantAdd(nn.Module):
         found: Tensor = self.first_quantizer(a) + self.second_quantizer(b)
         return found
 
-    def add(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return a + b, as PyTorch's FloatFunctional calls it."""
-        found: Tensor = self(a, b)
+
+class Functional(nn.Module):
+    """What PyTorch's FloatFunctional computes; its sum is the module's own forward."""
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return x + y."""
+        found: Tensor = self(x, y)
         return found
+
+    def add_relu(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the larger of x + y and zero."""
+        return torch.relu(self.add(x, y))
+
+    def add_scalar(self, x: Tensor, y: float) -> Tensor:
+        """Return x + y."""
+        return torch.add(x, y)
+
+    def mul(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return x · y, element by element."""
+        return torch.mul(x, y)
+
+    def mul_scalar(self, x: Tensor, y: float) -> Tensor:
+        """Return x · y."""
+        return torch.mul(x, y)
+
+    def cat(self, x: Sequence[Tensor], dim: int = 0) -> Tensor:
+        """Return the tensors one behind the other."""
+        return torch.cat(list(x), dim=dim)
+
+    def matmul(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the matrix product."""
+        return torch.matmul(x, y)
+
+
+class QuantFunctional(Functional, QuantAdd):
+    """The twin of PyTorch's FloatFunctional: its sums have quantized operands, which need no range where it never adds."""
 
 
 # The twin of every layer that is swapped, and the axis of its weight's output channels.
@@ -145,6 +182,22 @@ TWINS: dict[type[nn.Module], type[Quantizing]] = {
     nn.ConvTranspose3d: QuantConvTranspose3d,
 }
 FLOATS = {twin: layer for layer, twin in TWINS.items()}
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a model.
+
+    Raises:
+        ModelError: If it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        what = str(error).split(". ", maxsplit=1)[0]
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied ({what})",
+            "remove weight_norm and its like from it",
+        ) from error
 
 
 def channel_axis(layer: nn.Module) -> int | None:
@@ -185,8 +238,8 @@ def addition_modules() -> tuple[type[nn.Module], ...]:
 Bounds = tuple[float, float]
 
 
-class Sum(nn.Module):
-    """A float sum, in the place of a `QuantAdd` whichever way it is called.
+class Sum(Functional):
+    """A float sum, in the place of a `QuantAdd` or `QuantFunctional`.
 
     Args:
         bounds: What the operands are clamped to; None to leave one as it is.
@@ -203,11 +256,6 @@ class Sum(nn.Module):
             x if bounds is None else torch.clamp(x, *bounds) for x, bounds in zip((a, b), self.bounds, strict=True)
         )
         return first + second if self.factor == 1.0 else (first + second) * self.factor
-
-    def add(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return a + b."""
-        found: Tensor = self(a, b)
-        return found
 
 
 class Clamped(nn.Module):

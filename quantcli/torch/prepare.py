@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from calibration.errors import DataError
+from calibration.errors import DataError, ReportedError
 from calibration.observers import Counting, TensorStatistics
 from calibration.ranges import Grid, observer_for, parse_range, range_of
 from quantcli.arithmetic.affine import IntegerType
-from quantcli.errors import PlanError, UsageError
+from quantcli.errors import ModelError, PlanError, UsageError
+from quantcli.load.exporter import reason, where
 from quantcli.recipe import Recipe, resolve_target
-from quantcli.torch.layers import TWINS, QuantAdd, Quantizing, addition_modules, channel_axis, twin_of
+from quantcli.torch.floats import is_prepared
+from quantcli.torch.layers import (
+    TWINS,
+    Add,
+    QuantAdd,
+    QuantFunctional,
+    Quantizing,
+    addition_modules,
+    channel_axis,
+    copied,
+    twin_of,
+)
 from quantcli.torch.quantizers import (
     PASSES,
     ActivationQuantizer,
@@ -30,6 +46,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 SCHEMES = ("affine", "dorefa")
 
@@ -63,15 +81,19 @@ def prepare(
         The prepared model. An affine one wants `calibrate` before it runs.
 
     Raises:
+        ModelError: If a layer computes its weight (weight_norm, spectral_norm, pruning), or the model cannot be copied.
         UsageError: If a width, the scheme or a pattern has no meaning, or nothing is left to swap.
     """
+    check_types(model, recipe)
     if scheme not in SCHEMES:
         raise UsageError(f"there is no scheme '{scheme}'", f"known: {', '.join(SCHEMES)}")
     making = Making(recipe or Recipe(), weight_bits, activation_bits, scheme, quant_inference)
-    prepared = model if inplace else copy.deepcopy(model)
-    chosen = making.chosen(prepared)
+    chosen = making.chosen(model)
     if not chosen:
         raise UsageError("the model holds no layer that could be prepared", "look at its modules, and at the patterns")
+    for name in chosen:
+        check_weight(model.get_submodule(name), name)
+    prepared = model if inplace else copied(model)
     places: dict[nn.Module, list[str]] = {}
     for name, module in prepared.named_modules(remove_duplicate=False):
         places.setdefault(module, []).append(name)
@@ -84,6 +106,58 @@ def prepare(
             # Its shortcut for evaluation reads the layers' weights itself, past the twins, unless it does not know the activation.
             module.activation_relu_or_gelu = 0
     return prepared
+
+
+def check_types(model: Any, recipe: Any = None, loader: Any = ()) -> None:
+    """Check that arguments are of the types that they are to be of.
+
+    Raises:
+        UsageError: If one is not.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"the model is {kind_of(model)}", "give a torch.nn.Module; quantcli.convert takes files")
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise UsageError(
+            f"the recipe is {kind_of(recipe)}", "give a quantcli.Recipe; quantcli.read_recipe reads a file"
+        )
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise UsageError(f"the loader is {kind_of(loader)}", "give something that yields batches: a DataLoader, a list")
+
+
+def kind_of(thing: Any) -> str:
+    """Return what something is, for a message."""
+    return "None" if thing is None else f"of the type {type(thing).__name__}"
+
+
+def check_prepared(model: nn.Module) -> None:
+    """Check that a model holds twins.
+
+    Raises:
+        UsageError: If it holds none.
+    """
+    if not is_prepared(model):
+        raise UsageError(
+            "the model is not prepared", "give what prepare returned: without inplace=True, that is a copy"
+        )
+
+
+def check_weight(layer: nn.Module, name: str) -> None:
+    """Check that a layer's parameters are its own, and float32.
+
+    Raises:
+        ModelError: If they are computed from others, or are not float32.
+    """
+    own = dict(layer.named_parameters(recurse=False))
+    for parameter in own.values():
+        if parameter.dtype != torch.float32:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise ModelError(f"'{name}' is {kind}, and what is prepared is float32", "call model.float() first")
+    if is_parametrized(layer) or (isinstance(layer, tuple(TWINS)) and "weight" not in own):
+        raise ModelError(
+            f"'{name}' computes its parameters from others (weight_norm, spectral_norm, pruning or another parametrization)",
+            "remove that first: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), remove_weight_norm, "
+            "remove_spectral_norm or prune.remove; or exclude the layer",
+        )
 
 
 class Making:
@@ -99,6 +173,12 @@ class Making:
         self.per_channel = target.weight.per_channel
         self.activation_bits = check_bits(grid.bits if activation_bits is None else activation_bits, "activations")
         self.weight_bits = check_bits(target.weight.bits if weight_bits is None else weight_bits, "weights")
+        if IntegerType(target.activation.dtype).bits < self.activation_bits != PASSES:
+            logger.warning(
+                "activations of %d bits do not fit %s: convert takes them with Recipe(activation=Activation(dtype='int16'))",
+                self.activation_bits,
+                target.activation.dtype,
+            )
 
     def chosen(self, model: nn.Module) -> list[str]:
         """Return the names of the modules that are swapped.
@@ -107,7 +187,11 @@ class Making:
             UsageError: If a pattern matches none.
         """
         kinds = (*TWINS, *addition_modules())
-        names = [name for name, module in model.named_modules() if type(module) in kinds and name]
+        names = [
+            name
+            for name, module in model.named_modules()
+            if name and (type(module) in kinds or (isinstance(module, kinds) and is_parametrized(module)))
+        ]
         if not names and type(model) in kinds:
             raise UsageError(
                 "the model is a single layer, which has no place to put its twin", "wrap it in nn.Sequential"
@@ -133,7 +217,8 @@ class Making:
     def twin(self, layer: nn.Module) -> nn.Module:
         """Return the twin of a layer."""
         if type(layer) in addition_modules():
-            return QuantAdd(self.activation(), self.activation())
+            kind = QuantAdd if isinstance(layer, Add) else QuantFunctional
+            return kind(self.activation(), self.activation())
         return twin_of(layer, self.activation(), self.weight(layer))
 
     def activation(self) -> nn.Module:
@@ -160,6 +245,12 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
+def spare_quantizers(model: nn.Module) -> set[nn.Module]:
+    """Return the quantizers that nothing may reach: those of modules that may do other things than add."""
+    sums = [module for module in model.modules() if isinstance(module, QuantFunctional)]
+    return {quantizer for module in sums for quantizer in (module.first_quantizer, module.second_quantizer)}
+
+
 def calibrate(model: nn.Module, loader: Iterable[Any], recipe: Recipe | None = None) -> nn.Module:
     """Run data through a prepared model in float, and set the ranges of its activations.
 
@@ -172,9 +263,12 @@ def calibrate(model: nn.Module, loader: Iterable[Any], recipe: Recipe | None = N
         The same model.
 
     Raises:
-        DataError: If there is no batch, or values are not finite.
+        DataError: If there is no batch, the model does not take one, or values are not finite.
         PlanError: If a quantizer is not reached.
+        UsageError: If the model is not prepared, or something is of another type.
     """
+    check_types(model, recipe, loader)
+    check_prepared(model)
     recipe = recipe or Recipe()
     spec = parse_range(recipe.activation.range or recipe.calibration.observer or "minmax")
     counting = Counting(recipe.calibration.observer or observer_for(spec), momentum=recipe.calibration.momentum)
@@ -204,7 +298,10 @@ def calibrate(model: nn.Module, loader: Iterable[Any], recipe: Recipe | None = N
                 module.training = mode
     if not count:
         raise DataError("the loader yields no batch", "give at least one")
+    spare = spare_quantizers(model)
     for name, module in quantizers(model):
+        if name not in seen and module in spare:
+            continue
         if name not in seen:
             raise PlanError(f"the data does not reach '{name}'", "exclude its layer, or give data that reaches it")
         if (histogram := seen[name].histogram) is not None:
@@ -248,11 +345,42 @@ class Bypass:
 
 
 def run(model: nn.Module, batch: Any) -> bool:
-    """Run a batch of a loader."""
-    with torch.no_grad():
-        arguments, keywords = arguments_of(batch)
-        model(*arguments, **keywords)
+    """Run a batch of a loader.
+
+    Raises:
+        DataError: If the model does not take it.
+    """
+    arguments, keywords = taken_of(batch, model)
+    try:
+        with torch.no_grad():
+            model(*arguments, **keywords)
+    except ReportedError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"the model fails on a batch of the loader ({reason(error)}){where(error)}", "yield what its forward takes"
+        ) from error
     return True
+
+
+def taken_of(batch: Any, model: nn.Module) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Return what a model is called with for a batch; entries that it does not take, such as labels, are left out.
+
+    Raises:
+        DataError: If the batch lacks what the model needs.
+    """
+    arguments, keywords = arguments_of(batch)
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = [p for p in parameters if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}]
+    lacking = [p.name for p in named if p.default is p.empty and p.name not in keywords]
+    if not arguments and lacking:
+        raise DataError(
+            f"the loader's batches hold no '{lacking[0]}' (they hold {', '.join(map(str, keywords)) or 'nothing'})",
+            f"name their entries after the arguments of forward: {', '.join(p.name for p in named)}",
+        )
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    names = {p.name for p in named}
+    return arguments, {name: value for name, value in keywords.items() if anything or name in names}
 
 
 def arguments_of(batch: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
@@ -261,11 +389,9 @@ def arguments_of(batch: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     Raises:
         DataError: If it is none of them.
     """
-    if isinstance(batch, dict):
-        return (), batch
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if isinstance(first, dict):
-        return (), first
+    if isinstance(first, Mapping):
+        return (), dict(first)
     if not isinstance(first, torch.Tensor):
         raise DataError(
             f"the loader yields {type(batch).__name__}", "yield tensors, tuples that begin with one, or dicts"
@@ -280,18 +406,25 @@ def freeze(model: nn.Module) -> nn.Module:
         model: A prepared model; it is changed, and left in evaluation mode.
 
     Returns:
-        The same model. It gives what it gave before, in evaluation mode.
+        The same model. It gives what it gave before, in evaluation mode: a weight that several modules share becomes a layer's own.
 
     Raises:
         PlanError: If a quantizer has no range.
+        UsageError: If the model is not prepared.
     """
+    check_types(model)
+    check_prepared(model)
+    spare = spare_quantizers(model)
     for name, module in quantizers(model):
-        if not module.ready:
+        if not module.ready and module not in spare:
             raise PlanError(f"'{name}' has no range yet", "calibrate the prepared model first")
         module.lo.requires_grad_(False)
         module.hi.requires_grad_(False)
+    owners = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     for layer in model.modules():
         if isinstance(layer, Quantizing) and isinstance(layer.weight_quantizer, WeightQuantizer):
+            if owners[id(layer.weight)] > 1:  # the others read it as it is
+                layer.weight = nn.Parameter(layer.weight.detach().clone(), layer.weight.requires_grad)
             with torch.no_grad():
                 layer.weight.copy_(layer.weight_quantizer(layer.weight))
             layer.weight_quantizer.already = True

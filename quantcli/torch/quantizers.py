@@ -25,8 +25,10 @@ def check_bits(bits: int, what: str) -> int:
     """Return a width that can be trained.
 
     Raises:
-        UsageError: If it is not 2 to 16, nor 32, which leaves everything as it is.
+        UsageError: If it is no number of 2 to 16, nor 32, which leaves everything as it is.
     """
+    if not isinstance(bits, int):
+        raise UsageError(f"{what} of {bits!r} bits cannot be made", "give 2 to 16, or 32 for float")
     if bits == 1:
         raise UsageError(
             f"{what} of 1 bit are binary, which is another arithmetic", "give 2 to 16 bits, or 32 for float"

@@ -11,6 +11,7 @@ import inspect
 import io
 import re
 import zipfile
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,25 +34,62 @@ EPOCH = (1980, 1, 1, 0, 0, 0)
 PACKED = (".json", "sample_inputs/model.pt")
 
 
+@dataclass(frozen=True)
+class Calling:
+    """How a program is called.
+
+    Attributes:
+        names: Its arguments, those that go by their names last.
+        inputs: How they are nested: positional ones, and those that go by name (a torch pytree spec).
+        outputs: How what it gives is nested, likewise; None for a tensor or a tuple.
+    """
+
+    names: tuple[str, ...]
+    inputs: Any
+    outputs: Any = None
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """The arguments, as Python describes them."""
+        positional = self.inputs.child(0).num_children
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        return inspect.Signature(
+            [inspect.Parameter(name, kinds[number >= positional]) for number, name in enumerate(self.names)]
+        )
+
+
+def calling_of(graph: ir.Graph, source: Any) -> Calling:
+    """Return how a graph's program is called: as the program is that it comes from, where they have the same tensors."""
+    flat = tuple(python_name(str(value.name)) for value in graph.inputs)
+    found = Calling(flat, pytree.tree_structure((flat, {})))
+    if source is None:
+        return found
+    spec, signature = source.call_spec, source.module_call_graph[0].signature
+    names = tuple(signature.forward_arg_names or ()) if signature is not None else ()
+    nested = spec.in_spec is not None and spec.in_spec.num_leaves == len(flat)
+    if nested and len(names) == sum(spec.in_spec.child(half).num_children for half in range(2)):
+        found = Calling(names, spec.in_spec)
+    outputs = spec.out_spec
+    return replace(found, outputs=outputs if outputs is not None and outputs.num_leaves == len(graph.outputs) else None)
+
+
 class Network(nn.Module):
     """An ONNX graph as a module, for tracing."""
 
-    def __init__(self, model: ir.Model, structure: Any = None) -> None:
+    def __init__(self, model: ir.Model, calling: Calling | None = None) -> None:
         super().__init__()
         register_operators()
-        self.graph, self.structure = model.graph, structure
+        self.graph, self.calling = model.graph, calling or calling_of(model.graph, None)
         self.rows = operators()
         self.arrays, self.places = {}, {}
         for name, value in model.graph.initializers.items():
             self.arrays[name] = np.array(value.const_value.numpy())  # type: ignore[union-attr]
             self.places[name] = self.keep(name)
-        names = [python_name(str(value.name)) for value in self.graph.inputs]
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
-        def forward(*inputs: Any) -> Any:
-            return self.traced(inputs)
+        def forward(*inputs: Any, **keywords: Any) -> Any:
+            return self.traced(pytree.tree_leaves((inputs, keywords)))
 
-        forward.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])  # type: ignore[attr-defined]
+        forward.__signature__ = self.calling.signature  # type: ignore[attr-defined]
         self.forward = forward
 
     def keep(self, name: str) -> tuple[nn.Module, str]:
@@ -77,7 +115,7 @@ class Network(nn.Module):
         place, last = self.places[name]
         return Stored(self.arrays[name], getattr(place, last))
 
-    def traced(self, inputs: tuple[Any, ...]) -> Any:
+    def traced(self, inputs: list[Any]) -> Any:
         """Compute the graph's outputs."""
         values: dict[Any, Any] = dict(zip(self.graph.inputs, inputs, strict=True))
         values.update({value: self.stored(str(value.name)) for value in self.graph.initializers.values()})
@@ -86,8 +124,8 @@ class Network(nn.Module):
             values.update(zip(node.outputs, made, strict=False))
         results = [values[value] for value in self.graph.outputs]
         results = [value.tensor if isinstance(value, Stored) else value for value in results]
-        if self.structure is not None and self.structure.num_leaves == len(results):
-            return pytree.tree_unflatten(results, self.structure)
+        if self.calling.outputs is not None:
+            return pytree.tree_unflatten(results, self.calling.outputs)
         return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -97,17 +135,18 @@ def python_name(name: str) -> str:
     return f"_{name}" if not name or name[0].isdigit() else name
 
 
-def write(model: ir.Model, structure: Any = None) -> bytes:
+def write(model: ir.Model, source: Any = None) -> bytes:
     """Return the exported program of a model in QDQ form, as the bytes of a ``.pt2`` file.
 
     Args:
         model: The quantized model as `quantcli.write.onnx_qdq` writes it.
-        structure: How the outputs are nested (a torch pytree spec); None for a tensor or a tuple.
+        source: The exported program that was quantized, which is called in the same way; None for an ONNX model.
 
     Raises:
         OutputError: If an operator has no counterpart in PyTorch, or the program cannot be traced.
     """
-    network = Network(model, structure).eval()
+    calling = calling_of(model.graph, source)
+    network = Network(model, calling).eval()
     examples, free = [], []
     for value in model.graph.inputs:
         shape = list(value.shape) if value.shape is not None else []
@@ -115,9 +154,12 @@ def write(model: ir.Model, structure: Any = None) -> bytes:
         kind = str(value.dtype.numpy()) if value.dtype is not None else "float32"
         examples.append(torch.zeros(sizes, dtype=getattr(torch, kind)))
         free.append({axis: torch.export.Dim.AUTO for axis, size in enumerate(shape) if not isinstance(size, int)})
+    positional, keywords = pytree.tree_unflatten(examples, calling.inputs)
+    axes, named_axes = pytree.tree_unflatten(free, calling.inputs)
+    shapes = {**dict(zip(calling.names, axes, strict=False)), **named_axes}
     try:
         with quiet(), torch.no_grad():
-            program = torch.export.export(network, tuple(examples), dynamic_shapes=tuple(free), strict=False)
+            program = torch.export.export(network, positional, keywords, dynamic_shapes=shapes, strict=False)
     except OutputError:
         raise
     except Exception as error:
