@@ -19,7 +19,7 @@ A missed threshold (exit code 4) is a verdict, not an error: what was to be writ
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from calibration.errors import ReportedError
 
@@ -64,3 +64,8 @@ class StrictError(QuantcliError):
     """``--strict`` was asked for, and something that it forbids was found."""
 
     exit_code: ClassVar[int] = 5
+
+
+def kind_of(thing: Any) -> str:
+    """Return what something is that was given in place of something else, for a message."""
+    return "None" if thing is None else f"of the type {type(thing).__name__}"

@@ -7,12 +7,39 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from quantcli.errors import OutputError, UsageError
+from quantcli.errors import OutputError, UsageError, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+
+
+# What to give in place of what is no path, by what it is for.
+INSTEAD = {
+    "model": "give a file; quantcli.torch.convert takes modules",
+    "data": "give a file or a folder; numpy.savez writes arrays to one",
+}
+
+
+def path_of(given: Any, what: str) -> Path:
+    """Return a path that was given as such, or as text.
+
+    Args:
+        given: What was given.
+        what: What it is for, in errors.
+
+    Raises:
+        UsageError: If it is no path.
+    """
+    if not isinstance(given, (str, os.PathLike)):
+        raise UsageError(f"the {what} is {kind_of(given)}, not a path", INSTEAD.get(what, "give a path"))
+    return Path(given)
+
+
+def path_or_none(given: Any, what: str) -> Path | None:
+    """Return a path, or None where none was given; raises as `path_of` does."""
+    return None if given is None else path_of(given, what)
 
 
 @dataclass

@@ -9,7 +9,6 @@ import contextlib
 import glob
 import logging
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibration import statistics as statistics_file
@@ -22,19 +21,20 @@ from quantcli.errors import UsageError
 from quantcli.evaluation.check import SelfCheck
 from quantcli.evaluation.evaluate import Evaluation, evaluate
 from quantcli.explain import Explanation, explain
-from quantcli.files import check_output, staged
+from quantcli.files import check_output, path_of, path_or_none, staged
 from quantcli.fold import fold
 from quantcli.load import LoadedModel, Opening, load, shown_name
 from quantcli.memory import give_back
 from quantcli.observation import Data, Run, check_counted, observe
 from quantcli.progress import Progress, silent
 from quantcli.quantize import quantize
-from quantcli.recipe import Recipe, resolve_target
+from quantcli.recipe import Recipe, checked_recipe, resolve_target
 from quantcli.verification import verify, verify_c
 from quantcli.write import WRITERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
 
     from calibration.statistics import Statistics
     from quantcli.delivery import Places
@@ -109,9 +109,9 @@ def calibrate(
     Raises:
         ReportedError: If anything given cannot be used; nothing is written then.
     """
-    recipe, run = recipe or Recipe(), run or Run()
-    model, given = Path(model), data_of(data, labels, split, function, synthetic, opening)
-    path = Path(output) if output is not None else None
+    recipe, run = checked_recipe(recipe), run or Run()
+    model, given = path_of(model, "model"), data_of(data, labels, split, function, synthetic, opening)
+    path = path_or_none(output, "output")
     if path is not None:
         run = replace(run, partial=path.with_name(f"{path.name}.partial"))
     outputs = [place for place in (path, run.partial) if place is not None]
@@ -163,7 +163,7 @@ def data_of(
     if sum(given is not None for given in (data, function, synthetic)) != 1:
         raise UsageError("calibration needs data from one place", "give one of --data, --data-function, --synthetic")
     described = opening.inputs if opening is not None else ()
-    return Data(path_or_none(data), path_or_none(labels), split, function, synthetic, described)
+    return Data(path_or_none(data, "data"), path_or_none(labels, "labels"), split, function, synthetic, described)
 
 
 def convert(
@@ -217,21 +217,28 @@ def convert(
     Raises:
         ReportedError: If anything given cannot be used, or the written model does not work; nothing is written then.
     """
-    recipe, run = for_form(recipe or Recipe(), form), run or Run()
+    recipe, run = for_form(checked_recipe(recipe), form), run or Run()
     check_places(recipe, statistics, data, function, synthetic)
     check_search(recipe, form, run.resume, validate is not None)
-    outputs = places_of(Path(output), form, recipe, name, until)
+    outputs = places_of(path_of(output, "output"), form, recipe, name, until)
     writer = WRITERS.get(form, WRITERS["qdq"])
-    files = [data, labels, validate, statistics if isinstance(statistics, (str, Path)) else None]
-    given_model = None if isinstance(model, LoadedModel) else Path(model)
-    sources = [given_model, recipe.target_file, *(Path(path) if path else None for path in files)]
+    data, labels, validate = (
+        path_or_none(place, what) for place, what in ((data, "data"), (labels, "labels"), (validate, "validation data"))
+    )
+    sources = [
+        None if isinstance(model, LoadedModel) else path_of(model, "model"),
+        None if isinstance(statistics, statistics_file.Statistics) else path_or_none(statistics, "statistics file"),
+        *(recipe.target_file, data, labels, validate),
+    ]
     check_outputs(outputs, sources)
     target = resolve_target(recipe)
     given = any(place is not None for place in (data, function, synthetic)) or recipe.mode != "static"
     described = opening.inputs if opening is not None else ()
-    places = Data(path_or_none(data), path_or_none(labels), split, function, synthetic, described) if given else None
+    places = Data(data, labels, split, function, synthetic, described) if given else None
     source = (
-        model if isinstance(model, LoadedModel) else load(Path(model), opening, shown_by(places, recipe, statistics))
+        model
+        if isinstance(model, LoadedModel)
+        else load(path_of(model, "model"), opening, shown_by(places, recipe, statistics))
     )
     check_outputs(outputs, source.files)
     with blamed_on(source):
@@ -239,7 +246,7 @@ def convert(
         log = outputs.search if recipe.tune.max_drop is not None else None
         if log is not None and not run.resume:
             log.unlink(missing_ok=True)
-        judged = Data(Path(validate), path_or_none(labels), validate_split) if validate is not None else None
+        judged = Data(validate, labels, validate_split) if validate is not None else None
         widths = widths_for(recipe, form, outputs.model)
         decision = decided(source, folded, statistics, places, recipe, run, writer, judged, log, widths, progress)
         found, tuned = decision.statistics, decision.tuned
@@ -296,11 +303,6 @@ def blamed_on(source: LoadedModel) -> Iterator[None]:
     except Exception:
         Runner(source.runnable, what=source.name)
         raise
-
-
-def path_or_none(path: Path | str | None) -> Path | None:
-    """Return a path of what may be text or nothing."""
-    return None if path is None else Path(path)
 
 
 def check_places(recipe: Recipe, statistics: object, *data: object) -> None:

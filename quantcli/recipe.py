@@ -11,7 +11,7 @@ import msgspec
 from calibration.datasets.dataset import Selection
 from calibration.datasets.preprocess import Preprocess
 from calibration.ranges import parse_range
-from quantcli.errors import RecipeError
+from quantcli.errors import RecipeError, UsageError, kind_of
 from quantcli.targets import (
     DEFAULT_TARGET,
     SYMMETRIC_BITS,
@@ -191,6 +191,26 @@ def read_recipe(path: Path | None, overrides: dict[str, Any] | None = None, plac
         raise RecipeError(
             f"{place or path or 'the command line'} asks for something unknown ({error})", "see docs/recipes.md"
         ) from error
+
+
+def checked_recipe(recipe: Recipe | None) -> Recipe:
+    """Return a recipe that was made in Python, or the defaults, after looking whether a file could say the same.
+
+    Raises:
+        UsageError: If it is no recipe.
+        RecipeError: If an entry is of the wrong kind.
+    """
+    if recipe is None:
+        return Recipe()
+    if not isinstance(recipe, Recipe):
+        raise UsageError(
+            f"the recipe is {kind_of(recipe)}", "give a quantcli.Recipe; quantcli.read_recipe reads a file"
+        )
+    try:
+        msgspec.convert(msgspec.to_builtins(recipe), Recipe)
+    except (msgspec.ValidationError, ValueError, TypeError) as error:
+        raise RecipeError(f"the recipe asks for something unknown ({error})", "see docs/recipes.md") from error
+    return recipe
 
 
 def keeping(recipe: Recipe, floats: tuple[str, ...]) -> Recipe:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibration.datasets import Selection, batches, fitted_batch, fixes_batch, open_dataset, select
@@ -13,16 +12,18 @@ from quantcli.embedded.check import FLAGS
 from quantcli.embedded.describe import read_description
 from quantcli.embedded.verify import verify_source
 from quantcli.errors import ModelError, UsageError
+from quantcli.files import path_of, path_or_none
 from quantcli.integer.held import Held
 from quantcli.integer.verify import Verification, random_inputs
 from quantcli.integer.verify import verify as compare_integers
 from quantcli.integer.weights import verify_weights as compare_weights
 from quantcli.load import load
 from quantcli.progress import Progress, silent
-from quantcli.recipe import Recipe
+from quantcli.recipe import Recipe, checked_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -59,7 +60,7 @@ def verify(
     Raises:
         ReportedError: If anything given cannot be used. Differences are no error here: they are in what is returned.
     """
-    sidecar = Path(sidecar)
+    sidecar = path_of(sidecar, "sidecar")
     document = sidecar_file.read(sidecar)
     model = sidecar.with_name(document.model.name)
     if model.suffix == ".pt2":
@@ -73,7 +74,7 @@ def verify(
     held, runner = Held.of_file(model), Runner(model, what=model.name)
     if data is None:
         return compare_integers(held, document, [random_inputs(document, runner, random_batch(runner, batch), seed)])
-    drawn = drawn_from(Path(data), runner, recipe, labels, split, selection, batch, progress)
+    drawn = drawn_from(path_of(data, "data"), runner, recipe, labels, split, selection, batch, progress)
     return compare_integers(held, document, drawn)
 
 
@@ -103,7 +104,7 @@ def drawn_from(
         DataError: If there are too few samples for one.
     """
     dataset = open_dataset(
-        data, runner.inputs, (recipe or Recipe()).preprocess, Path(labels) if labels else None, split
+        data, runner.inputs, checked_recipe(recipe).preprocess, path_or_none(labels, "labels"), split
     )
     indices = select(len(dataset), selection or Selection())
     size = fitted_batch(runner.inputs, batch)
@@ -144,7 +145,7 @@ def verify_c(
     Raises:
         ReportedError: If anything given cannot be used. Differences are no error here: they are in what is returned.
     """
-    folder = Path(folder)
+    folder = path_of(folder, "folder")
     description = read_description(folder)
     document = sidecar_file.read(folder / f"{description.name}.json")
     runner = Runner(load(folder / document.model.name).runnable, what=document.model.name)
@@ -152,5 +153,5 @@ def verify_c(
     if data is None:
         drawn = [random_inputs(document, runner, random_batch(runner), seed)]
     else:
-        drawn = drawn_from(Path(data), runner, recipe, labels, split, selection, None, progress)
+        drawn = drawn_from(path_of(data, "data"), runner, recipe, labels, split, selection, None, progress)
     return verify_source(folder, description, document, drawn, compiler, FLAGS if flags is None else flags)

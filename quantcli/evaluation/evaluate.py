@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,12 +25,15 @@ from quantcli.evaluation.footprint import footprint
 from quantcli.evaluation.kernels import Kernel, kernels
 from quantcli.evaluation.latency import Latency, measure
 from quantcli.evaluation.metrics import LABEL_METRICS, METRICS, Asked, Comparison, TopK, function_of
+from quantcli.files import path_of, path_or_none
 from quantcli.load import LoadedModel, Opening, load
 from quantcli.observation import Data
 from quantcli.progress import Progress, silent
-from quantcli.recipe import Recipe
+from quantcli.recipe import Recipe, checked_recipe
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
     from calibration.hooks.torch import ProgramRunner
@@ -118,18 +120,18 @@ def evaluate(
     Raises:
         ReportedError: If anything given cannot be used, or the metric needs what is not there.
     """
-    recipe = recipe or Recipe()
-    quantized, data = Path(quantized), Path(data)
+    recipe = checked_recipe(recipe)
+    quantized, data = path_of(quantized, "quantized model"), path_of(data, "data")
     source = reference if isinstance(reference, LoadedModel) else None
     if source is None and reference is not None:
-        source = load(Path(str(reference)), opening, Data(data).example(recipe.preprocess))
+        source = load(path_of(reference, "float model"), opening, Data(data).example(recipe.preprocess))
     float_runner = Runner(source.runnable, what=source.name) if source is not None else None
     candidate, runner = opened(quantized, source)
     if candidate is None and (layers or profiled):
         raise UsageError(
             f"{quantized.name} is a PyTorch program, and --layers and --kernels look into ONNX", "leave them out"
         )
-    dataset = open_dataset(data, runner.inputs, recipe.preprocess, Path(labels) if labels else None, split)
+    dataset = open_dataset(data, runner.inputs, recipe.preprocess, path_or_none(labels, "labels"), split)
     if source is not None and float_runner is not None and float_runner.outputs != runner.outputs:
         theirs, ours = ", ".join(float_runner.outputs), ", ".join(runner.outputs)
         what = f"{source.name} has the outputs {theirs}, {quantized.name} has {ours}"

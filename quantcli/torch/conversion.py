@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +12,15 @@ import numpy as np
 import torch
 
 from calibration.errors import DataError
-from quantcli.errors import UsageError
+from quantcli.errors import kind_of
+from quantcli.files import path_of
 from quantcli.load import LoadedModel
 from quantcli.load.exporter import EXPORTING
 from quantcli.load.learned import learned_of
 from quantcli.load.torch import exported, opened
 from quantcli.pipeline import convert as convert_file
 from quantcli.torch.floats import floated
-from quantcli.torch.prepare import check_types, kind_of, taken_of
+from quantcli.torch.prepare import check_types, taken_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -52,8 +52,7 @@ def convert(
         ReportedError: If the model cannot be exported or converted; nothing is written then.
     """
     check_types(model, recipe, loader)
-    if not isinstance(output, (str, os.PathLike)):
-        raise UsageError(f"the output is {kind_of(output)}", "give the path of an .onnx or .pt2 file")
+    output = path_of(output, "output")
     samples = samples_of(model, loader)
     name = type(model).__name__
     with EXPORTING:

@@ -18,9 +18,9 @@ from calibration.errors import DataError, ReportedError
 from calibration.observers import Counting, TensorStatistics
 from calibration.ranges import Grid, observer_for, parse_range, range_of
 from quantcli.arithmetic.affine import IntegerType
-from quantcli.errors import ModelError, PlanError, UsageError
+from quantcli.errors import ModelError, PlanError, UsageError, kind_of
 from quantcli.load.exporter import reason, where
-from quantcli.recipe import Recipe, resolve_target
+from quantcli.recipe import Recipe, checked_recipe, resolve_target
 from quantcli.torch.floats import is_prepared
 from quantcli.torch.layers import (
     TWINS,
@@ -116,17 +116,9 @@ def check_types(model: Any, recipe: Any = None, loader: Any = ()) -> None:
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"the model is {kind_of(model)}", "give a torch.nn.Module; quantcli.convert takes files")
-    if recipe is not None and not isinstance(recipe, Recipe):
-        raise UsageError(
-            f"the recipe is {kind_of(recipe)}", "give a quantcli.Recipe; quantcli.read_recipe reads a file"
-        )
+    checked_recipe(recipe)
     if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
         raise UsageError(f"the loader is {kind_of(loader)}", "give something that yields batches: a DataLoader, a list")
-
-
-def kind_of(thing: Any) -> str:
-    """Return what something is, for a message."""
-    return "None" if thing is None else f"of the type {type(thing).__name__}"
 
 
 def check_prepared(model: nn.Module) -> None:

@@ -27,6 +27,7 @@ from calibration.datasets import Preprocess, Selection
 from quantcli import calibrate, convert, demo, evaluate, read_recipe
 from quantcli.cli import run
 from quantcli.errors import ModelError, PlanError, UsageError
+from quantcli.recipe import Activation
 from tests import graphs
 
 PIXELS = ["--scale", "0.00392156862745098", "--mean", "0.1307", "--std", "0.3081", "--layout", "NCHW"]
@@ -632,6 +633,24 @@ def test_the_api_reports_by_exceptions(here: Path) -> None:
             "q.onnx",
             data=graphs.data_for(here / "d.npz", x=(3,)),
         )
+    assert not (here / "q.onnx").exists()
+
+
+MISTAKEN: list[tuple[str, dict[str, Any]]] = [
+    ("the recipe is of the type dict", {"recipe": {}}),
+    ("Invalid enum value 'uint16'", {"recipe": quantcli.Recipe(activation=Activation(dtype="uint16"))}),  # type: ignore[arg-type]
+    ("the output is None", {"output": None}),
+    ("the model is of the type object.*quantcli.torch.convert takes modules", {"model": object()}),
+    ("the data is of the type ndarray.*numpy.savez writes arrays", {"data": np.zeros((4, 3))}),
+    ("the statistics file is of the type dict", {"statistics": {}}),
+]
+
+
+@pytest.mark.parametrize(("told", "change"), MISTAKEN)
+def test_the_api_tells_what_is_of_another_type(here: Path, told: str, change: dict[str, Any]) -> None:
+    given = {"model": "kit/model.onnx", "output": "q.onnx", "data": "kit/cal.npz", **change}
+    with pytest.raises(UsageError, match=told):
+        convert(**given)
     assert not (here / "q.onnx").exists()
 
 
