@@ -121,6 +121,28 @@ def test_a_model_that_runs_slower_than_float_is_told(
     assert ("speed: about" in told.out) == (speed is not None)
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--effort", "fast"], "on this machine; --optimize latency looks for a faster plan"),
+        (["--effort", "fast", "--optimize", "latency"], "on this machine\n"),
+        (["--mode", "dynamic", "--include", "op:Conv"], "on this machine\n"),
+        (["--mode", "weights", "--include", "op:Conv"], "on this machine\n"),
+    ],
+)
+def test_a_faster_plan_is_looked_for_where_none_was(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    told: str,
+) -> None:
+    path, data = residual_net(tmp_path / "m.onnx"), data_for(tmp_path / "d.npz")
+    monkeypatch.setattr("quantcli.evaluation.check.measured", lambda *_: 0.6)
+    assert run(["convert", str(path), "--data", str(data), "-o", str(tmp_path / "q.onnx"), *options]) == 0
+    assert f"it runs at 0.60 times float's speed {told}" in capsys.readouterr().err
+
+
 def test_nothing_is_told_of_the_speed_of_what_is_meant_to_run_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
