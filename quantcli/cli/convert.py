@@ -220,7 +220,7 @@ def show(terminal: Terminal, done: Conversion) -> None:
     terminal.say(f"{done.model}: {', '.join(counts)}")
     terminal.say(f"size: {sizes[0]:,} → {sizes[1]:,} bytes ({sizes[1] / sizes[0]:.0%})")
     if done.check.speed is not None and here:
-        terminal.say(f"speed: about {done.check.speed:.2f} times float's, {samples(done.check.samples)} at once")
+        terminal.say(f"speed: about {done.check.speed:.2f} times float's, {samples(done.check.batch)} at once")
     for name, value in done.check.sqnr.items():
         terminal.say(f"self-check: output '{name}' SQNR {value:.1f} dB over {samples(done.check.samples)}")
     terminal.say(f"{done.sidecar_path}: the sidecar")
