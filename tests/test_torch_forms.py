@@ -117,6 +117,16 @@ def test_torch_counts_what_onnx_runtime_counts(saved: Path, name: str) -> None:
         assert abs(seen.maximum - there[tensor].maximum) <= bound
 
 
+def test_an_input_that_torch_calls_otherwise_is_counted_in_torch(tmp_path: Path) -> None:
+    """A Sequential's argument is ``input``, which a module's graph has renamed."""
+    program = torch.export.export(reader(), (torch.ones(2, 3, 8, 8),), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    torch.export.save(program, tmp_path / "m.pt2")
+    data = data_for(tmp_path / "d.npz", input=(3, 8, 8))
+    found = calibrate(tmp_path / "m.pt2", data, run=Run(runtime="torch")).tensors
+    stored = np.load(data)["input"]
+    assert (found["input"].minimum, found["input"].maximum) == (stored.min(), stored.max())
+
+
 def test_statistics_show_the_inputs_as_well_as_data_does(saved: Path, tmp_path: Path) -> None:
     calibrate(saved / "state.pt", saved / "data.npz", tmp_path / "s.stats", opening=BUILT)
     done = convert(saved / "state.pt", tmp_path / "q.onnx", tmp_path / "s.stats", recipe=FAST, opening=BUILT)

@@ -83,8 +83,8 @@ class ProgramHook(TorchHook):
         given = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
         placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
         self.aliases = dict(aliases or {})
-        called = {node: name for name, node in self.aliases.items()}
-        self.specs = tuple(spec_of(called.get(node, node), placeholders[node].meta["val"]) for node in given)
+        own = {node: name for name, node in self.aliases.items()}
+        self.specs = tuple(spec_of(own.get(node, node), placeholders[node].meta["val"]) for node in given)
         nodes = [self.aliases.get(name, name) for name in names]
         self.module = program.module()
         if missing := unknown_to(self.module, nodes):
@@ -117,8 +117,8 @@ class ProgramHook(TorchHook):
 
             def run_node(self, n: Any) -> Any:
                 value = super().run_node(n)
-                if n.name in self.wanted:
-                    self.found[n.name] = value.detach().cpu().numpy()
+                if (name := called(n)) in self.wanted:
+                    self.found[name] = value.detach().cpu().numpy()
                 return value
 
         nodes = {name: self.aliases.get(name, name) for name in outputs or ()}
@@ -266,8 +266,13 @@ def decomposed(program: Any, whole: Any, names: set[str]) -> Any:
 
 def unknown_to(module: Any, names: Sequence[str]) -> list[str]:
     """Return the names that no value of a graph module has."""
-    known = {node.name for node in module.graph.nodes}
+    known = {called(node) for node in module.graph.nodes}
     return [name for name in names if name not in known]
+
+
+def called(node: Any) -> str:
+    """Return what a node of a program's module is called in the program: a module's graph calls an ``input`` otherwise."""
+    return str(node.target if node.op == "placeholder" else node.name)
 
 
 @contextlib.contextmanager
