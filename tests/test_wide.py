@@ -290,3 +290,10 @@ def test_a_target_with_a_width_that_it_cannot_have_is_refused(tmp_path: Path) ->
     (tmp_path / "own.toml").write_text(text)
     with pytest.raises(RecipeError, match="uint8 and widest = 16"):
         load_target(str(tmp_path / "own.toml"))
+
+
+def test_a_target_whose_type_does_not_hold_its_bits_is_refused(tmp_path: Path) -> None:
+    text = (FOLDER / "ort-x86.toml").read_text().replace("symmetric = false\n", "symmetric = false\nbits = 12\n", 1)
+    (tmp_path / "t.toml").write_text(text)
+    with pytest.raises(RecipeError, match="12 bits, which uint8 does not hold"):
+        load_target(str(tmp_path / "t.toml"))

@@ -189,4 +189,9 @@ def load_target(name: str) -> Target:
             f"{file} has activations of {target.activation.dtype} and widest = 16",
             "int8 alone has int16 beside it: leave widest out",
         )
+    if target.activation.bits is not None and target.activation.bits > target.activation.stored:
+        raise RecipeError(
+            f"{file} has activations of {target.activation.bits} bits, which {target.activation.dtype} does not hold",
+            "choose another dtype, or leave bits out",
+        )
     return target
