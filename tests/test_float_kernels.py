@@ -119,6 +119,13 @@ def test_their_width_is_the_recipes_unless_widths_are_searched(tmp_path: Path) -
     assert all(np.ptp(held, axis=(0, 2, 3)).max() <= 15 for held in stored_weights(four.sidecar, four.model).values())
 
 
+def test_random_data_is_no_matter_where_no_range_comes_from_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    convert(chain(tmp_path), tmp_path / "q.onnx", synthetic=4)
+    assert "random data" not in caplog.text
+
+
 @pytest.mark.parametrize("dense", [True, False], ids=["beside a dense layer", "alone"])
 def test_a_search_leaves_them_wide(tmp_path: Path, dense: bool) -> None:
     weights = {"w": normal(3, 6, 3, 3, seed=1, scale=0.2), **({"v": normal(6, 5, seed=2)} if dense else {})}
