@@ -56,6 +56,7 @@ class Work:
         columns: The tensors of which the extremes of every column are counted.
         lanes: How many batches are in work at once.
         checks: How many samples are kept for self-checks otherwise.
+        masks: The tensors in which −infinity stands for what is masked: it counts as the lowest value there is.
     """
 
     dataset: Dataset
@@ -67,6 +68,7 @@ class Work:
     columns: frozenset[str] = frozenset()
     lanes: Lanes = ONE_BY_ONE
     checks: int = CHECK_SAMPLES
+    masks: frozenset[str] = frozenset()
 
     def feeds(self, span: Span) -> dict[str, NDArray[Any]]:
         """Return a batch."""
@@ -355,6 +357,8 @@ class Counter:
             DataError: If a value is not finite and that is not allowed, naming tensor and samples.
         """
         held, rows, counting = self.seen.tensors[name], span[1] - span[0], self.work.counting
+        if name in self.work.masks and values.dtype.kind == "f":
+            values = np.maximum(values, np.finfo(values.dtype).min)
         if self.work.pilot == (span,):
             held.prepare(values, rows, counting)
         try:

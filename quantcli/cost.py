@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
+# How long a sequence is taken to be whose length is not known.
+USUAL_LENGTH = 128
+
 
 @dataclass(frozen=True)
 class Work:
@@ -53,6 +56,22 @@ def work_of(node: ir.Node) -> Work:
     made = total(values_of(value) for value in node.outputs)
     stored = sum(values_of(value) or 0 for value in given if constant(value) is not None)
     return Work(multiply_accumulates(node), read, made, stored)
+
+
+def per_value(node: ir.Node) -> float | None:
+    """Return an operator's multiply-accumulates per value that comes or goes; None where that is not known.
+
+    A product of matrices, M x K and K x N, has 1 / (1/M + 1/K + 1/N). Lengths that are not known, which are those of sequences,
+    count as USUAL_LENGTH there: as 1 they would tell nothing.
+    """
+    if node.op_type != "MatMul":
+        return work_of(node).macs_per_value
+    shapes = [value.shape for value in node.inputs if value is not None and value.shape is not None]
+    if len(shapes) < 2 or min(map(len, shapes)) < 2:
+        return work_of(node).macs_per_value
+    (rows, depth), (same, columns) = ([shape[-2], shape[-1]] for shape in shapes)
+    lengths = (rows, depth if isinstance(depth, int) else same, columns)
+    return 1 / sum(1 / max(length, 1) if isinstance(length, int) else 1 / USUAL_LENGTH for length in lengths)
 
 
 def total(counts: Iterable[int | None]) -> int | None:

@@ -18,10 +18,11 @@ from calibration.statistics import Statistics
 from quantcli.arithmetic.affine import IntegerType
 from quantcli.errors import PlanError, StrictError, UsageError
 from quantcli.fold import constant
+from quantcli.masks import unresolvable
 from quantcli.modes import plan_without_data
 from quantcli.observation import Data, Run, check_counted, observe, preprocess_of
 from quantcli.placement import place
-from quantcli.plan import Plan, make_plan, unresolvable
+from quantcli.plan import Plan, make_plan
 from quantcli.probe import model_bytes
 from quantcli.quantize import quantize
 from quantcli.recipe import Recipe, keeping, resolve_target
@@ -186,7 +187,7 @@ def as_learned(learned: Learned, folded: ir.Model, found: Statistics, recipe: Re
             f"activations of {widest} bits do not fit {target.activation.dtype}",
             'choose --activation-dtype int16, in Python Recipe(activation=Activation(dtype="int16"))',
         )
-    placement = place(folded, recipe, unresolvable(found.tensors))
+    placement = place(folded, recipe, unresolvable(folded, found.tensors, recipe))
     ranges: dict[str, tuple[float, float]] = {}
     grids: dict[str, int] = {}
     for name, (lo, hi) in learned.ranges.items():

@@ -26,8 +26,9 @@ from calibration.statistics import Part, Statistics
 from quantcli.errors import UsageError
 from quantcli.files import staged
 from quantcli.fold import constant
+from quantcli.masks import scores, unresolvable
 from quantcli.placement import place
-from quantcli.plan import activation_bounds, unresolvable
+from quantcli.plan import activation_bounds
 from quantcli.probe import with_highest, with_outputs
 from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.smooth import columns_needed
@@ -252,7 +253,7 @@ class Observation:
 
     def still_needed(self) -> tuple[str, ...]:
         """Return the tensors that the plan needs, as far as is known by now, and that were not observed."""
-        needed = place(self.folded, self.recipe, unresolvable(self.finished)).observed()
+        needed = place(self.folded, self.recipe, unresolvable(self.folded, self.finished, self.recipe)).observed()
         return tuple(name for name in needed if name not in self.finished)
 
     def hook(self, names: Sequence[str]) -> Hook:
@@ -354,7 +355,8 @@ class Observation:
         )
         part = Part(dataset.digest, usable, mine[0][0], mine[-1][1])
         columns = columns_needed(self.folded, self.recipe)
-        return Work(dataset, indices, mine, pilot_of(spans), counting, fixed, columns, lanes, checks), part
+        masks = frozenset(str(value.name) for value in scores(self.folded))
+        return Work(dataset, indices, mine, pilot_of(spans), counting, fixed, columns, lanes, checks, masks), part
 
     def blank(self, dataset: Dataset, chosen: int, batch: int, part: Part) -> Statistics:
         """Return the statistics with everything but what is counted."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from quantcli.cost import values_of, work_of
+from quantcli.cost import per_value, values_of
 from quantcli.errors import PlanError, UsageError
 from quantcli.fold import constant, unmapped
 from quantcli.load.learned import LEARNED
@@ -333,7 +333,7 @@ class Placing:
     def too_little(self, layer: PlacedLayer, floats: list[ir.Value]) -> str | None:
         """Return why a layer that accumulates gains too little: products of two float activations over few terms."""
         least = self.target.placement.macs_per_value if self.pays else 0
-        found = work_of(layer.node).macs_per_value
+        found = per_value(layer.node)
         if len(floats) < 2 or found is None or found >= least or layer.node in self.forced:
             return None
         return (

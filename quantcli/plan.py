@@ -23,13 +23,14 @@ from quantcli.arithmetic.affine import (
 from quantcli.arithmetic.fixed_point import headroom_multipliers, headroom_of, signed_fixed_point
 from quantcli.errors import PlanError
 from quantcli.fold import constant, unmapped
+from quantcli.masks import unresolvable
 from quantcli.placement import FloatLayer, PlacedLayer, Placement, place
 from quantcli.recipe import resolve_target
 from quantcli.rules import RULES, Arithmetic, Operand
 from quantcli.tuning import UNTUNED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -42,10 +43,6 @@ if TYPE_CHECKING:
     from quantcli.tuning import Moved, Tuning
 
 INT32 = IntegerType("int32")
-# Below this a step of any grid swallows whatever data shares the tensor: float32 data of networks lies tens of orders above.
-LOWEST_DATA = -1e20
-# Above this the products of scales and integers leave float32.
-HIGHEST_DATA = 1e35
 
 
 @dataclass(frozen=True)
@@ -183,9 +180,9 @@ def make_plan(model: ir.Model, statistics: Statistics, recipe: Recipe, tuning: T
         RecipeError, UsageError: If the recipe's target or patterns have no meaning for the model.
     """
     target = resolve_target(recipe)
-    placement = place(model, recipe, unresolvable(statistics.tensors))
+    placement = place(model, recipe, unresolvable(model, statistics.tensors, recipe))
     tensors = plan_activations(placement, statistics, recipe, target, tuning)
-    tensors.update(plan_weights(placement, tensors, target, tuning, stored_bits(recipe)))
+    tensors.update(plan_weights(placement, tensors, target, tuning, width_of_stored(recipe)))
     tensors.update(plan_biases(placement, tensors))
     layers = {layer.node: plan_layer(layer, tensors, target) for layer in (*placement.layers, *placement.stored)}
     stored = {str(layer.node.name) for layer in placement.stored}
@@ -193,19 +190,12 @@ def make_plan(model: ir.Model, statistics: Statistics, recipe: Recipe, tuning: T
     return Plan(target, tensors, tuple(layers[node] for node in model.graph if node in layers), floats)
 
 
-def stored_bits(recipe: Recipe) -> int:
+def width_of_stored(recipe: Recipe) -> int:
     """Return the width of weights that float operators read: the recipe's, or 8, however few bits a target's integer products take.
 
     A search widens the weights of integer layers alone, and so these are wide from the start.
     """
     return 8 if recipe.weight.bits is None or recipe.tune.max_drop is not None else recipe.weight.bits
-
-
-def unresolvable(statistics: Mapping[str, TensorStatistics]) -> frozenset[str]:
-    """Return the tensors whose range is that of a mask (an attention mask adds the lowest float32), not of data."""
-    return frozenset(
-        name for name, seen in statistics.items() if seen.minimum < LOWEST_DATA or seen.maximum > HIGHEST_DATA
-    )
 
 
 def plan_activations(

@@ -1,4 +1,4 @@
-"""Half precision at the edges, float32 inside: float16 and bfloat16 models keep the types of their inputs and outputs."""
+"""Half precision becomes float32: float16 models keep the types of their inputs and outputs, bfloat16 ones do not."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common as passes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 HALF = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+BRAIN = frozenset({ir.DataType.BFLOAT16})
 SINGLE = ir.DataType.FLOAT
 # Attributes that name the type of an output.
 TYPES = ("to", "dtype", "stash_type")
@@ -25,31 +27,45 @@ def in_float32(model: ir.Model) -> None:
         return
     edges = [value for value in (*model.graph.inputs, *model.graph.outputs) if value.dtype in HALF]
     types = {value: value.dtype for value in edges}
-    for value in every_value(model):
-        if value.dtype in HALF:
-            value.type = ir.TensorType(SINGLE)
-        held = value.const_value
-        if held is not None and held.dtype in HALF:
-            value.const_value = ir.tensor(np.asarray(held.numpy(), dtype=np.float32), name=held.name)
-    for node in model.graph.all_nodes():
-        for name in TYPES:
-            found = node.attributes.get(name)
-            if (
-                found is not None
-                and found.type == ir.AttributeType.INT
-                and found.value in {kind.value for kind in HALF}
-            ):
-                node.attributes[name] = ir.AttrInt64(name, SINGLE.value)
-        found = node.attributes.get("value")
-        if found is not None and found.type == ir.AttributeType.TENSOR and found.value.dtype in HALF:
-            tensor = ir.tensor(np.asarray(found.value.numpy(), dtype=np.float32), name=found.value.name)
-            node.attributes["value"] = ir.AttrTensor("value", tensor)
+    widen(model, HALF)
     for value in list(model.graph.inputs):
         if value in types:
             cast_input(model.graph, value, types[value])
     for position, value in enumerate(list(model.graph.outputs)):
         if value in types and not value.is_graph_input():
             cast_output(model.graph, position, value, types[value])
+
+
+def without_bfloat16(model: ir.Model) -> ir.Model | None:
+    """Return a copy of a model that is float32 wherever it is bfloat16, its inputs and outputs as well; None where it is nowhere.
+
+    ONNX Runtime has hardly any kernels for bfloat16 on the CPU, and numpy has no such type.
+    """
+    if not any(value.dtype in BRAIN for value in every_value(model)):
+        return None
+    copy = model.clone()
+    passes.InlinePass()(copy)
+    widen(copy, BRAIN)
+    return copy
+
+
+def widen(model: ir.Model, kinds: Collection[ir.DataType]) -> None:
+    """Make everything in a model float32 that is of some narrower types."""
+    for value in every_value(model):
+        if value.dtype in kinds:
+            value.type = ir.TensorType(SINGLE)
+        held = value.const_value
+        if held is not None and held.dtype in kinds:
+            value.const_value = ir.tensor(np.asarray(held.numpy(), dtype=np.float32), name=held.name)
+    for node in model.graph.all_nodes():
+        for name in TYPES:
+            found = node.attributes.get(name)
+            if found is not None and found.type == ir.AttributeType.INT and found.value in kinds:
+                node.attributes[name] = ir.AttrInt64(name, SINGLE.value)
+        found = node.attributes.get("value")
+        if found is not None and found.type == ir.AttributeType.TENSOR and found.value.dtype in kinds:
+            tensor = ir.tensor(np.asarray(found.value.numpy(), dtype=np.float32), name=found.value.name)
+            node.attributes["value"] = ir.AttrTensor("value", tensor)
 
 
 def every_value(model: ir.Model) -> Iterator[ir.Value]:

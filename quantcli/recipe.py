@@ -15,11 +15,13 @@ from quantcli.errors import RecipeError, UsageError, kind_of
 from quantcli.targets import (
     DEFAULT_TARGET,
     SYMMETRIC_BITS,
+    ActivationFormat,
     ActivationType,
     MultiplierBits,
     PlacementFormat,
     Rounding,
     Target,
+    WeightFormat,
     load_target,
 )
 
@@ -229,21 +231,9 @@ def resolve_target(recipe: Recipe) -> Target:
     target = load_target(recipe.target)
     wishes = recipe.activation
     activation = overlaid(target.activation, dtype=wishes.dtype, symmetric=wishes.symmetric, bits=wishes.bits)
-    if activation.symmetric and activation.dtype.startswith("u"):
-        raise RecipeError(
-            f"symmetric activations of {activation.dtype} have no zero point 0", "use int8, or make them affine"
-        )
     own = recipe.weight
     weight = overlaid(target.weight, per_channel=own.per_channel, symmetric=own.symmetric, bits=own.bits)
-    if own.symmetric is False and recipe.mode != "static":
-        raise RecipeError(
-            f"--mode {recipe.mode} has no asymmetric weights per channel", "leave the form of weights to the mode"
-        )
-    if own.symmetric is False and weight.bits >= SYMMETRIC_BITS:
-        raise RecipeError(
-            f"weights of {weight.bits} bits are symmetric: with their zero points taken off they would not fit int8",
-            f"choose --weight-bits {SYMMETRIC_BITS - 1} or less",
-        )
+    check_wishes(recipe, activation, weight)
     return msgspec.structs.replace(
         target,
         activation=activation,
@@ -251,6 +241,38 @@ def resolve_target(recipe: Recipe) -> Target:
         multiplier=overlaid(target.multiplier, bits=recipe.multiplier.bits, rounding=recipe.multiplier.rounding),
         placement=PlacementFormat() if recipe.layers.everywhere else target.placement,
     )
+
+
+def check_wishes(recipe: Recipe, activation: ActivationFormat, weight: WeightFormat) -> None:
+    """Check that a recipe's wishes go together, laid over its target.
+
+    Raises:
+        RecipeError: If not.
+    """
+    if activation.symmetric and activation.dtype.startswith("u"):
+        raise RecipeError(
+            f"symmetric activations of {activation.dtype} have no zero point 0", "use int8, or make them affine"
+        )
+    bits, stored = recipe.activation.bits, activation.stored
+    if bits is not None and bits > stored:
+        raise RecipeError(
+            f"activations of {bits} bits do not fit {activation.dtype}",
+            f"choose --activation-dtype int16 as well, or {stored} bits or less",
+        )
+    if recipe.weight.symmetric is False and recipe.mode != "static":
+        raise RecipeError(
+            f"--mode {recipe.mode} has no asymmetric weights per channel", "leave the form of weights to the mode"
+        )
+    if recipe.weight.symmetric is False and weight.bits >= SYMMETRIC_BITS:
+        raise RecipeError(
+            f"weights of {weight.bits} bits are symmetric: with their zero points taken off they would not fit int8",
+            f"choose --weight-bits {SYMMETRIC_BITS - 1} or less",
+        )
+    if recipe.tune.optimize is not None and recipe.mode != "static":
+        raise RecipeError(
+            f"--optimize {recipe.tune.optimize} times plans of static models, not of --mode {recipe.mode}",
+            "leave one out",
+        )
 
 
 def overlaid(base: Format, **wishes: Any) -> Format:

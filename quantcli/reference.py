@@ -29,7 +29,8 @@ Every operator that quantcli turns into an integer layer, from its rule table (`
 (parameters from its own range), *weight* (constant, zero point 0, per channel), *bias* (int32 at S_x·S_w), *same* (shares the first
 operand's parameters) or *fixed* (the operator fixes its range). A Relu or Clip behind an operator marked ✓ becomes its clamp.
 Operators that only move or combine values become integer layers where their data is in integers already, or comes from the model's
-inputs and goes on to an integer layer. Anything else stays float, with its reason in the sidecar. What the integers do:
+inputs and goes on to an integer layer. Attention masks far below the scores (−10⁴, −infinity) stay float, up to the softmax.
+Anything else stays float, too, with its reason in the sidecar. What the integers do:
 [arithmetic.md](arithmetic.md), section 5."""
 
 

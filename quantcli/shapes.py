@@ -25,7 +25,12 @@ LONGEST = 64
 MADE_UP = "unk__"
 # Operators that give their first operand's values in their order.
 SAME = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
-TERMS: dict[str, Callable[[int, int], int]] = {"Add": operator.add, "Sub": operator.sub, "Mul": operator.mul}
+TERMS: dict[str, Callable[[int, int], int | None]] = {
+    "Add": operator.add,
+    "Div": lambda a, b: a // b if a >= 0 and b > 0 else None,
+    "Mul": operator.mul,
+    "Sub": operator.sub,
+}
 
 
 def settle_shapes(model: ir.Model) -> None:
@@ -105,8 +110,8 @@ def parts_of(node: ir.Node, known: Mapping[ir.Value, list[Part]]) -> list[Part] 
     return sliced(first, operands[1:]) if node.op_type == "Slice" else None
 
 
-def combined(term: Callable[[int, int], int], first: list[Part], second: list[Part]) -> list[Part] | None:
-    """Return a sum, difference or product, part by part."""
+def combined(term: Callable[[int, int], int | None], first: list[Part], second: list[Part]) -> list[Part] | None:
+    """Return a sum, difference, product or quotient, part by part."""
     if not first or not second or (len(first) != len(second) and 1 not in {len(first), len(second)}):
         return None
     count = max(len(first), len(second))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from calibration.datasets import Selection, batches, fitted_batch, fixes_batch, open_dataset, select
-from calibration.errors import DataError
+from calibration.errors import DataError, RunError
 from calibration.hooks.onnxruntime import Runner
 from quantcli import sidecar as sidecar_file
 from quantcli.embedded.check import FLAGS
@@ -27,10 +29,17 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from calibration.datasets.dataset import InputSpec
     from quantcli.embedded.deliver import Compared
+    from quantcli.embedded.describe import Description
+    from quantcli.sidecar import Sidecar
+
+logger = logging.getLogger(__name__)
 
 # How many random samples are verified where there is no data.
 RANDOM_SAMPLES = 8
+# Sizes of free axes behind the batch, of which the first that the model runs is taken.
+FREE_SIZES = (32, 64, 8, 128, 1)
 
 
 def verify(
@@ -73,7 +82,7 @@ def verify(
         return compare_weights(Held.of_file(model), document)
     held, runner = Held.of_file(model), Runner(model, what=model.name)
     if data is None:
-        return compare_integers(held, document, [random_inputs(document, runner, random_batch(runner, batch), seed)])
+        return compare_integers(held, document, [random_feeds(document, runner, random_batch(runner, batch), seed)])
     drawn = drawn_from(path_of(data, "data"), runner, recipe, labels, split, selection, batch, progress)
     return compare_integers(held, document, drawn)
 
@@ -86,6 +95,34 @@ def random_batch(runner: Runner, wanted: int | None = None) -> int:
     """
     few = None if fixes_batch(runner.inputs) else RANDOM_SAMPLES
     return fitted_batch(runner.inputs, wanted or few)
+
+
+def random_feeds(sidecar: Sidecar, runner: Runner, samples: int, seed: int) -> dict[str, NDArray[Any]]:
+    """Return random inputs that a model runs.
+
+    Raises:
+        DataError: If it has free axes behind the batch, and runs with none of the sizes that are tried.
+    """
+    if all(size is not None for spec in runner.inputs for size in spec.shape[1:]):
+        return random_inputs(sidecar, runner.inputs, samples, seed)
+    for free in FREE_SIZES:
+        feeds = random_inputs(sidecar, runner.inputs, samples, seed, free)
+        try:
+            runner.run(feeds)
+        except RunError as error:
+            logger.info("%s with axes of %d", error.what, free)
+        else:
+            return feeds
+    sizes = ", ".join(map(str, FREE_SIZES))
+    raise DataError(
+        f"{runner.what} leaves axes of its inputs free, and does not run with sizes of {sizes}", "give --data"
+    )
+
+
+def compiled_inputs(runner: Runner, description: Description) -> list[InputSpec]:
+    """Return the inputs of a model in the sizes that its C source was made for."""
+    shapes = {port.name: port.shape for port in description.inputs}
+    return [replace(spec, shape=(*spec.shape[:1], *shapes.get(spec.name, spec.shape)[1:])) for spec in runner.inputs]
 
 
 def drawn_from(
@@ -151,7 +188,7 @@ def verify_c(
     runner = Runner(load(folder / document.model.name).runnable, what=document.model.name)
     drawn: Iterable[dict[str, NDArray[Any]]]
     if data is None:
-        drawn = [random_inputs(document, runner, random_batch(runner), seed)]
+        drawn = [random_inputs(document, compiled_inputs(runner, description), random_batch(runner), seed)]
     else:
         drawn = drawn_from(path_of(data, "data"), runner, recipe, labels, split, selection, None, progress)
     return verify_source(folder, description, document, drawn, compiler, FLAGS if flags is None else flags)

@@ -48,7 +48,7 @@ ORDER = [
         "quantcli.island",
     },
     {"quantcli.rules", "quantcli.integer_operators", "quantcli.cost"},
-    {"quantcli.placement"},
+    {"quantcli.placement", "quantcli.masks"},
     {"quantcli.plan"},
     {"quantcli.tune", "quantcli.modes"},
     {"quantcli.quantize"},

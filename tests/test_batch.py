@@ -376,6 +376,7 @@ BROKEN = [
         r"a/x: \[recipes.x\] asks",
     ),
     ('[recipes.x]\ntarget = "moon"\n[[models]]\npath = "nets/a.onnx"', "a/x: there is no target 'moon'"),
+    ('[recipes.x.activation]\nbits = 12\n[[models]]\npath = "nets/a.onnx"', "a/x: activations of 12 bits do not fit"),
     ('[[models]]\npath = "nets/a.onnx"\nmetric = "top2"', "a/default: there is no metric 'top2'"),
     ('[[models]]\npath = "nets/a.onnx"\nformat = "tflite"', "a/default: there is no format 'tflite'"),
     ('[[models]]\npath = "nets/a.onnx"\noutput = "pth"', "a/default: there is no output 'pth'"),

@@ -10,8 +10,11 @@ import pytest
 
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe, calibrate, convert, verify
+from quantcli.cli import run
+from quantcli.embedded.check import compiler
 from quantcli.fold import fold
 from quantcli.load import load
+from quantcli.pipeline import verify_c
 from quantcli.recipe import resolve_target
 from quantcli.tune.candidates import Candidate, swept
 from quantcli.tune.steps import Steps
@@ -136,3 +139,43 @@ def test_random_inputs_come_in_the_batches_that_the_model_takes(tmp_path: Path) 
     np.savez(tmp_path / "d.npz", x=normal(48, 3, 8, 8, seed=3))
     done = convert(model, tmp_path / "q.onnx", data=tmp_path / "d.npz", recipe=Recipe(target="npu-int8"))
     assert verify(done.sidecar_path).findings == []
+
+
+def pyramid(path: Path) -> Path:
+    """Write a net that halves its input and joins it, at twice the size, with itself: sizes are even, and behind it at least 5."""
+    nodes = [
+        node("Conv", ["x", "w"], ["c"], strides=[2, 2], pads=[1, 1, 1, 1]),
+        node("Resize", ["c", "", "scales"], ["u"], mode="nearest"),
+        node("Concat", ["u", "x"], ["j"], axis=1),
+        node("Conv", ["j", "v"], ["y"]),
+    ]
+    constants = {"w": normal(4, 3, 3, 3, seed=1), "v": normal(4, 7, 5, 5, seed=2)}
+    constants["scales"] = np.array([1, 1, 2, 2], np.float32)
+    return save(path, nodes, {"x": ["n", 3, "height", "width"]}, {"y": None}, constants)
+
+
+def test_random_inputs_have_sizes_that_the_model_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = pyramid(tmp_path / "net.onnx")
+    np.savez(tmp_path / "d.npz", x=normal(8, 3, 12, 10, seed=3))
+    done = convert(model, tmp_path / "q.onnx", data=tmp_path / "d.npz")
+    monkeypatch.setattr("quantcli.verification.FREE_SIZES", (1, 2, 11, 8))
+    found = verify(done.sidecar_path)
+    assert found.findings == []
+    assert found.elements > 8 * 4 * 4 * 4  # what the last layer gives
+    monkeypatch.setattr("quantcli.verification.FREE_SIZES", (1, 2, 11))
+    assert run(["verify", str(done.sidecar_path)]) == 1
+    told = capsys.readouterr().err
+    assert told == (
+        "error: q.onnx leaves axes of its inputs free, and does not run with sizes of 1, 2, 11; give --data\n"
+    )
+
+
+@pytest.mark.skipif(compiler() is None, reason="there is no C compiler")
+def test_random_inputs_have_the_sizes_that_c_source_was_made_for(tmp_path: Path) -> None:
+    model = pyramid(tmp_path / "net.onnx")
+    np.savez(tmp_path / "d.npz", x=normal(8, 3, 12, 10, seed=3))
+    convert(model, tmp_path / "c", data=tmp_path / "d.npz", form="c")
+    found = verify_c(tmp_path / "c")
+    assert (found.samples, found.values, found.wrong) == (8, 8 * 4 * 8 * 6, 0)

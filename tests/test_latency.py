@@ -16,7 +16,7 @@ from quantcli.fold import fold
 from quantcli.load import load
 from quantcli.recipe import Recipe, Tune
 from quantcli.tune.latency import MARGIN, RULE, candidates
-from tests.graphs import data_for, node, normal, residual_net, save
+from tests.graphs import Array, data_for, node, normal, residual_net, save
 
 FASTEST = Recipe(tune=Tune(optimize="latency"))
 
@@ -119,6 +119,50 @@ def test_a_model_that_runs_slower_than_float_is_told(
     told = capsys.readouterr()
     assert ("0.60 times float's speed" in told.err) == warned
     assert ("speed: about" in told.out) == (speed is not None)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--effort", "fast"], "on this machine; --optimize latency looks for a faster plan"),
+        (["--effort", "fast", "--optimize", "latency"], "on this machine\n"),
+        (["--mode", "dynamic", "--include", "op:Conv"], "on this machine\n"),
+        (["--mode", "weights", "--include", "op:Conv"], "on this machine\n"),
+    ],
+)
+def test_a_faster_plan_is_looked_for_where_none_was(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    told: str,
+) -> None:
+    path, data = residual_net(tmp_path / "m.onnx"), data_for(tmp_path / "d.npz")
+    monkeypatch.setattr("quantcli.evaluation.check.measured", lambda *_: 0.6)
+    assert run(["convert", str(path), "--data", str(data), "-o", str(tmp_path / "q.onnx"), *options]) == 0
+    assert f"it runs at 0.60 times float's speed {told}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("batch", "rows"), [("N", 1), (2, 2)])
+def test_the_speed_is_that_of_one_sample_or_of_the_models_batch(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    batch: int | str,
+    rows: int,
+) -> None:
+    nodes, constants = [node("Conv", ["x", "w"], ["y"])], {"w": normal(4, 3, 3, 3)}
+    path = save(tmp_path / "m.onnx", nodes, {"x": [batch, 3, 8, 8]}, {"y": None}, constants)
+    run_with: list[int] = []
+
+    def measure(_reference: object, _quantized: object, feeds: dict[str, Array]) -> float:
+        run_with.append(len(feeds["x"]))
+        return 1.5
+
+    monkeypatch.setattr("quantcli.evaluation.check.measured", measure)
+    assert run(["convert", str(path), "--data", str(data_for(tmp_path / "d.npz")), "-o", str(tmp_path / "q.onnx")]) == 0
+    assert run_with == [rows]
+    assert f"speed: about 1.50 times float's, {rows} sample{'s' * (rows > 1)} at once" in capsys.readouterr().out
 
 
 def test_nothing_is_told_of_the_speed_of_what_is_meant_to_run_elsewhere(

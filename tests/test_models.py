@@ -17,7 +17,7 @@ from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe, convert, verify
 from quantcli.cli import run
 from quantcli.errors import ModelError
-from quantcli.load import load
+from quantcli.load import digest_of, load
 from quantcli.recipe import Layers
 from tests.graphs import Array, node, normal
 
@@ -290,6 +290,65 @@ def check(folder: Path, case: Case, recipe: Recipe) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_models_as_they_come(tmp_path: Path, name: str) -> None:
     check(tmp_path, CASES[name], Recipe())
+
+
+BRAIN = {"w": numpy_helper.from_array(W.astype(ml_dtypes.bfloat16), "w")}
+TO_BRAIN, TO_FLOAT = {"to": TensorProto.BFLOAT16}, {"to": TensorProto.FLOAT}
+BRAINS: dict[str, Case] = {
+    "throughout": Case(RELU, BRAIN, 1, kind=TensorProto.BFLOAT16),
+    "inside": Case(
+        [
+            node("Cast", ["x"], ["h"], **TO_BRAIN),
+            node("Conv", ["h", "w"], ["c"]),
+            node("Relu", ["c"], ["r"]),
+            node("Cast", ["r"], ["y"], **TO_FLOAT),
+        ],
+        BRAIN,
+        1,
+    ),
+    "in a function": Case(
+        [helper.make_node("Inside", ["x", "w"], ["y"], domain="mine")],
+        BRAIN,
+        1,
+        functions=[
+            helper.make_function(
+                "mine",
+                "Inside",
+                ["a", "k"],
+                ["b"],
+                [
+                    node("Cast", ["a"], ["h"], **TO_BRAIN),
+                    node("Conv", ["h", "k"], ["c"]),
+                    node("Relu", ["c"], ["r"]),
+                    node("Cast", ["r"], ["b"], **TO_FLOAT),
+                ],
+                [helper.make_opsetid("", 17)],
+            )
+        ],
+        domains=["mine"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BRAINS)
+def test_bfloat16_becomes_float32(tmp_path: Path, name: str) -> None:
+    path = BRAINS[name].save(tmp_path / "m.onnx")
+    same = Case(RELU, {"w": W.astype(ml_dtypes.bfloat16).astype(np.float32)}, 1).save(tmp_path / "f.onnx")
+    np.savez(tmp_path / "d.npz", x=X)
+    done = convert(path, tmp_path / "q.onnx", data=tmp_path / "d.npz", verified=True)
+    assert len(done.plan.layers) == 1
+    assert (done.sidecar.float_model.sha256, done.sidecar.float_model.bytes) == (digest_of([path]), path.stat().st_size)
+    expected, found = Runner(same).run({"x": X})["y"], Runner(done.model).run({"x": X})["y"]
+    assert found.dtype == np.float32
+    assert 10 * np.log10((expected**2).sum() / ((found - expected) ** 2).sum()) > FLOOR
+    assert verify(done.sidecar_path, tmp_path / "d.npz").findings == []
+
+
+def test_bfloat16_that_is_too_large_in_float32_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = BRAINS["throughout"].save(tmp_path / "m.onnx")
+    monkeypatch.setattr("quantcli.probe.LARGEST_MODEL", W.nbytes - 1)
+    with pytest.raises(ModelError, match="export it in float32"):
+        load(path)
 
 
 @pytest.mark.parametrize("name", REQUANTIZED)

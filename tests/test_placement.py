@@ -112,7 +112,7 @@ def test_a_chain_of_products_stays_in_integers(tmp_path: Path) -> None:
     assert done.plan.floats == ()
 
 
-def attention(folder: Path, length: int, depth: int, recipe: Recipe | None = None) -> Conversion:
+def attention(folder: Path, length: int, depth: int, recipe: Recipe | None = None, free: bool = False) -> Conversion:
     nodes = [
         node("Exp", ["x"], ["q"]),
         node("Transpose", ["q"], ["k"], perm=[0, 2, 1]),
@@ -122,7 +122,8 @@ def attention(folder: Path, length: int, depth: int, recipe: Recipe | None = Non
         node("MatMul", ["o", "w"], ["y"]),
     ]
     x = normal(3, length, depth, seed=1)
-    return converted(folder, nodes, {"w": normal(depth, 4, seed=2)}, x, ["N", length, depth], recipe)
+    shape = ["N", "T" if free else length, depth]
+    return converted(folder, nodes, {"w": normal(depth, 4, seed=2)}, x, shape, recipe)
 
 
 def test_products_of_activations_are_integer_where_there_is_enough_to_multiply(tmp_path: Path) -> None:
@@ -135,6 +136,12 @@ def test_products_of_activations_are_integer_where_there_is_enough_to_multiply(t
     assert all(layer.accumulator_scale is not None for layer in large.plan.layers if layer.name != "o_node")
     named = attention(tmp_path, 16, 16, Recipe(layers=Layers(include=("op:MatMul",))))
     assert [layer.name for layer in named.plan.layers] == ["s_node", "o_node", "y_node"]
+
+
+@pytest.mark.parametrize(("depth", "integer"), [(32, False), (64, False), (256, True)])
+def test_sequences_of_free_length_count_as_long_as_they_usually_are(tmp_path: Path, depth: int, integer: bool) -> None:
+    names = {layer.name for layer in attention(tmp_path, 16, depth, free=True).plan.layers}
+    assert names == ({"s_node", "o_node", "y_node"} if integer else {"y_node"})
 
 
 def test_a_large_table_is_stored_in_integers_by_column(tmp_path: Path) -> None:

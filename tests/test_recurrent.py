@@ -162,6 +162,26 @@ def test_a_computed_shape_with_one_free_axis_becomes_a_constant(tmp_path: Path) 
     assert_same(path, model, shape=(3, 4, 6))
 
 
+def test_a_computed_shape_may_divide_an_axis(tmp_path: Path) -> None:
+    """As attention does, into heads."""
+    nodes = [
+        node("Shape", ["x"], ["axes"]),
+        node("Gather", ["axes", "second"], ["width"], axis=0),
+        node("Div", ["width", "heads"], ["each"]),
+        node("Slice", ["axes", "first", "second"], ["count"]),
+        node("Concat", ["count", "heads", "each"], ["wanted"], axis=0),
+        node("Reshape", ["x", "wanted"], ["y"]),
+    ]
+    constants = {"first": integers(0), "second": integers(1), "heads": integers(3)}
+    path = save(tmp_path / "m.onnx", nodes, {"x": ("N", 12)}, {"y": None}, constants)
+    model = folded(path)
+    shape = model.graph.node(-1).inputs[1]
+    assert shape is not None
+    assert shape.const_value is not None
+    assert shape.const_value.numpy().tolist() == [0, 3, 4]
+    assert_same(path, model, shape=(12,))
+
+
 def test_a_computed_shape_with_two_free_axes_behind_each_other_stays(tmp_path: Path) -> None:
     nodes = [
         node("Shape", ["x"], ["rows"], start=1, end=2),

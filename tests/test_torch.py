@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from calibration.hooks.onnxruntime import Runner
-from quantcli import convert, evaluate
+from quantcli import Recipe, convert, evaluate
 from quantcli.errors import ModelError
+from quantcli.fold import fold
 from quantcli.load import load
 from quantcli.load.training import check_evaluating
+from quantcli.recipe import Tune
 from tests.graphs import data_for, normal
 
 
@@ -68,6 +70,39 @@ def test_pt2_and_onnx_give_the_same_integers(saved: Path, tmp_path: Path) -> Non
         runner = Runner(done.model)
         results.append(next(iter(runner.run({"x": normal(8, 3, 8, 8, seed=40)}).values())))
     assert (results[0] == results[1]).all()
+
+
+class Permuted(nn.Module):
+    """Pooling of whole channels, or to other sizes, over a tensor whose channels lie last, as in ConvNeXt."""
+
+    def __init__(self, rank: int, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.rank, self.sizes, self.norm, self.head = rank, sizes, nn.LayerNorm(4), nn.Linear(4, 40)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        channels_first = self.norm(x).permute(0, self.rank + 1, *range(1, self.rank + 1))
+        pool = getattr(nn.functional, f"adaptive_avg_pool{self.rank}d")
+        logits: torch.Tensor = self.head(sum(pool(channels_first, size).flatten(1)[:, :4] for size in self.sizes))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("rank", "sizes", "output"), [(1, (1, 2), "q.onnx"), (2, (1, 2), "q.pt2"), (3, (1,), "q.onnx")]
+)
+def test_pooling_of_permuted_channels_is_a_mean(tmp_path: Path, rank: int, sizes: tuple[int, ...], output: str) -> None:
+    torch.manual_seed(0)
+    module, x = Permuted(rank, sizes).eval(), torch.randn(8, *(rank * [4]), 4)
+    program = torch.export.export(module, (x[:2],), dynamic_shapes=({0: torch.export.Dim("N")},))
+    torch.export.save(program, tmp_path / "net.pt2")
+    source = load(tmp_path / "net.pt2")
+    assert not {"Range", "Gather"} & {node.op_type for node in fold(source.graph).graph}
+    np.testing.assert_allclose(
+        next(iter(Runner(source.runnable).run({"x": x.numpy()}).values())), module(x).detach().numpy(), atol=1e-5
+    )
+    np.savez(tmp_path / "d.npz", x=x.numpy())
+    recipe = Recipe(tune=Tune(effort="fast"))
+    done = convert(source, tmp_path / output, data=tmp_path / "d.npz", recipe=recipe)
+    assert min(done.check.sqnr.values()) > 25
 
 
 def test_the_exported_program_is_what_eval_compares_with(saved: Path, tmp_path: Path) -> None:

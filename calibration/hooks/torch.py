@@ -62,7 +62,7 @@ class ProgramHook(TorchHook):
         aliases: The program's own names of values that are called otherwise here.
 
     Raises:
-        RunError: If there is no program, the device is not there, or a name is unknown to the program.
+        RunError: If there is no program, it holds bfloat16, the device is not there, or a name is unknown to the program.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class ProgramHook(TorchHook):
             raise RunError(
                 f"{what} is no PyTorch model, and only those run in torch", "leave out --runtime and --device"
             )
+        check_known_types(program, what)
         self.what, self.device = what, device
         given = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
         placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
@@ -290,6 +291,14 @@ def torch_on(device: str, what: str) -> Any:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise RunError("there is no CUDA device that torch can use", "leave out --device, or install torch for CUDA")
     return torch
+
+
+def check_known_types(program: Any, what: str) -> None:
+    """Raise RunError where a value of a program is bfloat16, of which numpy knows nothing."""
+    import torch
+
+    if any(getattr(node.meta.get("val"), "dtype", None) is torch.bfloat16 for node in program.graph.nodes):
+        raise RunError(f"{what} holds bfloat16, which is not calibrated in torch", "leave out --runtime and --device")
 
 
 def spec_of(name: str, value: Any) -> InputSpec:

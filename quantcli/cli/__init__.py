@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import click
 
@@ -100,17 +101,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run the command line and return its exit code."""
+    with relayed(arguments), guarded_streams():
+        return dispatch(arguments)
+
+
+@contextlib.contextmanager
+def relayed(arguments: list[str]) -> Iterator[None]:
+    """Show what the library tells and warns of; what Python and numpy warn of is for those who ask for details."""
     relay = MessageRelay(Terminal(quiet=bool({"-q", "--quiet"} & set(arguments)), json="--json" in arguments))
-    telling = {"calibrate", "--max-memory", "-v", "--verbose"} & set(arguments)
-    loggers = [logging.getLogger(name) for name in ("calibration", "quantcli")]
+    verbose = bool({"-v", "--verbose"} & set(arguments))
+    telling = verbose or bool({"calibrate", "--max-memory"} & set(arguments))
+    ours = [logging.getLogger(name) for name in ("calibration", "quantcli")]
+    loggers = [*ours, logging.getLogger("py.warnings")] if verbose else ours
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.addHandler(relay)
         logger.setLevel(logging.INFO if telling else logging.WARNING)
+    logging.captureWarnings(True)
     try:
-        with guarded_streams():
-            return dispatch(arguments)
+        yield
     finally:
+        logging.captureWarnings(False)
         for logger, level in zip(loggers, before, strict=True):
             logger.removeHandler(relay)
             logger.setLevel(level)

@@ -11,6 +11,7 @@ import numpy as np
 from calibration.hooks.onnxruntime import Runner
 from quantcli.errors import OutputError
 from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs, worst
+from quantcli.evaluation.latency import single
 from quantcli.evaluation.metrics import Comparison
 from quantcli.integer.held import Held
 
@@ -31,7 +32,7 @@ LOOKS = ((0.25, 8), (1.0, 40))
 LARGEST = 1 << 28
 ENOUGH = 3
 # Below this a run is mostly the call itself.
-SHORTEST = 2e-4
+SHORTEST = 1e-4
 # Below this a self-check warns: the quantized output is then more noise than most uses bear.
 LOW_SQNR = 10.0
 
@@ -44,14 +45,15 @@ class SelfCheck:
         samples: How many samples were run.
         sqnr: The SQNR of every real output against the float model, in dB.
         suspects: Where an output lies below 10 dB, the layers that lost most.
-        speed: Float time ÷ quantized time over a few runs of these samples, roughly; None where that
-            would take long, or hardly any time.
+        speed: Float time ÷ quantized time over a few runs, roughly; None where that would take long, or hardly any time.
+        batch: How many samples each of those runs had: one, unless the model fixes another number.
     """
 
     samples: int
     sqnr: dict[str, float]
     suspects: tuple[LayerSqnr, ...]
     speed: float | None = None
+    batch: int = 1
 
     @property
     def slow(self) -> bool:
@@ -86,13 +88,14 @@ def self_check(
     """
     feeds = statistics.check_inputs
     runner = Runner(source.runnable, what=source.name)
+    one = single(runner.inputs, feeds)
     reference = runner.run(feeds)
     if source.size > LARGEST:
         del runner
     if program is None:
         quantized = Runner(written, what="the quantized model")
         result = quantized.run(feeds)
-        speed = measured(runner, quantized, feeds) if source.size <= LARGEST else None
+        speed = measured(runner, quantized, one) if source.size <= LARGEST else None
     else:  # it is not compiled here, and its speed says nothing
         given = {str(value.name): feeds[str(value.name)] for value in source.graph.graph.inputs}
         result, speed = outputs_of_program(program, given, tuple(reference)), None
@@ -110,7 +113,8 @@ def self_check(
     if any(value < LOW_SQNR for value in sqnr.values()):
         held = Held.of_bytes(written) if isinstance(written, bytes) else Held.of_file(written)
         suspects = tuple(worst(layer_sqnrs(source.graph, held.model, sidecar, [feeds])))
-    return SelfCheck(len(next(iter(feeds.values()))), sqnr, suspects, speed)
+    count, batch = (len(next(iter(rows.values()))) for rows in (feeds, one))
+    return SelfCheck(count, sqnr, suspects, speed, batch)
 
 
 def outputs_of_program(

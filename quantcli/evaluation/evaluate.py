@@ -23,7 +23,7 @@ from quantcli.errors import ModelError, UsageError
 from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs
 from quantcli.evaluation.footprint import footprint
 from quantcli.evaluation.kernels import Kernel, kernels
-from quantcli.evaluation.latency import Latency, measure
+from quantcli.evaluation.latency import Latency, measure, single
 from quantcli.evaluation.metrics import LABEL_METRICS, METRICS, Asked, Comparison, TopK, function_of
 from quantcli.files import path_of, path_or_none
 from quantcli.load import LoadedModel, Opening, load
@@ -151,7 +151,7 @@ def evaluate(
         progress("evaluate", start + len(rows), len(indices))
     value, reference_value = measuring.values(dataset.labels[indices] if dataset.labels is not None else None)
     timing = None
-    one = first if fixes_batch(runner.inputs) else {k: v[:1] for k, v in first.items()}
+    one = single(runner.inputs, first)
     if latency and source is not None and candidate is not None:
         progress("latency", 0, 1)
         timing = measure(Runner(source.runnable, threads), Runner(candidate.runnable, threads), one, threads)

@@ -6,13 +6,13 @@ arithmetic of each can err.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from quantcli.arithmetic.tables import ATTRIBUTES, FUNCTIONS
-from quantcli.integer.layers import JOINS, accumulator, centred, centred_magnitudes, sums_and_counts
+from quantcli.integer.layers import JOINS, accumulator, centred, centred_magnitudes, sums_and_counts, terms_of
 from quantcli.integer.resize import resize
 
 if TYPE_CHECKING:
@@ -47,10 +47,12 @@ def exact(layer: Layer, operands: list[NDArray[np.int64]]) -> Exact | None:
     if kind == "accumulate":
         acc, axis = accumulator(layer, operands)
         real = along(layer, 0, acc.ndim, axis)
-        if layer.narrow:
-            return of_terms(layer, acc * real)  # every product and sum of 8-bit integers is exact in the runtime too
         magnitudes, _ = accumulator(layer, centred_magnitudes(layer, operands))
-        return with_errors(layer, acc * real, magnitudes * real)
+        # Sums of products of 8-bit integers are exact, but where the runtime has no such kernel and multiplies reals: of K terms
+        # the sum is off by at most (K + 4)·2^-24 of the magnitudes' sum then (Higham 2002, 3.1).
+        found = of_terms(layer, acc * real) if layer.narrow else with_errors(layer, acc * real, magnitudes * real)
+        of_sum = magnitudes * real * ((terms_of(layer, operands) + 4) * 2.0**-24)
+        return replace(found, float_error=found.float_error + of_sum)
     if kind == "product":
         a, b = centred(layer, operands)
         return of_terms(layer, a * b * along(layer, 0, 0, None))

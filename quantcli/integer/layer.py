@@ -43,7 +43,7 @@ class Layer:
 
     @property
     def narrow(self) -> bool:
-        """Whether the first two operands have 8 bits at most: sums of products fit 32 bits then, and float32 kernels are exact."""
+        """Whether the first two operands have 8 bits at most: sums of products fit 32 bits then."""
         return all(self.tensors[name].qmax < 1 << 8 for name in self.entry.inputs[:2])
 
     @property

@@ -117,9 +117,15 @@ def centred_magnitudes(layer: Layer, operands: list[NDArray[np.int64]]) -> list[
 
 
 def terms_of(layer: Layer, operands: list[NDArray[np.int64]]) -> int:
-    """Return how many products an accumulator of a matrix product sums, and one more for a bias."""
-    transposed = layer.entry.operator == "Gemm" and layer.attributes.get("transB", 0)
-    terms: int = operands[1].shape[-1 if transposed or operands[1].ndim == 1 else -2]
+    """Return how many products an accumulator sums at most, and one more for a bias."""
+    operator, weight = layer.entry.operator, operands[1]
+    if operator == "Conv":
+        terms = int(weight[0].size)
+    elif operator == "ConvTranspose":
+        terms = int(weight[:, 0].size) // int(layer.attributes.get("group", 1))
+    else:
+        transposed = operator == "Gemm" and layer.attributes.get("transB", 0)
+        terms = int(weight.shape[-1 if transposed or weight.ndim == 1 else -2])
     return terms + (len(operands) > 2)
 
 

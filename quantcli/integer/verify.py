@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
+    from calibration.datasets.dataset import InputSpec
     from quantcli.integer.held import Held
     from quantcli.sidecar import LayerEntry, MultiplierEntry, Sidecar, TensorEntry
 
@@ -446,15 +447,24 @@ def report(
         )
 
 
-def random_inputs(sidecar: Sidecar, runner: Runner, samples: int, seed: int) -> dict[str, NDArray[Any]]:
-    """Return seeded random inputs over the ranges that were calibrated; free dimensions behind the batch are 1.
+def random_inputs(
+    sidecar: Sidecar, inputs: Iterable[InputSpec], samples: int, seed: int, free: int = 1
+) -> dict[str, NDArray[Any]]:
+    """Return seeded random inputs over the ranges that were calibrated.
 
     Inputs without a range (indices) are zeros.
+
+    Args:
+        sidecar: Where the ranges stand.
+        inputs: The inputs.
+        samples: The size of the batch, where that is free.
+        seed: Of the values.
+        free: The size of free axes behind the batch.
     """
     generator = np.random.default_rng(seed)
     feeds = {}
-    for spec in runner.inputs:
-        shape = [samples if i == 0 and size is None else size or 1 for i, size in enumerate(spec.shape)]
+    for spec in inputs:
+        shape = [samples if i == 0 and size is None else size or free for i, size in enumerate(spec.shape)]
         tensor = sidecar.tensors.get(spec.name)
         if tensor is None or spec.dtype.kind != "f":
             feeds[spec.name] = np.zeros(shape, dtype=spec.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +51,8 @@ class LoadedModel:
     """A float model as it was saved.
 
     Attributes:
-        graph: The model. It is not changed after loading.
-        runnable: What ONNX Runtime is given to run it: its file, or the bytes of its exported form.
+        graph: The model, float32 where it is bfloat16. It is not changed after loading.
+        runnable: What ONNX Runtime is given to run it: its file, or the bytes of its exported or float32 form.
         sha256: The digest of the file (and of its external data, and of the factory's source).
         size: The bytes of the file (and of its external data).
         name: The file's name, without its folder.
@@ -94,13 +94,15 @@ def load(path: Path, opening: Opening | None = None, example: Example | None = N
         if opening.factory or opening.inputs or opening.dynamic:
             raise UsageError(f"{path} is ONNX, which says all of itself", "leave out --factory, --input and --dynamic")
         graph, files = onnx.load_onnx(path)
-        return LoadedModel(graph, path, digest_of(files), bytes_of(files), shown_name(path), tuple(files))
+        return in_known_types(
+            LoadedModel(graph, path, digest_of(files), bytes_of(files), shown_name(path), tuple(files))
+        )
     if path.suffix == ".pt2" or path.suffix in TORCH_FILES:
         from quantcli.load import torch
 
         opened = torch.load_torch(path, opening, example)
         files = [path, *opened.sources]
-        return LoadedModel(
+        made = LoadedModel(
             opened.graph,
             opened.exported,
             digest_of(files),
@@ -111,7 +113,27 @@ def load(path: Path, opening: Opening | None = None, example: Example | None = N
             opened.aliases,
             opened.learned,
         )
+        return in_known_types(made)
     raise ModelError(f"{path} is of no known kind of model", f"give {KINDS}")
+
+
+def in_known_types(model: LoadedModel) -> LoadedModel:
+    """Return a model without bfloat16, of which neither numpy nor most of ONNX Runtime's kernels know.
+
+    Raises:
+        ModelError: If it is too large for that.
+    """
+    from quantcli.precision import without_bfloat16
+    from quantcli.probe import LARGEST_MODEL, model_bytes, weight_bytes
+
+    wide = without_bfloat16(model.graph)
+    if wide is None:
+        return model
+    if weight_bytes(wide) > LARGEST_MODEL:
+        raise ModelError(
+            f"{model.name} is bfloat16, and in float32 it would have more than 2 GB", "export it in float32"
+        )
+    return replace(model, graph=wide, runnable=model_bytes(wide))
 
 
 def shown_name(path: Path) -> str:

@@ -39,6 +39,7 @@ def expressed(program: Any, names: Sequence[str] | None, path: Path) -> bytes:
     """
     while True:
         try:
+            program = plainly_pooled(program)
             return onnx_of(program, names)
         except Exception as error:
             simpler = without(untranslated(error, program), program)
@@ -101,6 +102,30 @@ def output_names(program: Any) -> list[str] | None:
         return None
     leaves = pytree.tree_leaves_with_path(pytree.tree_unflatten(list(range(spec.num_leaves)), spec))
     return ["_".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in keys) for keys, _ in leaves]
+
+
+def plainly_pooled(program: Any) -> Any:
+    """Return a program whose poolings of whole channels are means where their input lies in another order, as permuted ones do.
+
+    torch takes those apart into a mean and a change of its strides, which ONNX can only say in arithmetic of places.
+    """
+    import torch
+
+    poolings = {getattr(torch.ops.aten, f"adaptive_avg_pool{rank}d").default: rank for rank in (1, 2, 3)}
+
+    def mean_over(rank: int) -> Any:
+        def mean(x: Any, size: Sequence[int]) -> Any:
+            axes = list(range(-rank, 0))
+            return x.mean(axes, keepdim=True) if all(length == 1 for length in size) else NotImplemented
+
+        return mean
+
+    if not any(
+        node.target in poolings and not node.args[0].meta["val"].is_contiguous() for node in program.graph.nodes
+    ):
+        return program
+    with quiet():
+        return program.run_decompositions({target: mean_over(rank) for target, rank in poolings.items()})
 
 
 def untranslated(error: BaseException, program: Any) -> Any:

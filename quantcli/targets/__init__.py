@@ -41,8 +41,7 @@ class ActivationFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def grid_of(self, bits: int) -> str:
         """Return the integer type of a grid of another width: no wider than the type, or than what the runtime takes beside it."""
-        stored = 16 if self.dtype == "int16" else max(8, self.widest)
-        return f"{'u' if self.dtype == 'uint8' else ''}int{min(bits, stored)}"
+        return f"{'u' if self.dtype == 'uint8' else ''}int{min(bits, max(self.stored, self.widest))}"
 
     @property
     def takes_both(self) -> bool:
@@ -50,10 +49,14 @@ class ActivationFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.widest == 16 and self.dtype == "int8"
 
     @property
+    def stored(self) -> int:
+        """The width of the type, in bits."""
+        return 16 if self.dtype == "int16" else 8
+
+    @property
     def width(self) -> int:
         """The width of the grid, in bits."""
-        stored = 16 if self.dtype == "int16" else 8
-        return min(self.bits or stored, stored)
+        return min(self.bits or self.stored, self.stored)
 
     @property
     def opset(self) -> int:

@@ -21,8 +21,9 @@ import torch
 from quantcli.cost import larger_by, work_of
 from quantcli.errors import PlanError
 from quantcli.fold import constant
+from quantcli.masks import unresolvable
 from quantcli.placement import place
-from quantcli.plan import make_plan, unresolvable
+from quantcli.plan import make_plan
 from quantcli.recipe import resolve_target
 from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.vary import varied
@@ -253,7 +254,7 @@ def begin(model: ir.Model, plan: Plan, base: Candidate, recipe: Recipe) -> tuple
     """Return what is learned: the weights that were rounded on purpose, and the biases, of layers that alone have them."""
     learned: dict[str, Learned] = {}
     biases: dict[str, Added] = {}
-    for layer in place(model, recipe, unresolvable(base.statistics.tensors)).layers:
+    for layer in place(model, recipe, unresolvable(base.model, base.statistics.tensors, recipe)).layers:
         if layer.rule.arithmetic is not Arithmetic.ACCUMULATE:
             continue
         made = plan.tensors.get(str(layer.output.name))

@@ -10,9 +10,10 @@ import numpy as np
 
 from calibration.observers import OBSERVERS, TensorStatistics
 from quantcli.arithmetic.affine import IntegerType
+from quantcli.masks import unresolvable
 from quantcli.observation import observer_of
 from quantcli.placement import place
-from quantcli.plan import activation_parameters, make_plan, unresolvable, weight_grid
+from quantcli.plan import activation_parameters, make_plan, weight_grid
 from quantcli.recipe import resolve_target
 from quantcli.rules import Operand
 from quantcli.tune.align import align
@@ -84,7 +85,7 @@ class Candidate:
 def grids_of(model: ir.Model, statistics: Statistics, recipe: Recipe, bits: Mapping[str, int]) -> Grids:
     """Return what a plan would round of a model, and to what."""
     target = resolve_target(recipe)
-    placement = place(model, recipe, unresolvable(statistics.tensors))
+    placement = place(model, recipe, unresolvable(model, statistics.tensors, recipe))
     activation = IntegerType(target.activation.grid)
     weights = {}
     for layer in placement.layers:
@@ -224,7 +225,7 @@ def swept(
 ) -> tuple[Candidate, Gained]:
     """Sweep a copy of a model as for a target, and return it with the steps' gains; the regularization of weights may be known."""
     changed = base.model.clone()
-    placement = place(changed, recipe, unresolvable(base.statistics.tensors))
+    placement = place(changed, recipe, unresolvable(changed, base.statistics.tensors, recipe))
     plan = make_plan(base.model, base.statistics, recipe, base.tuning)
     ranges = ranges_of(plan)
     bits, widths = dict(base.tuning.bits), base.tuning.grids

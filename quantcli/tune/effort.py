@@ -27,8 +27,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from quantcli.evaluation.check import LOW_SQNR
+from quantcli.masks import unresolvable
 from quantcli.placement import place
-from quantcli.plan import make_plan, unresolvable
+from quantcli.plan import make_plan
 from quantcli.probe import weight_bytes
 from quantcli.recipe import resolve_target
 from quantcli.rules import Arithmetic, Operand
@@ -184,6 +185,6 @@ def wide(trying: Trying, sqnr: float) -> list[tuple[Try, Candidate]]:
 
 def tunable(model: ir.Model, statistics: Statistics, recipe: Recipe) -> bool:
     """Tell whether a plan has a layer that accumulates with a constant weight."""
-    placement = place(model, recipe, unresolvable(statistics.tensors))
+    placement = place(model, recipe, unresolvable(model, statistics.tensors, recipe))
     accumulating = [layer for layer in placement.layers if layer.rule.arithmetic is Arithmetic.ACCUMULATE]
     return any(kind is Operand.WEIGHT for layer in accumulating for _, _, kind in layer.operands())

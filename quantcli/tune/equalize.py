@@ -116,11 +116,11 @@ class Met:
             rows = np.ascontiguousarray(rows[:, :, 0].T)[None]
         low, high = np.maximum(-rows.min(axis=2).min(axis=0), 0), np.maximum(rows.max(axis=2).max(axis=0), 0)
         active = (rows != 0).sum(axis=2, dtype=np.int32).sum(axis=0)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             squares = np.matmul(rows[:, :, None], rows[..., None])[..., 0, 0].sum(axis=0, dtype=np.float64)
-        if not np.isfinite(squares).all():  # a mask's lowest values, say
-            squares = np.square(rows, dtype=np.float64).sum(axis=(0, 2))
-        parts = (np.asarray(part, dtype=np.float64) for part in (active, channel_sums(batch), squares))
+            if not np.isfinite(squares).all():  # a mask's lowest values, say
+                squares = np.square(rows, dtype=np.float64).sum(axis=(0, 2))
+            parts = [np.asarray(part, dtype=np.float64) for part in (active, channel_sums(batch), squares)]
         return cls(low.astype(np.float64), high.astype(np.float64), batch.size // batch.shape[1], *parts)
 
     def with_more(self, other: Met) -> Met:
@@ -314,6 +314,8 @@ class Equalization:
                 if array is not None and array.ndim > 1 and array.size:
                     batch = Met.of(array)
                     found[name] = found[name].with_more(batch) if name in found else batch
+        # Of what a mask's infinities stand in, nothing is known.
+        found = {name: one for name, one in found.items() if np.isfinite(one.squares).all()}
         for name, seen in self.extremes.items():
             if name in found and len(found[name].low) == len(seen.minimum):
                 low, high = np.maximum(-seen.minimum, 0.0), np.maximum(seen.maximum, 0.0)

@@ -6,8 +6,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from quantcli.cost import larger_by, values_of, work_of
+from quantcli.masks import unresolvable
 from quantcli.placement import place
-from quantcli.plan import unresolvable
 from quantcli.recipe import resolve_target
 from quantcli.tune.outputs import TRIES
 
@@ -61,7 +61,7 @@ def work_ahead(candidate: Candidate, recipe: Recipe, feeds: dict[str, NDArray[An
 
     Every range takes a run of what is left of the model behind its tensor, which is half of it on average.
     """
-    placement = place(candidate.model, recipe, unresolvable(candidate.statistics.tensors))
+    placement = place(candidate.model, recipe, unresolvable(candidate.model, candidate.statistics.tensors, recipe))
     work = [work_of(node) for node in candidate.model.graph]
     if any(one.macs is None or one.made is None for one in work):
         return sys.maxsize

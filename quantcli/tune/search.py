@@ -26,9 +26,10 @@ import msgspec
 from quantcli.cost import values_of
 from quantcli.errors import PlanError
 from quantcli.fold import constant, lifted
+from quantcli.masks import unresolvable
 from quantcli.modes import float_plan, with_stored
 from quantcli.placement import place
-from quantcli.plan import make_plan, unresolvable
+from quantcli.plan import make_plan
 from quantcli.probe import model_bytes
 from quantcli.quantize import quantize
 from quantcli.recipe import keeping, resolve_target
@@ -215,7 +216,7 @@ class Search:
     @functools.cached_property
     def placement(self) -> Placement:
         """Which operators are integer layers."""
-        return place(self.model, self.recipe, unresolvable(self.statistics.tensors))
+        return place(self.model, self.recipe, unresolvable(self.model, self.statistics.tensors, self.recipe))
 
     def around(self, layers: Collection[str]) -> dict[str, int]:
         """Return the width of the activations around some layers, by name, where they are wide.
@@ -355,7 +356,7 @@ class Search:
     def has_integers(self, model: ir.Model, recipe: Recipe) -> bool:
         """Tell whether a recipe leaves a model any integer layer."""
         try:
-            place(model, recipe, unresolvable(self.statistics.tensors))
+            place(model, recipe, unresolvable(model, self.statistics.tensors, recipe))
         except PlanError:
             return False
         return True

@@ -16,8 +16,8 @@ import onnx_ir as ir
 
 from calibration.observers import TensorStatistics
 from quantcli.fold import add_constant, constant
+from quantcli.masks import unresolvable
 from quantcli.placement import WHY, place
-from quantcli.plan import unresolvable
 from quantcli.recipe import resolve_target
 from quantcli.rules import Arithmetic
 
@@ -109,7 +109,7 @@ def smooth(
     changed = model.clone()
     tensors = dict(statistics.tensors)
     done = []
-    for value, readers in candidates(place(changed, recipe, unresolvable(statistics.tensors))).items():
+    for value, readers in candidates(place(changed, recipe, unresolvable(changed, statistics.tensors, recipe))).items():
         seen = tensors.get(str(value.name))
         if seen is None or seen.columns is None:
             continue

@@ -644,6 +644,9 @@ def test_what_torch_does_not_know_is_named(exported: Path) -> None:
         ModuleHook(Net(), [InputSpec("x", np.dtype("float32"), (None, 3, 8, 8))]).run({"x": IMAGES}, ["head"])
     with pytest.raises(RunError, match="no PyTorch model"):
         ProgramHook(None, [])
+    brain = torch.export.export(torch.nn.Linear(2, 2).bfloat16(), (torch.ones(1, 2).bfloat16(),))
+    with pytest.raises(RunError, match=r"holds bfloat16.*leave out --runtime"):
+        ProgramHook(brain, [])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,20 @@ def test_a_function_gives_batches(here: Path, capsys: pytest.CaptureFixture[str]
     assert run(["calibrate", "m.onnx", "--data-function", "my_data:nothing", "-o", "g.stats"]) == 1
     assert "nothing" in capsys.readouterr().err
     assert run(["calibrate", "m.onnx", "--data-function", "my_data:batches", "--data", "d.npz", "-o", "g.stats"]) == 2
+
+
+@pytest.mark.parametrize("how", ["--quiet", "--verbose", "--json"])
+def test_what_numpy_warns_of_is_a_detail(
+    here: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder, how: str
+) -> None:
+    name, before = f"zeros_{how.strip('-')}", warnings.showwarning
+    (here / f"{name}.py").write_text(
+        "import numpy as np\n\ndef batches():\n    np.log(np.zeros(1))\n    yield {'x': np.load('d.npz')['x']}\n"
+    )
+    assert run(["calibrate", "m.onnx", "--data-function", f"{name}:batches", "-o", "f.stats", how]) == 0
+    assert ("RuntimeWarning: divide by zero" in capsys.readouterr().err) == (how == "--verbose")
+    assert not [warned for warned in recwarn if warned.category is RuntimeWarning]
+    assert warnings.showwarning is before
 
 
 def test_a_conversion_opens_its_data_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,94 @@
+"""Masks in front of a softmax: what stands for minus infinity there, and the tensors that no integer grid resolves because of it.
+
+Attention adds a mask to its scores, or fills them with one: 0 where a token may be looked at, and −10⁴, the lowest float32 or
+−infinity where not. A grid of 8 bits that reaches down to it has hardly an integer for the scores, and one that does not lets what
+was masked through. So the sum stays float, and what comes of it, up to the softmax.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quantcli.fold import constant
+from quantcli.recipe import resolve_target
+from quantcli.rules import FILLING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import onnx_ir as ir
+
+    from calibration.observers import TensorStatistics
+    from quantcli.recipe import Recipe
+
+# Below this a step of any grid swallows whatever data shares the tensor: float32 data of networks lies tens of orders above.
+LOWEST_DATA = -1e20
+# Above this the products of scales and integers leave float32.
+HIGHEST_DATA = 1e35
+# A mask reaches so many times as far as the scores that it is added to.
+FAR = 32
+SOFTMAXES = frozenset({"Softmax", "LogSoftmax"})
+# Operators that put masks and scores together, and those that both pass through.
+TOGETHER = frozenset({"Add", "Sub", "Where"})
+PASSING = frozenset(
+    {"Cast", "Concat", "Div", "Expand", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+)
+
+
+def scores(model: ir.Model) -> frozenset[ir.Value]:
+    """Return what softmaxes read, and what that is put together from by sums, fills, scales and moves: scores and masks."""
+    waiting = [node.inputs[0] for node in model.graph if node.op_type in SOFTMAXES]
+    found: set[ir.Value] = set()
+    while waiting:
+        value = waiting.pop()
+        if value is None or value in found:
+            continue
+        found.add(value)
+        producer = value.producer()
+        if producer is not None and producer.op_type in TOGETHER | PASSING:
+            waiting += producer.inputs
+    return frozenset(found)
+
+
+def unresolvable(model: ir.Model, statistics: Mapping[str, TensorStatistics], recipe: Recipe) -> frozenset[str]:
+    """Return the tensors whose range is that of a mask, not of data.
+
+    Args:
+        model: The folded model.
+        statistics: What is known of its tensors by now, by name.
+        recipe: What the user wants: wider grids resolve more.
+    """
+    barred = {name for name, seen in statistics.items() if seen.minimum < LOWEST_DATA or seen.maximum > HIGHEST_DATA}
+    within = scores(model)
+    lowest = -FILLING * 2.0 ** (resolve_target(recipe).activation.width - 8)
+    for node in model.graph if within else ():
+        if not any(value in within for value in node.outputs):
+            continue
+        if node.op_type in TOGETHER:
+            barred |= masks_of(node, statistics, lowest)
+        if any(value is not None and value.name in barred for value in node.inputs):
+            barred |= {str(value.name) for value in node.outputs}
+    return frozenset(barred)
+
+
+def masks_of(node: ir.Node, statistics: Mapping[str, TensorStatistics], lowest: float) -> set[str]:
+    """Return the operands of a sum or a fill that reach at least so low, and much further than the others, as far as is known."""
+    operands = [value for value in node.inputs[node.op_type == "Where" :] if value is not None]
+    ranges = [range_of(value, statistics) for value in operands]
+    found = set()
+    for place, (value, (low, _)) in enumerate(zip(operands, ranges, strict=True)):
+        others = [max(-a, b) for number, (a, b) in enumerate(ranges) if number != place]
+        if low <= lowest and -low >= FAR * max(others, default=0.0):
+            found.add(str(value.name))
+    return found
+
+
+def range_of(value: ir.Value, statistics: Mapping[str, TensorStatistics]) -> tuple[float, float]:
+    """Return the lowest and the highest value of a tensor, with zero between them; zeros where nothing is known of it."""
+    held = constant(value)
+    if held is not None and held.size and not np.isnan(held).any():
+        return min(float(held.min()), 0.0), max(float(held.max()), 0.0)
+    seen = statistics.get(str(value.name))
+    return (0.0, 0.0) if seen is None else (min(seen.minimum, 0.0), max(seen.maximum, 0.0))

@@ -1,0 +1,138 @@
+"""Attention masks: what stands for minus infinity neither ruins the scores' grid nor lets masked tokens through."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from calibration.hooks.onnxruntime import Runner
+from calibration.observers import TensorStatistics
+from quantcli import Conversion, Recipe, convert, verify
+from quantcli.load import load
+from quantcli.masks import scores, unresolvable
+from quantcli.recipe import Activation, Tune
+from tests.graphs import Array, node, normal, save
+
+TOKENS, WIDTH, SAMPLES = 6, 16, 48
+WEIGHTS: dict[str, Array] = {name: normal(WIDTH, WIDTH, seed=seed, scale=0.35) for seed, name in enumerate("qkvo", 1)}
+LOWEST = float(np.finfo(np.float32).min)
+
+
+def attention(path: Path, how: str) -> Path:
+    """Write a block of attention; its mask is added (``add``), a constant (``causal``), or −infinity that is made or filled in."""
+    constants = {**WEIGHTS, "root": np.array(0.25, np.float32)}
+    nodes = [node("MatMul", ["x", name], [f"{name}x"]) for name in "qkv"]
+    nodes += [
+        node("Transpose", ["kx"], ["kt"], perm=[0, 2, 1]),
+        node("MatMul", ["qx", "kt"], ["raw"]),
+        node("Mul", ["raw", "root"], ["s"]),
+    ]
+    inputs: dict[str, list[int | str]] = {"x": ["N", TOKENS, WIDTH]}
+    kinds = {}
+    if how == "causal":
+        constants["mask"] = np.triu(np.full((TOKENS, TOKENS), -1e4, np.float32), 1)
+    else:
+        inputs["mask"] = ["N", 1, TOKENS]
+    if how in {"fill", "made"}:
+        kinds["mask"] = onnx.TensorProto.BOOL
+        constants |= {"fill": np.array(-np.inf, np.float32), "zero": np.array(0, np.float32)}
+    if how == "fill":
+        nodes.append(node("Where", ["mask", "fill", "s"], ["m"]))
+    elif how == "made":
+        nodes += [node("Where", ["mask", "fill", "zero"], ["bias"]), node("Add", ["s", "bias"], ["m"])]
+    else:
+        nodes.append(node("Add", ["s", "mask"], ["m"]))
+    nodes += [
+        node("Softmax", ["m"], ["p"], axis=-1),
+        node("MatMul", ["p", "vx"], ["c"]),
+        node("MatMul", ["c", "o"], ["y"]),
+    ]
+    return save(path, nodes, inputs, {"y": None}, constants, kinds=kinds)
+
+
+def masked_samples(folder: Path, how: str, low: float) -> tuple[dict[str, Array], Array]:
+    """Write samples of which the last tokens are masked, and return them with where that is so."""
+    lengths = np.random.default_rng(5).integers(3, TOKENS + 1, SAMPLES)
+    hidden = np.arange(TOKENS)[None] >= lengths[:, None]
+    feeds: dict[str, Array] = {"x": normal(SAMPLES, TOKENS, WIDTH, seed=9)}
+    if how in {"fill", "made"}:
+        feeds["mask"] = hidden[:, None]
+    elif how == "add":
+        feeds["mask"] = np.where(hidden, np.float32(low), np.float32(0))[:, None]
+    np.savez(folder / "d.npz", **feeds)  # type: ignore[arg-type]
+    return feeds, hidden
+
+
+def converted(folder: Path, how: str, low: float, target: str) -> tuple[Conversion, dict[str, Array], Array]:
+    feeds, hidden = masked_samples(folder, how, low)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        done = convert(
+            attention(folder / "m.onnx", how), folder / "q.onnx", data=folder / "d.npz", recipe=Recipe(target=target)
+        )
+    return done, feeds, hidden
+
+
+MASKS = [("add", -1e4), ("add", LOWEST), ("made", -np.inf), ("fill", -np.inf), ("causal", -1e4)]
+
+
+@pytest.mark.parametrize("target", ["tflite", "npu-int8", "npu-int16", "ort-x86"])
+@pytest.mark.parametrize(("how", "low"), MASKS)
+def test_scores_keep_their_grid_beside_a_mask(tmp_path: Path, how: str, low: float, target: str) -> None:
+    done, feeds, _ = converted(tmp_path, how, low, target)
+    assert min(done.check.sqnr.values()) > 27
+    expected, found = (Runner(path).run(feeds)["y"] for path in (tmp_path / "m.onnx", done.model))
+    assert 20 * np.log10(np.linalg.norm(expected) / np.linalg.norm(found - expected)) > 27
+    floats = {entry.operator for entry in done.sidecar.float_layers}
+    assert floats >= {"Where" if how == "fill" else "Add", "Softmax"} or target == "npu-int16"
+    assert verify(done.sidecar_path, tmp_path / "d.npz").findings == []
+
+
+@pytest.mark.parametrize("target", ["tflite", "npu-int8"])
+@pytest.mark.parametrize("how", ["made", "fill"])
+def test_what_is_masked_is_not_seen(tmp_path: Path, how: str, target: str) -> None:
+    done, feeds, hidden = converted(tmp_path, how, -np.inf, target)
+    other = {**feeds, "x": np.where(hidden[..., None], normal(*feeds["x"].shape, seed=77), feeds["x"])}
+    assert not np.array_equal(other["x"], feeds["x"])
+    one, two = (Runner(done.model).run(given)["y"][~hidden] for given in (feeds, other))
+    np.testing.assert_array_equal(one, two)
+
+
+def known(folder: Path, how: str, low: float, recipe: Recipe) -> tuple[ir.Model, frozenset[str]]:
+    model = load(attention(folder / "m.onnx", how)).graph
+    seen = {"s": TensorStatistics(minimum=-9.0, maximum=8.0), "mask": TensorStatistics(minimum=low, maximum=0.0)}
+    return model, unresolvable(model, seen, recipe)
+
+
+WIDE = Recipe(activation=Activation(dtype="int16", symmetric=True))
+
+
+@pytest.mark.parametrize(
+    ("low", "recipe", "barred"),
+    [
+        (-1e4, Recipe(), {"mask", "m"}),
+        (-100.0, Recipe(), set()),
+        (-1e4, WIDE, set()),
+        (-1e9, WIDE, {"mask", "m"}),
+        (LOWEST, WIDE, {"mask", "m"}),
+    ],
+)
+def test_a_mask_is_what_reaches_far_below_the_scores(
+    tmp_path: Path, low: float, recipe: Recipe, barred: set[str]
+) -> None:
+    model, found = known(tmp_path, "add", low, recipe)
+    assert found == barred
+    assert {value.name for value in scores(model)} == {"m", "s", "mask", "raw", "root"}
+
+
+def test_a_large_sum_that_no_softmax_reads_is_no_mask(tmp_path: Path) -> None:
+    nodes = [node("MatMul", ["x", "q"], ["s"]), node("Add", ["s", "mask"], ["y"])]
+    inputs: dict[str, list[int | str]] = {"x": ["N", TOKENS, WIDTH], "mask": ["N", TOKENS, WIDTH]}
+    model = load(save(tmp_path / "m.onnx", nodes, inputs, {"y": None}, {"q": WEIGHTS["q"]})).graph
+    seen = {"s": TensorStatistics(minimum=-9.0, maximum=8.0), "mask": TensorStatistics(minimum=-1e4, maximum=0.0)}
+    assert unresolvable(model, seen, Recipe(tune=Tune(effort="fast"))) == set()
