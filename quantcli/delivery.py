@@ -115,7 +115,7 @@ class Delivery:
 def rendered(quantized: QuantizedModel, form: str, output: Path, source: LoadedModel) -> Delivery:
     """Return a quantized model in the form that an output's name and the format ask for."""
     model = WRITERS["qdq" if form in C_FORMS else form](quantized)
-    if form == "qdq" and output.suffix == ".onnx" and quantized.plan.target.placement.pays:
+    if form in WRITERS and output.suffix == ".onnx" and quantized.plan.target.placement.pays:
         fold_at_load(model, quantized)
     if weight_bytes(model) > LARGEST_MODEL and form in WRITERS and output.suffix == ".onnx":
         message, parts = split(model, weights_beside(output).name)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from quantcli.cost import work_of
 from quantcli.errors import UsageError
+from quantcli.rules import Arithmetic
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +25,8 @@ class Explanation:
     Attributes:
         name: Its node's name in the folded model.
         operator: Its type.
-        integer: Whether it is an integer layer; an activation that a layer absorbed is part of one.
+        integer: Whether it is an integer layer; an activation that a layer absorbed is part of one, a float operator whose weights
+            are stored as integers is none.
         why: The reason.
         macs: Multiply-accumulates per run, free dimensions counted as 1; None where shapes are not known.
         read: Values read that are computed while the model runs.
@@ -70,7 +72,8 @@ def explanation(node: ir.Node, plan: Plan) -> Explanation:
     layers = {layer.name: layer.why for layer in plan.layers}
     floats = {layer.name: layer.reason for layer in plan.floats}
     absorbing = next((layer.name for layer in plan.layers if name in layer.absorbed), None)
-    integer = name in layers or absorbing is not None
+    stored = {layer.name for layer in plan.layers if layer.arithmetic is Arithmetic.STORED}
+    integer = name in layers.keys() - stored or absorbing is not None
     why = layers.get(name) or floats.get(name, "it works on shapes and indices, which are integers anyway")
     if absorbing is not None:
         why = f"it is the clamp of '{absorbing}'"

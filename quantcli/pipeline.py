@@ -256,7 +256,7 @@ def convert(
             check_strict(plan, found)
         quantized = quantize(final, plan)
         delivery = rendered(quantized, form, outputs.model, source)
-    if found.synthetic and recipe.mode == "static":
+    if found.synthetic and found.tensors:
         logger.warning("the ranges come from random data: the model is for trying out, not for use")
     sidecar = sidecar_file.describe(quantized, source, delivery.entry(shown_name(outputs.model)), found, recipe)
     more, embedded = beside(outputs, delivery, sidecar, found, quantized.constants, until)

@@ -12,8 +12,9 @@ import onnx_ir as ir
 from quantcli.cost import per_value, values_of
 from quantcli.errors import PlanError, UsageError
 from quantcli.fold import constant, unmapped
+from quantcli.load.learned import LEARNED
 from quantcli.recipe import resolve_target
-from quantcli.rules import LOOKUPS, RULES, Arithmetic, Operand, Rule, rule_for
+from quantcli.rules import LOOKUPS, RULES, STORED, Arithmetic, Operand, Rule, rule_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -32,6 +33,8 @@ ELSEWHERE = {
 }
 # A table of fewer values is not worth the operator that dequantizes what is looked up.
 WORTH_STORING = 1 << 16
+# Why an operator's weights are stored, where a target computes it in float.
+FLOAT_KERNEL = "its kernel is a float one here: its weights alone are stored as integers"
 # How many times fewer the float values must be than the integers they are combined with, to be quantized for it: of n values each,
 # quantizing reads 4n bytes and writes n, and dequantizing the others and computing in float moves as much several times.
 FEWER = 4
@@ -101,12 +104,14 @@ class Placement:
     Attributes:
         layers: The integer layers in graph order.
         floats: The operators on float data that stay float, in graph order.
+        stored: Those of them whose weights are stored as integers, as layers that read nothing else on a grid.
         owner: For every quantized activation the one whose parameters it has; itself, where it has its own.
         fixed: The outputs whose range their operator fixes.
     """
 
     layers: tuple[PlacedLayer, ...]
     floats: tuple[FloatLayer, ...]
+    stored: tuple[PlacedLayer, ...]
     owner: dict[str, str]
     fixed: dict[str, tuple[float, float]]
 
@@ -136,14 +141,34 @@ def place(model: ir.Model, recipe: Recipe, barred: frozenset[str] = frozenset())
         if masked := next((v for v in (*node.inputs, *node.outputs) if v is not None and v.name in barred), None):
             excluded.setdefault(node, f"'{masked.name}' spans a range that no integer grid resolves, as a mask's does")
     reasons = {node: reason for node in nodes if (reason := why_float(node, excluded)) is not None}
+    stored = stored_by(target, [node for node in nodes if node not in reasons and node not in forced], reasons)
     layers = Placing(nodes, reasons, target, forced).layers()
-    if not layers:
+    if not layers and not stored:
         first = next(((n, r) for n, r in reasons.items()), None)
         detail = f" (the first operator, {first[0].op_type} '{first[0].name}', {first[1]})" if first else ""
         raise PlanError(f"the model has nothing to quantize{detail}", "see docs/operators.md for what can be quantized")
     floats = tuple(FloatLayer(str(node.name), node.op_type, reasons[node]) for node in nodes if node in reasons)
     owner, fixed = owners(layers)
-    return Placement(tuple(layers), floats, owner, fixed)
+    return Placement(tuple(layers), floats, stored, owner, fixed)
+
+
+def stored_by(target: Target, nodes: list[ir.Node], reasons: dict[ir.Node, str]) -> tuple[PlacedLayer, ...]:
+    """Return the layers that a target computes in float from stored weights.
+
+    Args:
+        target: What the runtime can do.
+        nodes: The operators that could be integer layers.
+        reasons: Why operators are none, to which these are added.
+    """
+    named = [node for node in nodes if LEARNED not in node.meta and kind_of(node) in target.placement.stored]
+    reasons.update(dict.fromkeys(named, FLOAT_KERNEL))
+    return tuple(PlacedLayer(node, STORED[node.op_type], (), FLOAT_KERNEL, True) for node in named)
+
+
+def kind_of(node: ir.Node) -> str:
+    """Return an operator's type; Conv3d of a convolution over three spatial axes."""
+    weight = node.inputs[1] if node.op_type == "Conv" else None
+    return "Conv3d" if weight is not None and weight.shape is not None and len(weight.shape) == 5 else node.op_type
 
 
 def carries_floats(node: ir.Node) -> bool:

@@ -182,10 +182,20 @@ def make_plan(model: ir.Model, statistics: Statistics, recipe: Recipe, tuning: T
     target = resolve_target(recipe)
     placement = place(model, recipe, unresolvable(model, statistics.tensors, recipe))
     tensors = plan_activations(placement, statistics, recipe, target, tuning)
-    tensors.update(plan_weights(placement, tensors, target, tuning))
+    tensors.update(plan_weights(placement, tensors, target, tuning, width_of_stored(recipe)))
     tensors.update(plan_biases(placement, tensors))
-    layers = tuple(plan_layer(layer, tensors, target) for layer in placement.layers)
-    return Plan(target, tensors, layers, placement.floats)
+    layers = {layer.node: plan_layer(layer, tensors, target) for layer in (*placement.layers, *placement.stored)}
+    stored = {str(layer.node.name) for layer in placement.stored}
+    floats = tuple(layer for layer in placement.floats if layer.name not in stored)
+    return Plan(target, tensors, tuple(layers[node] for node in model.graph if node in layers), floats)
+
+
+def width_of_stored(recipe: Recipe) -> int:
+    """Return the width of weights that float operators read: the recipe's, or 8, however few bits a target's integer products take.
+
+    A search widens the weights of integer layers alone, and so these are wide from the start.
+    """
+    return 8 if recipe.weight.bits is None or recipe.tune.max_drop is not None else recipe.weight.bits
 
 
 def plan_activations(
@@ -279,11 +289,23 @@ def to_power_of_two(scale: np.float32, lo: float, integer: IntegerType, symmetri
 
 
 def plan_weights(
-    placement: Placement, activations: dict[str, TensorPlan], target: Target, tuning: Tuning = UNTUNED
+    placement: Placement,
+    activations: dict[str, TensorPlan],
+    target: Target,
+    tuning: Tuning = UNTUNED,
+    stored_bits: int | None = None,
 ) -> dict[str, TensorPlan]:
-    """Return the parameters of every weight, per channel where the target and every use of it agree."""
+    """Return the parameters of every weight, per channel where the target and every use of it agree.
+
+    Args:
+        placement: The layers.
+        activations: The parameters of what they read and make.
+        target: What the runtime can do.
+        tuning: What was found better than the defaults.
+        stored_bits: The width of weights that no integer layer reads; None for the target's.
+    """
     uses: dict[str, list[tuple[PlacedLayer, ir.Value]]] = {}
-    for layer in placement.layers:
+    for layer in (*placement.layers, *placement.stored):
         for _, value, kind in layer.operands():
             if kind is Operand.WEIGHT:
                 uses.setdefault(str(value.name), []).append((layer, value))
@@ -299,7 +321,8 @@ def plan_weights(
         largest = np.maximum(-lo, hi)
         del values, channels
         unmapped(users[0][1])
-        integer = weight_grid(target, tuning.bits.get(name))
+        stored = all(layer.rule.arithmetic is Arithmetic.STORED for layer, _ in users)
+        integer = weight_grid(target, tuning.bits.get(name, stored_bits if stored else None))
         symmetric = name not in tuning.lowest if name in tuning.scales else target.weight.is_symmetric(integer.bits)
         scales = tuning.scales[name] if name in tuning.scales else widest_scales(lo, hi, integer, symmetric)
         for layer, _ in users:
@@ -400,10 +423,10 @@ def plan_layer(layer: PlacedLayer, tensors: dict[str, TensorPlan], target: Targe
 def plan_real_layer(
     layer: PlacedLayer, inputs: tuple[str, ...], tensors: dict[str, TensorPlan], target: Target
 ) -> LayerPlan:
-    """Return a layer whose output stays real: float32(S_x·S_w) times its accumulator."""
-    scale = np.array(tensors[inputs[-1 if layer.rule.arithmetic is Arithmetic.LOOKUP else 1]].scale, dtype=np.float32)
-    if layer.rule.arithmetic is not Arithmetic.LOOKUP:
-        scale = np.float32(tensors[inputs[0]].scale[0]) * scale
+    """Return a layer whose output stays real: float32(S_x·S_w) times its accumulator, or what a float operator makes."""
+    scale = np.array(tensors[inputs[-1]].scale if layer.rule.arithmetic is Arithmetic.LOOKUP else (), dtype=np.float32)
+    if layer.rule.arithmetic is Arithmetic.ACCUMULATE:
+        scale = np.float32(tensors[inputs[0]].scale[0]) * np.array(tensors[inputs[1]].scale, dtype=np.float32)
     return LayerPlan(
         str(layer.node.name),
         layer.node.op_type,

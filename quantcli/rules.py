@@ -219,6 +219,12 @@ MEAN_RULE = Rule(Arithmetic.RESCALE, (OWN,))
 # Operators that look rows up in a stored table: their row where the table is a constant and a runtime gives reals.
 LOOKUPS: dict[str, Rule] = {"Gather": Rule(Arithmetic.LOOKUP, (WEIGHT,), weight_axis=lookup_axis)}
 
+# Operators whose weights alone are stored, where a target computes them in float: their rows there.
+STORED: dict[str, Rule] = {
+    "Conv": Rule(Arithmetic.STORED, (PLAIN, WEIGHT), weight_axis=conv_axis),
+    "ConvTranspose": Rule(Arithmetic.STORED, (PLAIN, WEIGHT), weight_axis=conv_transpose_axis),
+}
+
 RULES: dict[str, Rule] = {
     "Conv": Rule(
         Arithmetic.ACCUMULATE,

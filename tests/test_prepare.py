@@ -26,7 +26,7 @@ from quantcli.arithmetic.affine import IntegerType, affine_parameters, quantize,
 from quantcli.errors import ModelError, PlanError, UsageError
 from quantcli.load import Opening
 from quantcli.pipeline import convert
-from quantcli.recipe import Activation, Calibration, Layers
+from quantcli.recipe import Activation, Calibration, Layers, Tune
 from quantcli.torch.floats import floated
 from tests.graphs import normal
 from tests.test_torch import Residual
@@ -595,6 +595,17 @@ def test_a_saved_prepared_model_converts_through_its_factory(tmp_path: Path) -> 
 
 def prepared_network() -> nn.Module:
     return qt.prepare(network(), weight_bits=5, activation_bits=6)
+
+
+@pytest.mark.parametrize(("prepared", "expected"), [(True, ("accumulate", 5)), (False, ("stored", 8))])
+def test_a_transposed_convolution_computes_in_integers_where_that_was_learned(
+    tmp_path: Path, prepared: bool, expected: tuple[str, int]
+) -> None:
+    model = qt.calibrate(prepared_network(), BATCHES) if prepared else network()
+    plan = qt.convert(model, tmp_path / "q.onnx", BATCHES, Recipe(tune=Tune(effort="fast"))).plan
+    [layer] = [layer for layer in plan.layers if layer.operator == "ConvTranspose"]
+    weight = next(plan.tensors[name] for name in layer.inputs if plan.tensors[name].role == "weight")
+    assert (layer.arithmetic.value, weight.integer.bits) == expected
 
 
 def test_the_sidecar_alone(tmp_path: Path) -> None:

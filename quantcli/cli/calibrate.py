@@ -84,6 +84,8 @@ def show(terminal: Terminal, found: Statistics, output: Path) -> None:
         terminal.table("Ranges", ("tensor", ">lowest", ">highest"), rows)
     if found.synthetic:
         terminal.warn("the samples were made up: the ranges are for trying out, not for use")
+    if not found.tensors:
+        terminal.warn("no activation becomes integer: the statistics hold samples for self-checks alone")
     terminal.say(f"{output}: {len(found.tensors)} tensors over {samples(found.samples)}")
     terminal.result(
         {

@@ -303,7 +303,7 @@ def widths(terminal: Terminal, done: Conversion) -> None:
     held = Counter(tensor.integer.bits for tensor in done.plan.tensors.values() if tensor.role == "weight")
     terminal.say(f"weights: {', '.join(f'{held[bits]} of {bits} bits' for bits in sorted(held))}")
     stored = len(stored_layers(done))
-    if stored and stored == len(done.plan.layers):
+    if kept.steps and stored == len(done.plan.layers):
         terminal.warn(
             "the metric is kept only where every layer computes in float, from weights that are stored as integers: allow more "
             "(--max-drop) for integer layers"

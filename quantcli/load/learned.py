@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
+# Marks a node whose weight was learned: it becomes an integer layer, as it was trained.
+LEARNED = "quantcli.learned"
 SCOPES = "pkg.torch.onnx.name_scopes"
 PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 SUMS = frozenset({"Add"})
@@ -123,6 +125,7 @@ def learned_of(graph: ir.Graph, layers: Sequence[LearnedLayer]) -> Learned:
                     readers.setdefault(value, []).append(operand)
             if layer.scale is not None and layer.largest is not None and layer.bits is not None:
                 weights[str(node.name)] = LearnedWeight(layer.scale, layer.largest, layer.bits)
+                node.meta[LEARNED] = True
     if not readers:
         raise PlanError(
             "no prepared layer rounds both its input and its weight, and a layer that does not stays float",

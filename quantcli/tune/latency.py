@@ -85,7 +85,7 @@ def candidates(model: ir.Model, recipe: Recipe) -> dict[str, tuple[str, ...]]:
         if len(leading) < len(names) and leading not in found.values():
             found[f"the first {count} convolutions in float"] = leading
     rest = {str(layer.node.name) for layer in placement.layers}
-    return {name: layers for name, layers in found.items() if set(layers) < rest}
+    return {name: layers for name, layers in found.items() if not layers or set(layers) < rest}
 
 
 def source_of(value: ir.Value | None, moved: Mapping[ir.Value, ir.Value]) -> ir.Value | None:

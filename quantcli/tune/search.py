@@ -211,7 +211,7 @@ class Search:
 
     def most(self, count: int) -> int:
         """Return how many of all steps may be taken: where the last ones make weights float, one has to stay integer."""
-        return count - 1 if FLOAT in self.widths else count
+        return max(count - 1, 0) if FLOAT in self.widths else count
 
     @functools.cached_property
     def placement(self) -> Placement:

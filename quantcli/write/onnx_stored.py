@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def fold_at_load(model: ir.Model, quantized: QuantizedModel) -> None:
     """Put Cast and Mul in place of DequantizeLinear behind the weights of layers that store them.
 
-    Weights in blocks, and MatMul's of 8 bits, keep it: the runtime has a kernel that reads them as they are (MatMulNBits).
+    Weights in blocks, and MatMul's of 8 bits, keep it: the runtime has a kernel that reads them as they are (MatMulNBits). So do
+    those that an integer layer reads as well.
 
     Args:
         model: The written model, which is changed.
@@ -32,8 +33,9 @@ def fold_at_load(model: ir.Model, quantized: QuantizedModel) -> None:
     """
     plan, names, mark = quantized.plan, tensor_names(quantized), free_mark(quantized)
     stored: dict[str, TensorPlan] = {}
+    integers = {name for layer in plan.layers if layer.arithmetic is not Arithmetic.STORED for name in layer.inputs}
     for layer in plan.layers:
-        for name in layer.inputs if layer.arithmetic is Arithmetic.STORED else ():
+        for name in layer.inputs if layer.arithmetic is Arithmetic.STORED and integers.isdisjoint(layer.inputs) else ():
             tensor = plan.tensors[name]
             if tensor.blocks is None and (layer.operator != "MatMul" or tensor.integer.bits > 8):
                 stored[names[name]["reals"]] = tensor
