@@ -23,7 +23,7 @@ from quantcli.recipe import Activation, Calibration, Tune, Weight
 from quantcli.sidecar import MovedEntry
 from quantcli.tune.bias import channel_sums
 from quantcli.tune.candidates import Samples, equalized, grids_of
-from quantcli.tune.equalize import Grids, Met, equalize
+from quantcli.tune.equalize import Equalization, Grids, Looked, Met, equalize
 from quantcli.tune.noise import CONSIDERED, ROUNDED, Cut, Noise, Tensor, reaching
 from quantcli.tune.noise import Weight as RoundedWeight
 from quantcli.tuning import UNTUNED
@@ -245,6 +245,33 @@ def test_samples_are_looked_at_in_parts_where_memory_is_short(uneven: Path, monk
     for name, entry in parts.moved.items():
         assert entry.factor == pytest.approx(whole.moved[name].factor, rel=1e-6)  # sums of squares in another order
         assert entry.shift == pytest.approx(whole.moved[name].shift, rel=1e-6)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("first", [1, 3, 4, 7])
+def test_what_was_met_already_is_not_looked_at_again(
+    uneven: Path, monkeypatch: pytest.MonkeyPatch, first: int, fixed: bool
+) -> None:
+    model, feeds = loaded(uneven), [{"x": normal(4, 3, 8, 8, seed=9)}, {"x": normal(4, 3, 8, 8, seed=10)}]
+    if fixed:
+        model.graph.inputs[0].shape = ir.Shape([4, 3, 8, 8])
+    whole, looked = equalize(model, feeds, grids(model))[1], Looked()
+    rows: list[int] = []
+    of = Met.of
+
+    def counting(array: NDArray[np.float32]) -> Met:
+        rows.append(len(array))
+        return of(array)
+
+    monkeypatch.setattr(Met, "of", counting)
+    Equalization(model, feeds, grids(model), samples=first, looked=looked).foreseen()
+    found = equalize(model, feeds, grids(model), looked=looked)[1]
+    tensors = len(looked.met)
+    assert sum(rows) == 8 * tensors
+    assert looked.samples == 8
+    assert found.moved.keys() == whole.moved.keys()
+    for name, entry in found.moved.items():
+        assert entry.factor == pytest.approx(whole.moved[name].factor, rel=1e-6)  # sums of squares in another order
 
 
 def test_equalization_absorbs_what_relu_never_cuts(tmp_path: Path) -> None:

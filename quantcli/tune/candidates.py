@@ -18,7 +18,7 @@ from quantcli.recipe import resolve_target
 from quantcli.rules import Operand
 from quantcli.tune.align import align
 from quantcli.tune.centre import centre
-from quantcli.tune.equalize import FEW, Equalization, Equalized, Grids, equalize
+from quantcli.tune.equalize import FEW, Equalization, Equalized, Grids, Looked, equalize
 from quantcli.tune.smooth import Smoothed, smooth
 from quantcli.tune.sweep import Sweep
 from quantcli.tuning import UNTUNED, Moved, Tuning
@@ -106,10 +106,11 @@ def foreseen(
     recipe: Recipe,
     samples: Samples,
     bits: Mapping[str, int],
+    looked: Looked,
 ) -> float:
-    """Return by how many dB equalization would lower the noise, as the samples alone predict."""
+    """Return by how many dB equalization would lower the noise, as the samples alone predict; what was met is kept."""
     grids = grids_of(model, statistics, recipe, bits)
-    return Equalization(model, samples.swept, grids, samples=FEW).foreseen()
+    return Equalization(model, samples.swept, grids, samples=FEW, looked=looked).foreseen()
 
 
 def equalized(
@@ -119,6 +120,7 @@ def equalized(
     samples: Samples,
     observe: Observe,
     tuning: Tuning,
+    looked: Looked | None = None,
 ) -> Candidate | None:
     """Return the equalized model with statistics of its own; None where nothing changed.
 
@@ -128,7 +130,7 @@ def equalized(
     whole = observe(model, channels=True)
     extremes = {name: seen.channels for name, seen in whole.tensors.items() if seen.channels is not None}
     grids = grids_of(model, statistics, recipe, tuning.bits)
-    changed, done = equalize(model, samples.swept, grids, extremes)
+    changed, done = equalize(model, samples.swept, grids, extremes, looked)
     if not done.layers and not done.absorbed:
         return None
     derived = done.exact and not OBSERVERS[observer_of(recipe)]

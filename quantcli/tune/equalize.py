@@ -155,6 +155,21 @@ class Clip:
     bound: float
 
 
+@dataclass(eq=False)
+class Looked:
+    """What was met so far in a model's tensors, kept for who looks at more of the same samples.
+
+    Attributes:
+        met: By tensor; what was met in those of ``names`` that hold channels.
+        names: The tensors that were looked at.
+        samples: Over how many samples.
+    """
+
+    met: dict[str, Met] = field(default_factory=dict)
+    names: frozenset[str] = frozenset()
+    samples: int = 0
+
+
 class Equalization:
     """One model being equalized, in place.
 
@@ -164,6 +179,7 @@ class Equalization:
         grids: What is rounded.
         extremes: The lowest and highest values of tensors' channels, by name, where more samples than those were seen.
         samples: How many samples tell what is met on average.
+        looked: What was met in the first of them, if that is known; what is met in all is put there.
     """
 
     def __init__(
@@ -173,9 +189,10 @@ class Equalization:
         grids: Grids,
         extremes: Mapping[str, ChannelRanges] | None = None,
         samples: int = MET,
+        looked: Looked | None = None,
     ) -> None:
         self.model, self.feeds, self.grids, self.extremes = model, feeds, grids, extremes or {}
-        self.samples = samples
+        self.samples, self.looked = samples, looked or Looked()
         self.channels = Channels(model)
         self.clips: list[Clip] = []
         for node in self.channels.clips:
@@ -304,23 +321,33 @@ class Equalization:
 
     def met(self, wanted: set[str]) -> dict[str, Met]:
         """Return what is met in the channels of tensors, over some of the samples, and at the ends of all that were seen."""
-        given = {str(value.name) for value in self.model.graph.inputs}
-        found: dict[str, Met] = {}
-        names = sorted(wanted)
-        made = [name for name in names if name not in given]
-        for results in values_in_parts(self.model, self.feeds, made, self.samples):
-            for name in names:
-                array = results.pop(name, None)
-                if array is not None and array.ndim > 1 and array.size:
-                    batch = Met.of(array)
-                    found[name] = found[name].with_more(batch) if name in found else batch
+        self.look_at(wanted)
         # Of what a mask's infinities stand in, nothing is known.
-        found = {name: one for name, one in found.items() if np.isfinite(one.squares).all()}
+        found = {name: one for name, one in self.looked.met.items() if np.isfinite(one.squares).all()}
         for name, seen in self.extremes.items():
             if name in found and len(found[name].low) == len(seen.minimum):
                 low, high = np.maximum(-seen.minimum, 0.0), np.maximum(seen.maximum, 0.0)
                 found[name] = replace(found[name], low=low.astype(np.float64), high=high.astype(np.float64))
         return found
+
+    def look_at(self, wanted: set[str]) -> None:
+        """Look at some of the samples, as far as that was not done."""
+        looked, names = self.looked, frozenset(wanted)
+        if looked.names != names:
+            looked.met, looked.names, looked.samples = {}, names, 0
+        count = min(self.samples, sum(len(next(iter(feeds.values()))) for feeds in self.feeds))
+        if looked.samples >= count:
+            return
+        given = {str(value.name) for value in self.model.graph.inputs}
+        made = [name for name in sorted(names) if name not in given]
+        for results in values_in_parts(self.model, self.feeds, made, count, looked.samples):
+            rows = max(len(results[name]) for name in self.feeds[0])
+            for name in sorted(names):
+                array = results.pop(name, None)
+                if array is not None and array.ndim > 1 and array.size:
+                    batch = Met.of(array)
+                    looked.met[name] = looked.met[name].with_more(batch) if name in looked.met else batch
+            looked.samples += rows
 
     def gain(self, value: ir.Value, met: Mapping[str, Met]) -> NDArray[np.float64]:
         """Return what noise in each channel of a tensor adds to the layers and sums behind it, as a part of their variance."""
@@ -389,6 +416,7 @@ def equalize(
     feeds: Sequence[dict[str, NDArray[Any]]],
     grids: Grids,
     extremes: Mapping[str, ChannelRanges] | None = None,
+    looked: Looked | None = None,
 ) -> tuple[ir.Model, Equalized]:
     """Return an equalized copy of a folded model, which computes the same but for what Clips cut, and what was done.
 
@@ -397,9 +425,10 @@ def equalize(
         feeds: Samples, for what tensors hold, what Clip operators cut and what biases can be absorbed.
         grids: What is rounded.
         extremes: The lowest and highest values of tensors' channels, by name, where more samples than those were seen.
+        looked: What was met in the first of the samples, if that is known.
     """
     changed = model.clone()
-    return changed, Equalization(changed, feeds, grids, extremes).run()
+    return changed, Equalization(changed, feeds, grids, extremes, looked=looked).run()
 
 
 def is_padded(node: ir.Node) -> bool:

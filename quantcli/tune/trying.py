@@ -15,6 +15,7 @@ from quantcli.errors import OutputError, PlanError
 from quantcli.recipe import resolve_target
 from quantcli.tune.candidates import Candidate, Gained, Observe, Samples, aligned, centred, equalized, foreseen, swept
 from quantcli.tune.choices import Choice, freed, is_coarse
+from quantcli.tune.equalize import Looked
 from quantcli.tune.room import VARIED_ROOM, room_for, work_ahead
 from quantcli.tune.steps import Steps
 from quantcli.tune.vary import has_images, with_copies
@@ -88,6 +89,7 @@ class Trying:
     equal: Candidate | None = None
     learned: dict[bool, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
     prepared: dict[Choice, tuple[Candidate, Gained]] = field(default_factory=dict)
+    looked: Looked = field(default_factory=Looked)
 
     @functools.cached_property
     def batches(self) -> int:
@@ -119,7 +121,7 @@ class Trying:
             return (False,)
         try:
             bits = self.start.tuning.bits
-            gain = foreseen(self.judge.model, self.statistics, self.recipe, self.samples, bits)
+            gain = foreseen(self.judge.model, self.statistics, self.recipe, self.samples, bits, self.looked)
         except Exception as error:  # noqa: BLE001 - the model as it is is there in any case
             logger.debug("what equalization would bring cannot be told: %s", first_line(error))
             gain = 0.0
@@ -158,7 +160,8 @@ class Trying:
             if choice.equalize and self.observe is not None:
                 model, seen = self.judge.model, self.statistics
                 tuning = self.start.tuning
-                self.equal = self.equal or equalized(model, seen, self.recipe, self.samples, self.observe, tuning)
+                if self.equal is None:
+                    self.equal = equalized(model, seen, self.recipe, self.samples, self.observe, tuning, self.looked)
                 if self.equal is None:
                     return
             candidate, gains = self.made(choice, self.samples.swept)

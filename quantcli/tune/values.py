@@ -19,7 +19,11 @@ ROOM = 1 << 26
 
 
 def values_in_parts(
-    model: ir.Model, feeds: Sequence[dict[str, NDArray[Any]]], names: Sequence[str], samples: int | None = None
+    model: ir.Model,
+    feeds: Sequence[dict[str, NDArray[Any]]],
+    names: Sequence[str],
+    samples: int | None = None,
+    first: int = 0,
 ) -> Iterator[dict[str, NDArray[Any]]]:
     """Yield what was fed and what a model makes of it, part by part.
 
@@ -28,6 +32,7 @@ def values_in_parts(
         feeds: Batches of samples.
         names: The tensors.
         samples: How many samples are enough; None for all.
+        first: So many are passed over.
     """
     done = 0
     values = {str(value.name): value for node in model.graph for value in node.outputs}
@@ -42,7 +47,8 @@ def values_in_parts(
         part = max(1, ROOM // max(size, 1)) if divisible else rows
         if divisible and samples is not None:
             rows = min(rows, samples - done)
-        for start in range(0, rows, part):
+        begin = min(max(first - done, 0), rows) if divisible or first - done >= rows else 0
+        for start in range(begin, rows, part):
             stop = min(start + part, rows) if divisible else None
             given = {name: array[start:stop] for name, array in batch.items()}
             yield {**given, **runner.run(given, names)}
