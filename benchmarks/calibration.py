@@ -46,8 +46,9 @@ from calibration.ranges import Grid, parse_range, range_of
 from calibration.shortcut import Shortcut, computed
 from quantcli import Recipe, convert
 from quantcli.fold import fold
+from quantcli.known import known_of, poolable
 from quantcli.load import load
-from quantcli.observation import BATCH_BYTES, LARGEST_BATCH, known_of, poolable
+from quantcli.observation import BATCH_BYTES, LARGEST_BATCH
 from quantcli.placement import place
 from quantcli.probe import model_bytes, with_highest, with_outputs
 from quantcli.recipe import Activation, Tune

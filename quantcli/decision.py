@@ -20,13 +20,14 @@ from quantcli.errors import PlanError, StrictError, UsageError
 from quantcli.fold import constant
 from quantcli.masks import unresolvable
 from quantcli.modes import plan_without_data
-from quantcli.observation import Data, Run, check_counted, observe, preprocess_of
+from quantcli.observation import Run, check_counted, observe, preprocess_of
 from quantcli.placement import place
 from quantcli.plan import Plan, make_plan
 from quantcli.probe import model_bytes
 from quantcli.quantize import quantize
 from quantcli.recipe import Recipe, keeping, resolve_target
 from quantcli.rules import Operand
+from quantcli.sources import Data
 from quantcli.tune.data import scorer, tuning_samples
 from quantcli.tune.effort import Tuned, tune, untuned, why_untuned
 from quantcli.tune.latency import Trial, candidates, timed

@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from calibration import statistics as statistics_file
-from calibration.collect import CHECK_SAMPLES, Checkpoint, Known, Seen, Work, collect, pilot_of
-from calibration.datasets import boundaries, first_samples, fitted_batch, fixes_batch, open_dataset, select
+from calibration.collect import CHECK_SAMPLES, Checkpoint, Seen, Work, collect, pilot_of
+from calibration.datasets import boundaries, fitted_batch, fixes_batch, select
 from calibration.errors import DataError, StatisticsError
 from calibration.hooks.onnxruntime import Runner
 from calibration.lanes import Lanes
@@ -25,27 +22,25 @@ from calibration.shortcut import Shortcut, computed
 from calibration.statistics import Part, Statistics
 from quantcli.errors import UsageError
 from quantcli.files import staged
-from quantcli.fold import constant
+from quantcli.known import holders, known_of, poolable
 from quantcli.masks import scores, unresolvable
 from quantcli.placement import place
-from quantcli.plan import activation_bounds
 from quantcli.probe import with_highest, with_outputs
-from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.smooth import columns_needed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
+    import numpy as np
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-    from calibration.datasets import Dataset, Preprocess
-    from calibration.datasets.dataset import InputSpec
+    from calibration.datasets import Dataset
     from calibration.layout import Hook
-    from quantcli.load import Example, LoadedModel
-    from quantcli.placement import Placement
+    from quantcli.load import LoadedModel
     from quantcli.progress import Progress
     from quantcli.recipe import Recipe
+    from quantcli.sources import Data
 
 logger = logging.getLogger(__name__)
 
@@ -59,73 +54,6 @@ WORTH_A_SHORTCUT = 4
 CHECKPOINT_SECONDS = 30.0
 # What counting itself takes about, however large the samples are: bins, and elements that wait for them.
 COUNTED_BYTES = 10 << 20
-# Operators whose output holds what their first input holds.
-RESHAPING = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity"})
-
-
-@dataclass(frozen=True)
-class Data:
-    """Where calibration data comes from: exactly one of path, function and synthetic.
-
-    Attributes:
-        path: A file or folder.
-        labels: A CSV that names the image files.
-        split: Keep only the CSV's rows of this split.
-        function: A Python callable, ``module:function``, that yields batches.
-        synthetic: How many random samples are made up.
-        described: Inputs as the user has described them: random samples have their sizes where the model leaves axes free.
-        held: The data set that was opened last, and for what: a conversion asks for it several times.
-    """
-
-    path: Path | None = None
-    labels: Path | None = None
-    split: str | None = None
-    function: str | None = None
-    synthetic: int | None = None
-    described: tuple[InputSpec, ...] = ()
-    held: list[tuple[object, Dataset]] = field(default_factory=list, init=False, compare=False, repr=False)
-
-    def opened(self, inputs: tuple[InputSpec, ...], recipe: Recipe) -> Dataset:
-        """Return the data set for a model's inputs.
-
-        Raises:
-            DataError: If the data cannot be read or does not fit the model.
-        """
-        seed, allowed = recipe.calibration.seed, recipe.calibration.allow_non_finite
-        if self.synthetic is not None:
-            inputs = tuple(sized(spec, self.described) for spec in inputs)
-        asked = inputs, recipe.preprocess, seed, allowed
-        if not self.held or self.held[0][0] != asked:
-            found = open_dataset(
-                self.path,
-                inputs,
-                recipe.preprocess,
-                self.labels,
-                self.split,
-                function=self.function,
-                synthetic=self.synthetic,
-                seed=seed,
-                allow_non_finite=allowed,
-            )
-            self.held[:] = [(asked, found)]
-        return self.held[0][1]
-
-    def example(self, preprocess: Preprocess | None) -> Example:
-        """Return what shows a model's inputs: the first samples."""
-        return lambda names: first_samples(self.path, names, preprocess, self.function)
-
-    @property
-    def files(self) -> list[Path]:
-        """The files that are read."""
-        return [path for path in (self.path, self.labels) if path is not None]
-
-
-def sized(spec: InputSpec, described: Iterable[InputSpec]) -> InputSpec:
-    """Return an input with the sizes that its description gives to axes that the model leaves free."""
-    own = next(
-        (one.shape for one in described if one.name == spec.name and len(one.shape) == len(spec.shape)), spec.shape
-    )
-    return replace(spec, shape=tuple(a if a is not None else b for a, b in zip(spec.shape, own, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -469,84 +397,6 @@ class Observation:
                     seen.infinite,
                     seen.elements + seen.nan + seen.infinite,
                 )
-
-
-def holders(value: ir.Value) -> list[ir.Value]:
-    """Return the tensors that hold the same elements as one, in another shape or order."""
-    found, waiting = [value], [value]
-    while waiting:
-        one = waiting.pop()
-        producer = one.producer()
-        around = [producer.inputs[0]] if producer is not None and producer.op_type in RESHAPING else []
-        around += [user.outputs[0] for user in one.consumers() if user.op_type in RESHAPING and user.inputs[0] is one]
-        new = [other for other in around if other is not None and other not in found]
-        found += new
-        waiting += new
-    return found
-
-
-def known_of(placement: Placement) -> Known:
-    """Return the ends of layers' outputs, where their own or an absorbed Relu or Clip sets a lowest one.
-
-    How large values may be is 0 where an operator that stays float could make a NaN out of any, which no Clip holds back.
-    """
-    ends = {}
-    for layer in placement.layers:
-        last = layer.absorbed[-1] if layer.absorbed else layer.node
-        shape = layer.output.shape
-        if shape is None or len(shape) < 3 or last.op_type not in {"Relu", "Clip"}:
-            continue
-        low, high = activation_bounds(last)
-        if math.isfinite(low):
-            ends[str(layer.output.name)] = low, high
-    return Known(ends, largest_safe(placement) if made_by_layers(placement) else 0.0)
-
-
-def poolable(placement: Placement, known: Known) -> frozenset[str]:
-    """Return the outputs of a known lowest value that have something to pool over behind sample and a known number of channels.
-
-    None where what is not finite could be made of values of any size.
-    """
-    if not known.limit:
-        return frozenset()
-    shapes = {str(layer.output.name): layer.output.shape for layer in placement.layers}
-    return frozenset(
-        name
-        for name, shape in shapes.items()
-        if name in known.ends and shape is not None and len(shape) > 2 and isinstance(shape[1], int)
-    )
-
-
-def made_by_layers(placement: Placement) -> bool:
-    """Tell whether everything that layers read was made by layers: no operator that stays float stands before one."""
-    floats = {layer.name for layer in placement.floats}
-    waiting = [layer.node for layer in placement.layers]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if str(node.name) in floats:
-            return False
-        before = {producer for value in node.inputs if value is not None and (producer := value.producer()) is not None}
-        waiting += before - seen
-        seen |= before
-    return True
-
-
-def largest_safe(placement: Placement) -> float:
-    """Return a magnitude that keeps everything finite: as long as no operand exceeds it, no layer's float32 can overflow.
-
-    A layer's output is at most the sum of its weights' magnitudes times its largest operand (and a bias), or a product of two
-    operands, or a sum of fewer than 2^24 of them.
-    """
-    gain = 1.0
-    for layer in placement.layers:
-        if layer.rule.arithmetic is not Arithmetic.ACCUMULATE:
-            continue
-        for _, value, kind in layer.operands():
-            values = constant(value) if kind is Operand.WEIGHT else None
-            if values is not None:
-                gain = max(gain, float(np.abs(values.astype(np.float64)).sum()))
-    return 1e15 / gain
 
 
 def resident_bytes() -> int:

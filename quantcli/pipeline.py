@@ -25,10 +25,11 @@ from quantcli.files import check_output, path_of, path_or_none, staged
 from quantcli.fold import fold
 from quantcli.load import LoadedModel, Opening, load, shown_name
 from quantcli.memory import give_back
-from quantcli.observation import Data, Run, check_counted, observe
+from quantcli.observation import Run, check_counted, observe
 from quantcli.progress import Progress, silent
 from quantcli.quantize import quantize
 from quantcli.recipe import Recipe, checked_recipe, resolve_target
+from quantcli.sources import Data
 from quantcli.verification import verify, verify_c
 from quantcli.write import WRITERS
 

@@ -57,6 +57,7 @@ ORDER = [
     {"quantcli.integer"},
     {"quantcli.embedded"},
     {"quantcli.export"},
+    {"quantcli.sources", "quantcli.known"},
     {"quantcli.observation", "quantcli.requantize"},
     {"quantcli.review", "quantcli.explain"},
     {"quantcli.evaluation"},

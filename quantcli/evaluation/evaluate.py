@@ -27,9 +27,9 @@ from quantcli.evaluation.latency import Latency, measure, single
 from quantcli.evaluation.metrics import LABEL_METRICS, METRICS, Asked, Comparison, TopK, function_of
 from quantcli.files import path_of, path_or_none
 from quantcli.load import LoadedModel, Opening, load
-from quantcli.observation import Data
 from quantcli.progress import Progress, silent
 from quantcli.recipe import Recipe, checked_recipe
+from quantcli.sources import Data
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,9 +13,9 @@ from quantcli import sidecar as sidecar_file
 from quantcli.errors import ModelError
 from quantcli.evaluation.evaluate import evaluate
 from quantcli.load import load
-from quantcli.observation import Data
 from quantcli.progress import Progress, silent
 from quantcli.report.figures import Figures, figures
+from quantcli.sources import Data
 
 if TYPE_CHECKING:
     from calibration.datasets import Selection

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from calibration.datasets import Dataset
     from quantcli.load import LoadedModel
-    from quantcli.observation import Data
     from quantcli.recipe import Recipe
+    from quantcli.sources import Data
     from quantcli.tune.score import Score
 
 logger = logging.getLogger(__name__)

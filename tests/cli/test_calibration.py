@@ -20,8 +20,8 @@ from calibration import statistics
 from quantcli import Recipe
 from quantcli.cli import run
 from quantcli.fold import fold
+from quantcli.known import known_of, poolable
 from quantcli.load import load
-from quantcli.observation import known_of, poolable
 from quantcli.placement import place
 from tests.graphs import node, normal, residual_net, save
 
@@ -400,7 +400,7 @@ def test_statistics_do_not_depend_on_what_is_known_of_a_clip(
     clipping(None)
     np.savez("d.npz", x=np.random.default_rng(6).normal(size=(480, 3, 8, 8)).astype(np.float32))
     told(capsys, f"calibrate m.onnx --data d.npz --batch 3 --observer {observer} -o a.stats")
-    monkeypatch.setattr("quantcli.observation.made_by_layers", lambda _: False)
+    monkeypatch.setattr("quantcli.known.made_by_layers", lambda _: False)
     told(capsys, f"calibrate m.onnx --data d.npz --batch 3 --observer {observer} -o b.stats")
     assert Path("a.stats").read_bytes() == Path("b.stats").read_bytes()
     seen = statistics.load(Path("a.stats")).tensors["ar"]
