@@ -17,7 +17,7 @@ from calibration.hooks.onnxruntime import Runner
 from quantcli import sidecar as sidecar_file
 from quantcli.decision import check_strict, decided, loaded_statistics, opset_for
 from quantcli.delivery import beside, check_search, for_form, places_of, rendered, weights_beside, widths_for
-from quantcli.errors import UsageError
+from quantcli.errors import UsageError, kind_of
 from quantcli.evaluation.check import SelfCheck
 from quantcli.evaluation.evaluate import Evaluation, evaluate
 from quantcli.explain import Explanation, explain
@@ -163,6 +163,7 @@ def data_of(
     """
     if sum(given is not None for given in (data, function, synthetic)) != 1:
         raise UsageError("calibration needs data from one place", "give one of --data, --data-function, --synthetic")
+    check_named(function, "data function")
     described = opening.inputs if opening is not None else ()
     return Data(path_or_none(data, "data"), path_or_none(labels, "labels"), split, function, synthetic, described)
 
@@ -220,6 +221,7 @@ def convert(
     """
     recipe, run = for_form(checked_recipe(recipe), form), run or Run()
     check_places(recipe, statistics, data, function, synthetic)
+    check_named(function, "data function")
     check_search(recipe, form, run.resume, validate is not None)
     outputs = places_of(path_of(output, "output"), form, recipe, name, until)
     writer = WRITERS.get(form, WRITERS["qdq"])
@@ -304,6 +306,16 @@ def blamed_on(source: LoadedModel) -> Iterator[None]:
     except Exception:
         Runner(source.runnable, what=source.name)
         raise
+
+
+def check_named(function: object, what: str) -> None:
+    """Check that a function is named, not given: what is named can be imported elsewhere.
+
+    Raises:
+        UsageError: If not.
+    """
+    if function is not None and not isinstance(function, str):
+        raise UsageError(f"the {what} is {kind_of(function)}, not a text", "write module:function")
 
 
 def check_places(recipe: Recipe, statistics: object, *data: object) -> None:

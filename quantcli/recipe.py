@@ -12,6 +12,7 @@ from calibration.datasets.dataset import Selection
 from calibration.datasets.preprocess import Preprocess
 from calibration.ranges import parse_range
 from quantcli.errors import RecipeError, UsageError, kind_of
+from quantcli.files import path_or_none
 from quantcli.targets import (
     DEFAULT_TARGET,
     SYMMETRIC_BITS,
@@ -117,7 +118,7 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     effort: Literal["fast", "default", "best"] = "default"
-    max_drop: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    max_drop: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
     metric: Literal["top1", "top5"] = "top1"
     cost: Literal["bytes", "latency"] | None = None
     samples: Annotated[int, msgspec.Meta(ge=1)] | None = None
@@ -160,7 +161,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return Path(self.target) if self.target.endswith(".toml") else None
 
 
-def read_recipe(path: Path | None, overrides: dict[str, Any] | None = None, place: str | None = None) -> Recipe:
+def read_recipe(path: Path | str | None, overrides: dict[str, Any] | None = None, place: str | None = None) -> Recipe:
     """Return the recipe of a TOML file with the command line's entries laid over it.
 
     Args:
@@ -172,6 +173,7 @@ def read_recipe(path: Path | None, overrides: dict[str, Any] | None = None, plac
         RecipeError: If the file cannot be read, or an entry is unknown or of the wrong kind.
     """
     document: dict[str, Any] = {}
+    path = path_or_none(path, "recipe")
     if path is not None:
         try:
             document = msgspec.toml.decode(path.read_text("utf-8-sig"))

@@ -190,7 +190,7 @@ def test_models_and_data_of_other_precisions_are_refused_at_convert(tmp_path: Pa
         qt.calibrate(qt.prepare(model.float()), [x.half()])
 
 
-@pytest.mark.parametrize("bits", [1, 0, -1, 17, 31, 33, 8.5, "8"])
+@pytest.mark.parametrize("bits", [1, 0, -1, 17, 31, 33, 8.5, "8", True])
 @pytest.mark.parametrize("what", ["weight_bits", "activation_bits"])
 def test_widths_that_cannot_be_made_are_refused(bits: Any, what: str) -> None:
     with pytest.raises(UsageError, match=f"{bits!r} bit"):
@@ -569,6 +569,59 @@ def test_every_call_of_a_layer_keeps_what_it_learned(tmp_path: Path, shape: tupl
     products = [layer for layer in done.plan.layers if layer.operator in {"Gemm", "MatMul"}]
     assert [done.plan.tensors[layer.inputs[0]].integer.bits for layer in products] == [4, 4]
     assert [f.operator for f in done.plan.floats if f.operator in {"Gemm", "MatMul"}] == [products[0].operator]
+
+
+def behind_each_other(kind: str) -> nn.Module:
+    """Two layers of one weight, whose inputs differ eightfold: equal, tied, or the same layer under two names."""
+    torch.manual_seed(2)
+    first, last = nn.Linear(8, 8), nn.Linear(8, 4)
+    second = first if kind == "same" else copy.deepcopy(first)
+    if kind == "tied":
+        second.weight = first.weight
+    return nn.Sequential(first, nn.Sigmoid(), second, nn.Sigmoid(), last).eval()
+
+
+@pytest.mark.parametrize("kind", ["equal", "tied"])
+def test_layers_of_equal_weights_keep_their_own_ranges(tmp_path: Path, kind: str) -> None:
+    x = torch.from_numpy(normal(32, 8, seed=3, scale=8.0))
+    prepared = qt.calibrate(qt.prepare(behind_each_other(kind)), [x])
+    done = qt.convert(prepared, tmp_path / "q.onnx", [x])
+    spans = [
+        done.plan.tensors[layer.inputs[0]].hi[0] - done.plan.tensors[layer.inputs[0]].lo[0]
+        for layer in done.plan.layers
+        if layer.operator == "Gemm"
+    ]
+    assert len(spans) == 3
+    assert spans[0] > 20
+    assert max(spans[1:]) <= 1
+
+
+def test_a_layer_under_two_names_becomes_integers_under_both(tmp_path: Path) -> None:
+    x = torch.from_numpy(normal(32, 8, seed=3))
+    prepared = qt.calibrate(qt.prepare(behind_each_other("same")), [x])
+    done = qt.convert(prepared, tmp_path / "q.onnx", [x])
+    assert {layer.operator for layer in done.plan.floats} <= {"Sigmoid"}
+    assert [layer.operator for layer in done.plan.layers].count("Gemm") == 3
+    excluded = qt.prepare(behind_each_other("same"), Recipe(layers=Layers(exclude=("2",))))
+    assert [name for name, module in excluded.named_modules() if isinstance(module, qt.QuantLinear)] == ["4"]
+
+
+def test_an_argument_may_have_any_name(tmp_path: Path) -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 4)
+
+        def forward(self, file: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.layer(file)
+            return found
+
+    done = qt.convert(Reader().eval(), tmp_path / "q.onnx", [torch.from_numpy(normal(16, 8))])
+    assert [spec.name for spec in Runner(done.model).inputs] == ["file"]
+
+
+def test_a_width_may_be_an_integer_of_numpy() -> None:
+    assert isinstance(qt.prepare(network(), weight_bits=np.int64(4)).head, qt.QuantLinear)  # type: ignore[arg-type]
 
 
 def test_what_was_not_prepared_stays_float(tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
+from calibration.errors import DataError
 from quantcli.errors import UsageError
-from quantcli.evaluation.metrics import written
+from quantcli.evaluation.metrics import Asked, written
 from quantcli.evaluation.verdict import Figures, Thresholds, checked, told_apart
 
 
@@ -44,6 +46,14 @@ def test_a_near_miss_is_told_with_the_digits_that_miss() -> None:
 def test_a_threshold_without_meaning_for_the_metric_is_refused(metric: str, asked: Thresholds, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         checked(Figures(metric, 0.01, None, None), asked)
+
+
+@pytest.mark.parametrize("found", [math.inf, -math.inf, math.nan])
+def test_a_metric_of_ones_own_is_a_finite_number(found: float) -> None:
+    asked = Asked("mine:metric")
+    asked.update({"y": np.zeros((2, 3))})
+    with pytest.raises(DataError, match=r"returns (-?inf|nan); return a finite number"):
+        asked.value(lambda _outputs, _labels: found, None)
 
 
 @pytest.mark.parametrize(

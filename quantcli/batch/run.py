@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import math
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from quantcli.batch.manifest import files_of
 from quantcli.documents import as_json, encodable
 from quantcli.errors import OutputError, UsageError
 from quantcli.evaluation.junit import Case, junit
+from quantcli.evaluation.metrics import UNBOUNDED
 from quantcli.evaluation.verdict import Check, Figures, Thresholds, checked
 from quantcli.files import staged
 from quantcli.load import digest_of
@@ -259,9 +261,12 @@ def judged(entry: Entry, record: Record, cached: bool) -> Outcome:
     if record.status != "done" or not asked.any:
         return Outcome(entry, record, (), cached)
     try:
-        if figures.get("quantized") is None:
-            raise UsageError("there is no figure to judge by", "give evaluation data, and a metric that is finite")
-        found = Figures(figures["metric"], figures["quantized"], figures["drop"], figures["speedup"])
+        quantized = figures.get("quantized")
+        if quantized is None and figures.get("metric") in UNBOUNDED:
+            quantized = math.inf  # JSON has no such number
+        if quantized is None:
+            raise UsageError("there is no figure to judge by", "give evaluation data")
+        found = Figures(figures["metric"], quantized, figures["drop"], figures["speedup"])
         return Outcome(entry, record, checked(found, asked), cached)
     except UsageError as error:
         return Outcome(entry, msgspec.structs.replace(record, status="failed", reason=str(error)), (), cached)

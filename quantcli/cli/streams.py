@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import os
@@ -72,7 +73,9 @@ def guarded_streams() -> Iterator[None]:
     before = sys.stdout, sys.stderr
     for stream in before:
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no failure
+            # A name that the terminal cannot show is no failure; what is ASCII, click would take for a mistake and go round.
+            ascii_alone = codecs.lookup(stream.encoding).name == "ascii"
+            stream.reconfigure(errors="backslashreplace", encoding="utf-8" if ascii_alone else None)
     sys.stdout = cast("TextIO", Guarded(before[0], vital=True))
     sys.stderr = cast("TextIO", Guarded(before[1], vital=False))
     try:

@@ -58,7 +58,7 @@ class Terminal:
         console(stderr=True).print(line, style="red", markup=False, emoji=False, highlight=False, soft_wrap=True)
         if self.json:
             document = {"error": {"type": kind, "message": what, "remedy": remedy, "exit_code": code}}
-            with contextlib.suppress(OutputError, BrokenPipeError):  # the line has told it
+            with contextlib.suppress(OutputError, OSError):  # the line has told it
                 click.echo(json_module.dumps(document, indent=2))
 
     def result(self, document: dict[str, Any]) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 LABEL_METRICS = {"top1": 1, "top5": 5}
 FLOAT_METRICS = ("sqnr", "mse", "psnr", "cosine")
 LOWER_IS_BETTER = ("mse",)
+# Infinite where nothing was lost.
+UNBOUNDED = ("sqnr", "psnr")
 METRICS = (*LABEL_METRICS, *FLOAT_METRICS)
 UNITS = {"top1": "%", "top5": "%", "sqnr": "dB", "psnr": "dB", "mse": "", "cosine": ""}
 
@@ -100,8 +102,8 @@ class Asked:
             found = float(function(outputs, labels))
         except Exception as error:
             raise DataError(f"the metric {self.name} fails ({type(error).__name__}: {error})", "mend it") from error
-        if math.isnan(found):
-            raise DataError(f"the metric {self.name} returns no number", "return a finite one")
+        if not math.isfinite(found):
+            raise DataError(f"the metric {self.name} returns {found}", "return a finite number")
         return found
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # The exporter writes this operator set; naming it keeps the output the same when torch changes its default.
 OPSET = 20
+# What tells of its own failures, which come as errors as well.
+TELLING = ("torch.onnx", "torch.export", "torch._export", "torch._subclasses")
 # Exporting replaces parts of torch and of Python's standard streams while it lasts, for all threads.
 EXPORTING = threading.RLock()
 
@@ -193,7 +195,7 @@ def quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
     """Drop what is printed, warned of and logged by torch's exporter."""
-    loggers = {name: logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._export")}
+    loggers = {name: logging.getLogger(name) for name in TELLING}
     levels = {name: found.level for name, found in loggers.items()}
     with (
         warnings.catch_warnings(),
@@ -202,7 +204,7 @@ def silenced() -> Iterator[None]:
     ):
         warnings.simplefilter("ignore")
         for found in loggers.values():
-            found.setLevel(logging.ERROR)
+            found.setLevel(logging.CRITICAL)
         try:
             yield
         finally:

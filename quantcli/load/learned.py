@@ -109,8 +109,9 @@ def learned_of(graph: ir.Graph, layers: Sequence[LearnedLayer]) -> Learned:
     readers: dict[ir.Value, list[LearnedOperand]] = {}
     weights, floats = {}, []
     standing = nodes_by_scope(graph)
+    owners = {node: layer.name for layer in layers for node in standing.get(layer.name, ())}
     for layer in layers:
-        nodes = nodes_of(graph, layer, standing)
+        nodes = nodes_of(graph, layer, standing, owners)
         if not nodes and layer.prepared and not layer.spare:
             raise ModelError(
                 f"the exporter left no trace of the prepared layer '{layer.name}'", "exclude it from prepare"
@@ -170,12 +171,19 @@ def hoisted(graph: ir.Graph, clip: ir.Node) -> None:
         value, producer = source, source.producer()
 
 
-def nodes_of(graph: ir.Graph, layer: LearnedLayer, standing: Mapping[str, list[ir.Node]]) -> list[ir.Node]:
-    """Return the nodes that a module became, one for each of its calls: those that read its weight, or whose scope it is."""
+def nodes_of(
+    graph: ir.Graph, layer: LearnedLayer, standing: Mapping[str, list[ir.Node]], owners: Mapping[ir.Node, str]
+) -> list[ir.Node]:
+    """Return the nodes that a module became, one for each of its calls: those that read its weight, or whose scope it is.
+
+    The exporter puts weights together that are equal: who reads one may be another module, whose scope tells it.
+    """
     kinds = SUMS if len(layer.operands) == 2 else PRODUCTS
     weight = graph.initializers.get(f"{layer.name}.weight")
     found = [*(weight.consumers() if weight is not None else ()), *standing.get(layer.name, ())]
-    return [node for node in dict.fromkeys(found) if node.op_type in kinds]
+    return [
+        node for node in dict.fromkeys(found) if node.op_type in kinds and owners.get(node, layer.name) == layer.name
+    ]
 
 
 def nodes_by_scope(graph: ir.Graph) -> dict[str, list[ir.Node]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,19 +55,22 @@ def convert(
     check_types(model, recipe, loader)
     output = path_of(output, "output")
     samples = samples_of(model, loader)
-    name = type(model).__name__
+    kind = type(model).__name__
     with EXPORTING:
         plain, layers = floated(model)
-        program = exported(plain, Path(name), tuple(samples), example=lambda _: samples)
-        made = opened(Path(name), program)
+        program = exported(plain, Path(kind), tuple(samples), example=lambda _: samples)
+        made = opened(Path(kind), program)
     digest = hashlib.sha256(made.exported).hexdigest()
     learned = learned_of(made.graph.graph, layers) if any(layer.prepared for layer in layers) else None
     source = LoadedModel(
-        made.graph, made.exported, digest, len(made.exported), name, (), program, made.aliases, learned
+        made.graph, made.exported, digest, len(made.exported), kind, (), program, made.aliases, learned
     )
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "samples.npz"
-        np.savez(data, **samples)  # type: ignore[arg-type]
+        with zipfile.ZipFile(data, "w") as archive:  # numpy.savez takes no array called ``file``
+            for name, values in samples.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, values)
         return convert_file(source, output, data=data, recipe=recipe, **options)
 
 

@@ -20,6 +20,8 @@ from quantcli.torch.layers import (
     channel_axis,
     copied,
     float_of,
+    names_of,
+    put,
 )
 from quantcli.torch.quantizers import ActivationQuantizer, DorefaActivation, WeightQuantizer
 
@@ -46,20 +48,20 @@ def floated(model: nn.Module) -> tuple[nn.Module, tuple[LearnedLayer, ...]]:
         PlanError: If a quantizer has no range.
     """
     made, learned = copied(model).eval(), []
-    for name, layer in list(made.named_modules()):
-        parent, last = made.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    for layer, names in names_of(made).items():
+        name = names[0]
         if isinstance(layer, Quantizing):
             quantizer: Any = layer.activation_quantizer
             operand = learned_operand(name, quantizer)
             bounds = clamp_of(quantizer)
             weight, entry = learned_weight(layer, getattr(quantizer, "factor", 1.0))
             plain = float_of(layer, weight)
-            setattr(parent, last, plain if bounds is None else Clamped(bounds, plain))
+            put(made, names, plain if bounds is None else Clamped(bounds, plain))
             learned.append(LearnedLayer(name if bounds is None else f"{name}.layer", (operand,), *entry))
         elif isinstance(layer, QuantAdd):
             both = layer.first_quantizer, layer.second_quantizer
             factor = float(getattr(both[0], "factor", 1.0))
-            setattr(parent, last, Sum((clamp_of(both[0]), clamp_of(both[1])), factor))
+            put(made, names, Sum((clamp_of(both[0]), clamp_of(both[1])), factor))
             spare = isinstance(layer, QuantFunctional)
             operands = tuple(learned_operand(name, quantizer, spare) for quantizer in both)
             learned.append(LearnedLayer(name, operands, spare=spare))

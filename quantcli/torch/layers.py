@@ -200,6 +200,21 @@ def copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
+def names_of(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Return the names of every module of a model: one may stand in several places."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(module, []).append(name)
+    return found
+
+
+def put(model: nn.Module, names: Sequence[str], module: nn.Module) -> None:
+    """Put a module into some places of a model."""
+    for name in names:
+        place, _, last = name.rpartition(".")
+        setattr(model.get_submodule(place), last, module)
+
+
 def channel_axis(layer: nn.Module) -> int | None:
     """Return the axis of a weight's output channels; None where groups put them apart."""
     if isinstance(layer, Transposed) or type(layer) in {nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}:

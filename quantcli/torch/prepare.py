@@ -31,6 +31,8 @@ from quantcli.torch.layers import (
     addition_modules,
     channel_axis,
     copied,
+    names_of,
+    put,
     twin_of,
 )
 from quantcli.torch.quantizers import (
@@ -94,13 +96,9 @@ def prepare(
     for name in chosen:
         check_weight(model.get_submodule(name), name)
     prepared = model if inplace else copied(model)
-    places: dict[nn.Module, list[str]] = {}
-    for name, module in prepared.named_modules(remove_duplicate=False):
-        places.setdefault(module, []).append(name)
+    places = names_of(prepared)
     for layer in [prepared.get_submodule(name) for name in chosen]:
-        twin = making.twin(layer)
-        for name in places[layer]:  # a layer may stand under several names
-            setattr(prepared.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], twin)
+        put(prepared, places[layer], making.twin(layer))
     for module in prepared.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             # Its shortcut for evaluation reads the layers' weights itself, past the twins, unless it does not know the activation.
@@ -189,14 +187,16 @@ class Making:
                 "the model is a single layer, which has no place to put its twin", "wrap it in nn.Sequential"
             )
 
+        places = names_of(model)
+
+        def matches(name: str, pattern: str) -> bool:
+            module, kind = model.get_submodule(name), pattern.removeprefix("op:")
+            if kind != pattern:
+                return type(module).__name__ == kind
+            return any(fnmatch.fnmatchcase(other, pattern) for other in places[module])
+
         def matching(pattern: str) -> list[str]:
-            kind = pattern.removeprefix("op:")
-            by_kind = pattern.startswith("op:")
-            found = [
-                name
-                for name in names
-                if (type(model.get_submodule(name)).__name__ == kind if by_kind else fnmatch.fnmatchcase(name, pattern))
-            ]
+            found = [name for name in names if matches(name, pattern)]
             if not found:
                 raise UsageError(f"the pattern '{pattern}' matches no layer", f"layers: {', '.join(names[:8])}")
             return found

@@ -6,6 +6,7 @@ DoReFa are after Zhou et al. 2016 (arXiv 1606.06160), equations 7 to 9, as Micro
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,8 +28,9 @@ def check_bits(bits: int, what: str) -> int:
     Raises:
         UsageError: If it is no number of 2 to 16, nor 32, which leaves everything as it is.
     """
-    if not isinstance(bits, int):
+    if isinstance(bits, bool) or not hasattr(bits, "__index__"):
         raise UsageError(f"{what} of {bits!r} bits cannot be made", "give 2 to 16, or 32 for float")
+    bits = operator.index(bits)
     if bits == 1:
         raise UsageError(
             f"{what} of 1 bit are binary, which is another arithmetic", "give 2 to 16 bits, or 32 for float"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pty
 import re
@@ -27,7 +28,7 @@ from calibration.datasets import Preprocess, Selection
 from quantcli import calibrate, convert, demo, evaluate, read_recipe
 from quantcli.cli import run
 from quantcli.errors import ModelError, PlanError, UsageError
-from quantcli.recipe import Activation
+from quantcli.recipe import Activation, Tune
 from tests import graphs
 
 PIXELS = ["--scale", "0.00392156862745098", "--mean", "0.1307", "--std", "0.3081", "--layout", "NCHW"]
@@ -643,6 +644,8 @@ MISTAKEN: list[tuple[str, dict[str, Any]]] = [
     ("the model is of the type object.*quantcli.torch.convert takes modules", {"model": object()}),
     ("the data is of the type ndarray.*numpy.savez writes arrays", {"data": np.zeros((4, 3))}),
     ("the statistics file is of the type dict", {"statistics": {}}),
+    ("the data function is of the type function.*module:function", {"data": None, "function": read_recipe}),
+    ("Expected `float` <= 100", {"recipe": quantcli.Recipe(tune=Tune(max_drop=math.inf))}),
 ]
 
 
@@ -652,6 +655,13 @@ def test_the_api_tells_what_is_of_another_type(here: Path, told: str, change: di
     with pytest.raises(UsageError, match=told):
         convert(**given)
     assert not (here / "q.onnx").exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_other_functions_of_the_api_tell_it_too() -> None:
+    with pytest.raises(UsageError, match="the metric is of the type type"):
+        evaluate("kit/q.onnx", "kit/eval.npz", metric=float)  # type: ignore[arg-type]
+    assert read_recipe("kit/recipe.toml") == read_recipe(Path("kit/recipe.toml"))
 
 
 def test_the_package_has_no_other_names() -> None:

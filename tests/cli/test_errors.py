@@ -627,7 +627,11 @@ def ended(command: Sequence[str], where: Path, stdout: int) -> tuple[int, str]:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize("command", SPEAKING)
-def test_a_full_device_is_one_line(kit: Path, command: list[str]) -> None:
+@pytest.mark.parametrize("encoding", ["", "ascii"])
+def test_a_full_device_is_one_line(
+    kit: Path, command: list[str], encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
     code, errors = ended(command, kit, os.open("/dev/full", os.O_WRONLY))
     assert code == 1
     assert the_line(errors).startswith("error: the output cannot be written (No space left on device)")
