@@ -26,7 +26,7 @@ from quantcli.plan import Plan, make_plan
 from quantcli.probe import model_bytes
 from quantcli.quantize import quantize
 from quantcli.recipe import Recipe, keeping, resolve_target
-from quantcli.rules import Operand
+from quantcli.rules import Arithmetic, Operand
 from quantcli.sources import Data
 from quantcli.tune.data import scorer, tuning_samples
 from quantcli.tune.effort import Tuned, tune, untuned, why_untuned
@@ -360,16 +360,18 @@ def check_preprocessed(statistics: Statistics, source: LoadedModel, data: Data, 
     )
 
 
-def check_strict(plan: Plan, statistics: Statistics) -> None:
+def check_strict(plan: Plan, statistics: Statistics, mode: str) -> None:
     """Raise StrictError for ranges of random data, operators that stay float, and weight channels of nothing but zeros."""
     if statistics.synthetic and statistics.tensors:
         raise StrictError("the ranges come from random data (--synthetic)", "calibrate with real data")
-    if plan.floats:
-        first = plan.floats[0]
-        more = f" and {len(plan.floats) - 1} more" if len(plan.floats) > 1 else ""
-        raise StrictError(
-            f"{first.operator} '{first.name}'{more} would stay float: {first.reason}", "exit code 5 is --strict"
-        )
+    floats = [(layer.operator, layer.name, layer.reason) for layer in plan.floats]
+    if mode == "static":
+        stored = [layer for layer in plan.layers if layer.arithmetic is Arithmetic.STORED]
+        floats += [(layer.operator, layer.name, layer.why) for layer in stored]
+    if floats:
+        operator, name, reason = floats[0]
+        more = f" and {len(floats) - 1} more" if len(floats) > 1 else ""
+        raise StrictError(f"{operator} '{name}'{more} would stay float: {reason}", "exit code 5 is --strict")
     for name, channels in plan.dead_channels.items():
         raise StrictError(f"the weight '{name}' has dead channels: {', '.join(map(str, channels))}", "prune them")
 

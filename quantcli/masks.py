@@ -16,7 +16,7 @@ from quantcli.recipe import resolve_target
 from quantcli.rules import FILLING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     import onnx_ir as ir
 
@@ -30,11 +30,25 @@ HIGHEST_DATA = 1e35
 # A mask reaches so many times as far as the scores that it is added to.
 FAR = 32
 SOFTMAXES = frozenset({"Softmax", "LogSoftmax"})
-# Operators that put masks and scores together, and those that both pass through.
+# Operators that put masks and scores together, those that move values, and the others that both pass through.
 TOGETHER = frozenset({"Add", "Sub", "Where"})
-PASSING = frozenset(
-    {"Cast", "Concat", "Div", "Expand", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+MOVING = frozenset(
+    {
+        "Cast",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Identity",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+    }
 )
+PASSING = MOVING | {"Clip", "Concat", "Div", "Max", "Min", "Mul"}
 
 
 def scores(model: ir.Model) -> frozenset[ir.Value]:
@@ -61,34 +75,60 @@ def unresolvable(model: ir.Model, statistics: Mapping[str, TensorStatistics], re
         recipe: What the user wants: wider grids resolve more.
     """
     barred = {name for name, seen in statistics.items() if seen.minimum < LOWEST_DATA or seen.maximum > HIGHEST_DATA}
+    lowest = -FILLING * max(1.0, 2.0 ** (resolve_target(recipe).activation.width - 11))
+    return with_followers(model, barred, lambda node: masks_of(node, statistics, lowest))
+
+
+def possible(model: ir.Model) -> frozenset[str]:
+    """Return the tensors that could turn out to hold a mask, whatever the data: what sums and fills make, up to the softmax."""
+
+    def made(node: ir.Node) -> set[str]:
+        held = [array for value in operands_of(node) if (array := constant(value)) is not None]
+        known = any(array.size and not array.min() <= -FILLING for array in held)
+        return set() if known else {str(value.name) for value in node.outputs}
+
+    return with_followers(model, set(), made)
+
+
+def with_followers(model: ir.Model, barred: set[str], found: Callable[[ir.Node], set[str]]) -> frozenset[str]:
+    """Return some tensors, those that are found at sums and fills of scores, and all that is made of them up to a softmax."""
     within = scores(model)
-    lowest = -FILLING * 2.0 ** (resolve_target(recipe).activation.width - 8)
     for node in model.graph if within else ():
         if not any(value in within for value in node.outputs):
             continue
         if node.op_type in TOGETHER:
-            barred |= masks_of(node, statistics, lowest)
+            barred |= found(node)
         if any(value is not None and value.name in barred for value in node.inputs):
             barred |= {str(value.name) for value in node.outputs}
     return frozenset(barred)
 
 
+def operands_of(node: ir.Node) -> list[ir.Value]:
+    """Return what a sum or a fill puts together."""
+    return [value for value in node.inputs[node.op_type == "Where" :] if value is not None]
+
+
 def masks_of(node: ir.Node, statistics: Mapping[str, TensorStatistics], lowest: float) -> set[str]:
     """Return the operands of a sum or a fill that reach at least so low, and much further than the others, as far as is known."""
-    operands = [value for value in node.inputs[node.op_type == "Where" :] if value is not None]
+    operands = operands_of(node)
     ranges = [range_of(value, statistics) for value in operands]
+    if node.op_type == "Sub":
+        ranges[1] = -ranges[1][1], -ranges[1][0]
     found = set()
-    for place, (value, (low, _)) in enumerate(zip(operands, ranges, strict=True)):
+    for place, (value, (low, high)) in enumerate(zip(operands, ranges, strict=True)):
         others = [max(-a, b) for number, (a, b) in enumerate(ranges) if number != place]
-        if low <= lowest and -low >= FAR * max(others, default=0.0):
+        if low <= lowest and -low >= FAR * max(high, *others):
             found.add(str(value.name))
     return found
 
 
 def range_of(value: ir.Value, statistics: Mapping[str, TensorStatistics]) -> tuple[float, float]:
-    """Return the lowest and the highest value of a tensor, with zero between them; zeros where nothing is known of it."""
+    """Return the lowest and the highest value of a tensor, or of what was moved to it, with zero; zeros for nothing known."""
     held = constant(value)
     if held is not None and held.size and not np.isnan(held).any():
         return min(float(held.min()), 0.0), max(float(held.max()), 0.0)
-    seen = statistics.get(str(value.name))
-    return (0.0, 0.0) if seen is None else (min(seen.minimum, 0.0), max(seen.maximum, 0.0))
+    seen, producer = statistics.get(str(value.name)), value.producer()
+    if seen is not None:
+        return min(seen.minimum, 0.0), max(seen.maximum, 0.0)
+    source = producer.inputs[0] if producer is not None and producer.op_type in MOVING else None
+    return (0.0, 0.0) if source is None else range_of(source, statistics)

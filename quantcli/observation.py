@@ -20,10 +20,10 @@ from calibration.observers import OBSERVERS, Counting, TensorStatistics
 from calibration.ranges import observer_for, parse_range
 from calibration.shortcut import Shortcut, computed
 from calibration.statistics import Part, Statistics
-from quantcli.errors import UsageError
+from quantcli.errors import PlanError, UsageError
 from quantcli.files import staged
 from quantcli.known import holders, known_of, poolable
-from quantcli.masks import scores, unresolvable
+from quantcli.masks import possible, scores, unresolvable
 from quantcli.placement import place
 from quantcli.probe import with_highest, with_outputs
 from quantcli.tune.smooth import columns_needed
@@ -142,7 +142,7 @@ class Observation:
 
     def statistics(self) -> Statistics:
         """Calibrate, in more than one pass where a first one shows that the plan stands elsewhere."""
-        names = place(self.folded, self.recipe).observed()
+        names = self.first_needed()
         hook = self.hook(names)
         dataset = self.data.opened(hook.inputs, self.recipe)
         indices = select(len(dataset), self.recipe.calibration.selection)
@@ -178,6 +178,14 @@ class Observation:
             seen = Seen({}, work.kept())
         self.report_non_finite()
         return replace(blank, samples=part.stop - part.start, tensors=self.finished, check_inputs=seen.kept)
+
+    def first_needed(self) -> tuple[str, ...]:
+        """Return the tensors that the plan needs, whether or not it finds masks: other data, or other grids, find others."""
+        names, masked = place(self.folded, self.recipe).observed(), possible(self.folded)
+        with contextlib.suppress(PlanError):  # without those, nothing may be left
+            if masked:
+                names += place(self.folded, self.recipe, masked).observed()
+        return tuple(dict.fromkeys(names))
 
     def still_needed(self) -> tuple[str, ...]:
         """Return the tensors that the plan needs, as far as is known by now, and that were not observed."""

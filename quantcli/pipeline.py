@@ -256,7 +256,7 @@ def convert(
         final, plan = tuned.model, tuned.plan
         explanations = explain(final, plan, explained)
         if strict:
-            check_strict(plan, found)
+            check_strict(plan, found, recipe.mode)
         quantized = quantize(final, plan)
         delivery = rendered(quantized, form, outputs.model, source)
     if found.synthetic and found.tensors:

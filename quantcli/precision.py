@@ -41,12 +41,23 @@ def without_bfloat16(model: ir.Model) -> ir.Model | None:
 
     ONNX Runtime has hardly any kernels for bfloat16 on the CPU, and numpy has no such type.
     """
-    if not any(value.dtype in BRAIN for value in every_value(model)):
+    functions = [node for function in model.functions.values() for node in function.all_nodes()]
+    named = any(speaks_of(node, BRAIN) for node in (*model.graph.all_nodes(), *functions))
+    if not named and not any(value.dtype in BRAIN for value in every_value(model)):
         return None
     copy = model.clone()
     passes.InlinePass()(copy)
     widen(copy, BRAIN)
     return copy
+
+
+def speaks_of(node: ir.Node, kinds: Collection[ir.DataType]) -> bool:
+    """Tell whether an operator's attributes name one of some types, or hold a tensor of one."""
+    numbers = [node.attributes[name] for name in TYPES if name in node.attributes]
+    held = node.attributes.get("value")
+    return any(found.type == ir.AttributeType.INT and found.value in kinds for found in numbers) or (
+        held is not None and held.type == ir.AttributeType.TENSOR and held.value.dtype in kinds
+    )
 
 
 def widen(model: ir.Model, kinds: Collection[ir.DataType]) -> None:

@@ -53,7 +53,9 @@ def lint(sidecar: Sidecar, target: Target, weights: Mapping[str, NDArray[np.inte
 def tensor_reasons(layer: LayerEntry, sidecar: Sidecar, target: Target) -> Iterator[str]:
     """Yield what a target cannot do with a layer's operands and outputs."""
     outputs = layer.outputs if layer.accumulator_scale is None else ()
-    if layer.arithmetic == "stored" and target.placement.pays:  # it computes in float, which the target does as well
+    if layer.arithmetic == "stored":
+        if not target.placement.pays:
+            yield "its weights alone are stored as integers, and it computes in float"
         return
     if not outputs and layer.arithmetic == "accumulate" and layer.operator not in target.placement.real_outputs:
         yield f"its output '{layer.outputs[0]}' stays real, the target rounds it to a grid"

@@ -12,6 +12,7 @@ import pytest
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe, calibrate, convert, verify
 from quantcli.cli import main
+from quantcli.errors import StrictError
 from quantcli.evaluation.kernels import kernels
 from quantcli.pipeline import Conversion
 from quantcli.recipe import Layers, Tune, Weight
@@ -85,6 +86,8 @@ def test_they_compute_in_float_from_weights_of_eight_bits(tmp_path: Path, operat
     assert done.check.sqnr["y"] > 35
     assert verify(done.sidecar_path).findings == []
     assert lint(done.sidecar, load_target(target), stored_weights(done.sidecar, done.model)) == []
+    told = {refusal.reason for refusal in lint(done.sidecar, load_target("tflite"), {})}
+    assert told == {"its weights alone are stored as integers, and it computes in float"}
     x = {"x": normal(3, *SHAPES[operator][0], seed=4)}
     again = chain(tmp_path, operator, reals(done))
     assert (Runner(done.model).run(x)["y"] == Runner(again).run(x)["y"]).all()
@@ -215,3 +218,14 @@ def test_it_is_told_that_they_stay_float(tmp_path: Path, capsys: pytest.CaptureF
     told = " ".join("".join(capsys.readouterr()).split())
     assert "ConvTranspose 'a_node': stays float: its kernel is a float one here: its weights alone are stored" in told
     assert "float layers with integer weights 2, operators that stay float 2" in told
+
+
+def test_strict_takes_them_for_float(tmp_path: Path) -> None:
+    """As it does the Relu behind them, which is left out here."""
+    held = {"w0": normal(8, 6, 3, 3, seed=1, scale=0.2)}
+    model = save(
+        tmp_path / "m.onnx", [node("ConvTranspose", ["x", "w0"], ["y"])], {"x": ["n", 8, 6, 6]}, {"y": None}, held
+    )
+    with pytest.raises(StrictError, match="ConvTranspose 'y_node' would stay float: its kernel is a float one here"):
+        convert(model, tmp_path / "q.onnx", data=samples(tmp_path, 8, 6, 6), strict=True)
+    assert not (tmp_path / "q.onnx").exists()

@@ -12,10 +12,11 @@ import pytest
 
 from calibration.hooks.onnxruntime import Runner
 from calibration.observers import TensorStatistics
-from quantcli import Conversion, Recipe, convert, verify
+from calibration.statistics import merge
+from quantcli import Conversion, Recipe, Run, calibrate, convert, verify
 from quantcli.load import load
 from quantcli.masks import scores, unresolvable
-from quantcli.recipe import Activation, Tune
+from quantcli.recipe import Activation, Calibration, Tune
 from tests.graphs import Array, node, normal, save
 
 TOKENS, WIDTH, SAMPLES = 6, 16, 48
@@ -45,6 +46,20 @@ def attention(path: Path, how: str) -> Path:
         nodes.append(node("Where", ["mask", "fill", "s"], ["m"]))
     elif how == "made":
         nodes += [node("Where", ["mask", "fill", "zero"], ["bias"]), node("Add", ["s", "bias"], ["m"])]
+    elif how in {"moved", "taken", "kept"}:
+        # 1 for hidden tokens: as large models write it, moved to where the scores stand, taken off, or kept above the lowest.
+        constants |= {
+            "far": np.array(1e4 if how == "taken" else -1e4, np.float32),
+            "lowest": np.array(LOWEST, np.float32),
+        }
+        constants["axes"] = np.array([1], np.int64)
+        nodes += [
+            node("Squeeze", ["mask", "axes"], ["flat"]),
+            node("Mul", ["flat", "far"], ["bias"]),
+            node("Unsqueeze", ["bias", "axes"], ["wide"]),
+            node("Sub" if how == "taken" else "Add", ["s", "wide"], ["m" if how != "kept" else "sum"]),
+        ]
+        nodes += [node("Max", ["sum", "lowest"], ["m"])] if how == "kept" else []
     else:
         nodes.append(node("Add", ["s", "mask"], ["m"]))
     nodes += [
@@ -62,6 +77,8 @@ def masked_samples(folder: Path, how: str, low: float) -> tuple[dict[str, Array]
     feeds: dict[str, Array] = {"x": normal(SAMPLES, TOKENS, WIDTH, seed=9)}
     if how in {"fill", "made"}:
         feeds["mask"] = hidden[:, None]
+    elif how in {"moved", "taken", "kept"}:
+        feeds["mask"] = hidden[:, None].astype(np.float32)
     elif how == "add":
         feeds["mask"] = np.where(hidden, np.float32(low), np.float32(0))[:, None]
     np.savez(folder / "d.npz", **feeds)  # type: ignore[arg-type]
@@ -79,6 +96,7 @@ def converted(folder: Path, how: str, low: float, target: str) -> tuple[Conversi
 
 
 MASKS = [("add", -1e4), ("add", LOWEST), ("made", -np.inf), ("fill", -np.inf), ("causal", -1e4)]
+MASKS += [("moved", -1e4), ("taken", -1e4), ("kept", -1e4)]
 
 
 @pytest.mark.parametrize("target", ["tflite", "npu-int8", "npu-int16", "ort-x86"])
@@ -89,7 +107,7 @@ def test_scores_keep_their_grid_beside_a_mask(tmp_path: Path, how: str, low: flo
     expected, found = (Runner(path).run(feeds)["y"] for path in (tmp_path / "m.onnx", done.model))
     assert 20 * np.log10(np.linalg.norm(expected) / np.linalg.norm(found - expected)) > 27
     floats = {entry.operator for entry in done.sidecar.float_layers}
-    assert floats >= {"Where" if how == "fill" else "Add", "Softmax"} or target == "npu-int16"
+    assert floats >= {{"fill": "Where", "taken": "Sub"}.get(how, "Add"), "Softmax"} or target == "npu-int16"
     assert verify(done.sidecar_path, tmp_path / "d.npz").findings == []
 
 
@@ -128,6 +146,29 @@ def test_a_mask_is_what_reaches_far_below_the_scores(
     model, found = known(tmp_path, "add", low, recipe)
     assert found == barred
     assert {value.name for value in scores(model)} == {"m", "s", "mask", "raw", "root"}
+
+
+def test_large_scores_on_both_sides_of_zero_are_no_mask(tmp_path: Path) -> None:
+    model = load(attention(tmp_path / "m.onnx", "add")).graph
+    seen = {"s": TensorStatistics(minimum=-9.0, maximum=8.0), "mask": TensorStatistics(minimum=-2e3, maximum=1900.0)}
+    assert unresolvable(model, seen, Recipe()) == set()
+
+
+def test_statistics_serve_whatever_masks_the_data_holds(tmp_path: Path) -> None:
+    """A shard without a masked sample, and grids of 16 bits, find no mask; what they hold is the same."""
+    model = attention(tmp_path / "m.onnx", "add")
+    feeds, _ = masked_samples(tmp_path, "add", -1e4)
+    feeds["mask"][:24] = 0
+    np.savez(tmp_path / "d.npz", **feeds)  # type: ignore[arg-type]
+    recipe = Recipe(target="npu-int8", calibration=Calibration(batch=4))
+    parts = [
+        calibrate(model, tmp_path / "d.npz", tmp_path / f"{n}.stats", recipe, run=Run(shard=(n, 2))) for n in range(2)
+    ]
+    assert parts[0].tensors.keys() == parts[1].tensors.keys()
+    whole = merge([(str(n), part) for n, part in enumerate(parts)])
+    assert convert(model, tmp_path / "q.onnx", whole, recipe=recipe).check.sqnr["y"] > 27
+    wide = calibrate(model, tmp_path / "d.npz", recipe=Recipe(target="npu-int16"))
+    assert convert(model, tmp_path / "q.onnx", wide, recipe=recipe).check.sqnr["y"] > 27
 
 
 def test_a_large_sum_that_no_softmax_reads_is_no_mask(tmp_path: Path) -> None:

@@ -306,6 +306,39 @@ BRAINS: dict[str, Case] = {
         BRAIN,
         1,
     ),
+    "in casts alone": Case(
+        [
+            node("Cast", ["x"], ["h"], **TO_BRAIN),
+            node("Cast", ["v"], ["w"], **TO_BRAIN),
+            node("Conv", ["h", "w"], ["c"]),
+            node("Relu", ["c"], ["r"]),
+            node("Cast", ["r"], ["y"], **TO_FLOAT),
+        ],
+        {"v": W.astype(ml_dtypes.bfloat16).astype(np.float32)},
+        1,
+    ),
+    "in a function's casts": Case(
+        [helper.make_node("Inside", ["x", "w"], ["y"], domain="mine")],
+        {"w": W.astype(ml_dtypes.bfloat16).astype(np.float32)},
+        1,
+        functions=[
+            helper.make_function(
+                "mine",
+                "Inside",
+                ["a", "k"],
+                ["b"],
+                [
+                    node("Cast", ["a"], ["h"], **TO_BRAIN),
+                    node("Cast", ["k"], ["g"], **TO_BRAIN),
+                    node("Conv", ["h", "g"], ["c"]),
+                    node("Relu", ["c"], ["r"]),
+                    node("Cast", ["r"], ["b"], **TO_FLOAT),
+                ],
+                [helper.make_opsetid("", 17)],
+            )
+        ],
+        domains=["mine"],
+    ),
     "in a function": Case(
         [helper.make_node("Inside", ["x", "w"], ["y"], domain="mine")],
         BRAIN,

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # A float32 kernel forms S_x·S_w/S_y and its product with the accumulator in at most eight roundings of 2^-24 relative each.
 FLOAT32_ERROR = 2.0**-21
+# λ of the bound of float sums: it fails for one sum in 10^10.
+SURE = 8
 # Vectorized float32 exponentials and hyperbolic tangents err by some 2^-20 of their largest value, 1.
 FUNCTION_ERROR = 2.0**-18
 
@@ -48,10 +50,13 @@ def exact(layer: Layer, operands: list[NDArray[np.int64]]) -> Exact | None:
         acc, axis = accumulator(layer, operands)
         real = along(layer, 0, acc.ndim, axis)
         magnitudes, _ = accumulator(layer, centred_magnitudes(layer, operands))
-        # Sums of products of 8-bit integers are exact, but where the runtime has no such kernel and multiplies reals: of K terms
-        # the sum is off by at most (K + 4)·2^-24 of the magnitudes' sum then (Higham 2002, 3.1).
         found = of_terms(layer, acc * real) if layer.narrow else with_errors(layer, acc * real, magnitudes * real)
-        of_sum = magnitudes * real * ((terms_of(layer, operands) + 4) * 2.0**-24)
+        if layer.tensors[layer.entry.inputs[0]].dtype == "uint8":
+            return found  # every product and sum of 8-bit integers is exact in the runtime too
+        # Of signed integers the runtime may have no kernel on this machine, and multiplies reals: of K terms the sum is off by at
+        # most λ·√K·2^-24 of the magnitudes' sum but with probability 2·K·e^(−λ²/2) (Higham and Mary 2019, theorem 2.4).
+        count = terms_of(layer, operands) + 4
+        of_sum = magnitudes * real * (min(count, SURE * count**0.5) * 2.0**-24)
         return replace(found, float_error=found.float_error + of_sum)
     if kind == "product":
         a, b = centred(layer, operands)
