@@ -459,7 +459,7 @@ def test_a_metric_of_the_users_own(capsys: pytest.CaptureFixture[str]) -> None:
     told = done(capsys, *EVAL, "--no-latency", "--metric", "mine:errors")
     assert told["quantized"] == int((result.argmax(axis=1) != labels).sum())
     assert told["float"] == int((reference.argmax(axis=1) != labels).sum())
-    for name, message in (("fails", "ZeroDivisionError"), ("nothing", "no number"), ("absent", "cannot be imported")):
+    for name, message in (("fails", "ZeroDivisionError"), ("nothing", "returns nan"), ("absent", "cannot be imported")):
         assert run([*EVAL, "--no-latency", "--metric", f"mine:{name}"]) == 1
         assert message in capsys.readouterr().err
 
