@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from calibration.hooks.onnxruntime import Runner
 from quantcli import convert, verify
 from quantcli.cli import run
 from quantcli.evaluation.check import measured
 from quantcli.fold import fold
 from quantcli.load import load
 from quantcli.recipe import Recipe, Tune
-from quantcli.tune.latency import MARGIN, RULE, candidates
+from quantcli.tune.latency import MARGIN, RULE, candidates, runs_of
 from tests.graphs import Array, data_for, node, normal, residual_net, save
 
 FASTEST = Recipe(tune=Tune(optimize="latency"))
@@ -212,3 +213,15 @@ def test_the_speed_of_what_takes_no_time_is_not_told(monkeypatch: pytest.MonkeyP
     clock = [0.0]
     monkeypatch.setattr("quantcli.evaluation.check.time.perf_counter", lambda: clock[0])
     assert measured(Timed(clock, [1e-5]), Timed(clock, [1e-5]), {}) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("batch", "rows"), [("N", 1), (4, 4)])
+def test_plans_are_timed_on_one_sample_or_on_the_models_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int | str, rows: int
+) -> None:
+    model = save(tmp_path / "m.onnx", [node("Relu", ["x"], ["y"])], {"x": [batch, 3]}, {"y": None}, {}).read_bytes()
+    run_with: list[int] = []
+    monkeypatch.setattr(Runner, "run", lambda _self, feeds: run_with.append(len(feeds["x"])))
+    for action in runs_of([model, model], {"x": normal(4, 3)}, 1):
+        action()
+    assert run_with == [rows, rows]

@@ -14,6 +14,7 @@ from calibration.datasets.dataset import (
     fitted_batch,
     fixes_batch,
     select,
+    single,
 )
 from calibration.datasets.example import first_samples
 from calibration.datasets.preprocess import Preprocess
@@ -34,6 +35,7 @@ __all__ = [
     "fixes_batch",
     "open_dataset",
     "select",
+    "single",
 ]
 
 

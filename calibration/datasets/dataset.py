@@ -102,6 +102,11 @@ def fixes_batch(inputs: tuple[InputSpec, ...]) -> bool:
     return any(spec.shape and spec.shape[0] is not None for spec in inputs)
 
 
+def single(inputs: tuple[InputSpec, ...], feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Return the first of some samples; all of them where the model fixes its batch."""
+    return feeds if fixes_batch(inputs) else {name: values[:1] for name, values in feeds.items()}
+
+
 def fitted_batch(inputs: tuple[InputSpec, ...], wanted: int | None) -> int:
     """Return the batch size to run a model with: what it fixes, else what is wanted, else the default.
 

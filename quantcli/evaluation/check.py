@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calibration.datasets import single
 from calibration.hooks.onnxruntime import Runner
 from quantcli.errors import OutputError
 from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs, worst
-from quantcli.evaluation.latency import single
 from quantcli.evaluation.metrics import Comparison
 from quantcli.integer.held import Held
 

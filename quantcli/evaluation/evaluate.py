@@ -15,6 +15,7 @@ from calibration.datasets import (
     fixes_batch,
     open_dataset,
     select,
+    single,
 )
 from calibration.errors import DataError
 from calibration.hooks.onnxruntime import Runner
@@ -23,7 +24,7 @@ from quantcli.errors import ModelError, UsageError, kind_of
 from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs
 from quantcli.evaluation.footprint import footprint
 from quantcli.evaluation.kernels import Kernel, kernels
-from quantcli.evaluation.latency import Latency, measure, single
+from quantcli.evaluation.latency import Latency, measure
 from quantcli.evaluation.metrics import LABEL_METRICS, METRICS, Asked, Comparison, TopK, function_of
 from quantcli.files import path_of, path_or_none
 from quantcli.load import LoadedModel, Opening, load

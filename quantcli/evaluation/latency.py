@@ -7,12 +7,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from calibration.datasets import fixes_batch
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from calibration.datasets.dataset import InputSpec
     from calibration.hooks.onnxruntime import Runner
 
 
@@ -38,11 +35,6 @@ class Latency:
     def ratio(self) -> float:
         """Float over quantized: how many times faster the quantized model is."""
         return self.float_seconds / self.quantized_seconds
-
-
-def single(inputs: tuple[InputSpec, ...], feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Return the first of some samples; all of them where the model fixes its batch."""
-    return feeds if fixes_batch(inputs) else {name: values[:1] for name, values in feeds.items()}
 
 
 def measure(

@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from calibration.datasets import single
 from calibration.hooks.onnxruntime import Runner
 from quantcli.placement import place
 from quantcli.rules import Arithmetic
@@ -122,16 +123,21 @@ def timed(
     Args:
         written: The quantized models' bytes, by candidate; the rule's plan among them.
         layers: What each keeps in float.
-        feeds: The samples that are run.
+        feeds: Samples; the first of them is run, or all where the model fixes its batch.
         threads: Threads of ONNX Runtime.
         timer: Returns the seconds of each of some actions.
     """
-    actions = [functools.partial(Runner(model, threads).run, feeds) for model in written.values()]
-    seconds = dict(zip(written, timer(actions), strict=True))
+    seconds = dict(zip(written, timer(runs_of(list(written.values()), feeds, threads)), strict=True))
     best = min(seconds, key=lambda name: seconds[name])
     if seconds[best] > seconds[RULE] * (1 - MARGIN):
         best = RULE
     return tuple(Trial(name, seconds[name], layers[name], name == best) for name in written)
+
+
+def runs_of(models: Sequence[bytes], feeds: dict[str, NDArray[Any]], threads: int) -> list[Callable[[], object]]:
+    """Return what runs each of some models once, as users do who want an answer soon: one sample."""
+    runners = [Runner(model, threads) for model in models]
+    return [functools.partial(runner.run, single(runner.inputs, feeds)) for runner in runners]
 
 
 def beside(
@@ -142,10 +148,10 @@ def beside(
     Args:
         base: The model's bytes.
         others: The others'.
-        feeds: The samples that are run.
+        feeds: Samples; the first of them is run, or all where the model fixes its batch.
         threads: Threads of ONNX Runtime.
     """
-    actions = [functools.partial(Runner(model, threads).run, feeds) for model in (base, *others)]
+    actions = runs_of([base, *others], feeds, threads)
     about = interleaved(actions[:1], runs=1)[0]
     spent, *more = interleaved(actions, runs=min(max(int(SPENT / max(about, 1e-9)), FEWEST), MOST))
     return spent, [seconds - spent for seconds in more]
