@@ -69,3 +69,13 @@ class StrictError(QuantcliError):
 def kind_of(thing: Any) -> str:
     """Return what something is that was given in place of something else, for a message."""
     return "None" if thing is None else f"of the type {type(thing).__name__}"
+
+
+def check_named(function: object, what: str) -> None:
+    """Check that a function is named, not given: what is named can be imported elsewhere.
+
+    Raises:
+        UsageError: If not.
+    """
+    if function is not None and not isinstance(function, str):
+        raise UsageError(f"the {what} is {kind_of(function)}, not a text", "write its name, or module:function")

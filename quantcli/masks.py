@@ -62,7 +62,7 @@ def scores(model: ir.Model) -> frozenset[ir.Value]:
         found.add(value)
         producer = value.producer()
         if producer is not None and producer.op_type in TOGETHER | PASSING:
-            waiting += producer.inputs
+            waiting += operands_of(producer)
     return frozenset(found)
 
 
@@ -98,14 +98,16 @@ def with_followers(model: ir.Model, barred: set[str], found: Callable[[ir.Node],
             continue
         if node.op_type in TOGETHER:
             barred |= found(node)
-        if any(value is not None and value.name in barred for value in node.inputs):
+        if any(value.name in barred for value in operands_of(node)):
             barred |= {str(value.name) for value in node.outputs}
     return frozenset(barred)
 
 
 def operands_of(node: ir.Node) -> list[ir.Value]:
-    """Return what a sum or a fill puts together."""
-    return [value for value in node.inputs[node.op_type == "Where" :] if value is not None]
+    """Return the data that an operator reads: neither shapes and places, nor bounds, nor where to fill."""
+    alone = node.op_type in MOVING or node.op_type == "Clip"
+    given = node.inputs[:1] if alone else node.inputs[1:] if node.op_type == "Where" else node.inputs
+    return [value for value in given if value is not None]
 
 
 def masks_of(node: ir.Node, statistics: Mapping[str, TensorStatistics], lowest: float) -> set[str]:

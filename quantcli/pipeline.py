@@ -17,7 +17,7 @@ from calibration.hooks.onnxruntime import Runner
 from quantcli import sidecar as sidecar_file
 from quantcli.decision import check_strict, decided, loaded_statistics, opset_for
 from quantcli.delivery import beside, check_search, for_form, places_of, rendered, weights_beside, widths_for
-from quantcli.errors import UsageError, kind_of
+from quantcli.errors import UsageError, check_named
 from quantcli.evaluation.check import SelfCheck
 from quantcli.evaluation.evaluate import Evaluation, evaluate
 from quantcli.explain import Explanation, explain
@@ -306,16 +306,6 @@ def blamed_on(source: LoadedModel) -> Iterator[None]:
     except Exception:
         Runner(source.runnable, what=source.name)
         raise
-
-
-def check_named(function: object, what: str) -> None:
-    """Check that a function is named, not given: what is named can be imported elsewhere.
-
-    Raises:
-        UsageError: If not.
-    """
-    if function is not None and not isinstance(function, str):
-        raise UsageError(f"the {what} is {kind_of(function)}, not a text", "write module:function")
 
 
 def check_places(recipe: Recipe, statistics: object, *data: object) -> None:

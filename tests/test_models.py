@@ -294,72 +294,38 @@ def test_models_as_they_come(tmp_path: Path, name: str) -> None:
 
 BRAIN = {"w": numpy_helper.from_array(W.astype(ml_dtypes.bfloat16), "w")}
 TO_BRAIN, TO_FLOAT = {"to": TensorProto.BFLOAT16}, {"to": TensorProto.FLOAT}
+ROUNDED = {"v": W.astype(ml_dtypes.bfloat16).astype(np.float32)}
+
+
+def in_bfloat16(x: str, weight: str, y: str, cast: bool) -> list[onnx.NodeProto]:
+    """A convolution and its Relu in bfloat16, between casts; one of the weight as well, where that is float32."""
+    nodes = [node("Cast", [weight], ["g"], **TO_BRAIN)] if cast else []
+    return [
+        *nodes,
+        node("Cast", [x], ["h"], **TO_BRAIN),
+        node("Conv", ["h", "g" if cast else weight], ["c"]),
+        node("Relu", ["c"], ["r"]),
+        node("Cast", ["r"], [y], **TO_FLOAT),
+    ]
+
+
+def inside(cast: bool) -> onnx.FunctionProto:
+    """The same as a function of the model's own."""
+    return helper.make_function(
+        "mine", "Inside", ["a", "k"], ["b"], in_bfloat16("a", "k", "b", cast), [helper.make_opsetid("", 17)]
+    )
+
+
+def calling(weight: str) -> list[onnx.NodeProto]:
+    return [helper.make_node("Inside", ["x", weight], ["y"], domain="mine")]
+
+
 BRAINS: dict[str, Case] = {
     "throughout": Case(RELU, BRAIN, 1, kind=TensorProto.BFLOAT16),
-    "inside": Case(
-        [
-            node("Cast", ["x"], ["h"], **TO_BRAIN),
-            node("Conv", ["h", "w"], ["c"]),
-            node("Relu", ["c"], ["r"]),
-            node("Cast", ["r"], ["y"], **TO_FLOAT),
-        ],
-        BRAIN,
-        1,
-    ),
-    "in casts alone": Case(
-        [
-            node("Cast", ["x"], ["h"], **TO_BRAIN),
-            node("Cast", ["v"], ["w"], **TO_BRAIN),
-            node("Conv", ["h", "w"], ["c"]),
-            node("Relu", ["c"], ["r"]),
-            node("Cast", ["r"], ["y"], **TO_FLOAT),
-        ],
-        {"v": W.astype(ml_dtypes.bfloat16).astype(np.float32)},
-        1,
-    ),
-    "in a function's casts": Case(
-        [helper.make_node("Inside", ["x", "w"], ["y"], domain="mine")],
-        {"w": W.astype(ml_dtypes.bfloat16).astype(np.float32)},
-        1,
-        functions=[
-            helper.make_function(
-                "mine",
-                "Inside",
-                ["a", "k"],
-                ["b"],
-                [
-                    node("Cast", ["a"], ["h"], **TO_BRAIN),
-                    node("Cast", ["k"], ["g"], **TO_BRAIN),
-                    node("Conv", ["h", "g"], ["c"]),
-                    node("Relu", ["c"], ["r"]),
-                    node("Cast", ["r"], ["b"], **TO_FLOAT),
-                ],
-                [helper.make_opsetid("", 17)],
-            )
-        ],
-        domains=["mine"],
-    ),
-    "in a function": Case(
-        [helper.make_node("Inside", ["x", "w"], ["y"], domain="mine")],
-        BRAIN,
-        1,
-        functions=[
-            helper.make_function(
-                "mine",
-                "Inside",
-                ["a", "k"],
-                ["b"],
-                [
-                    node("Cast", ["a"], ["h"], **TO_BRAIN),
-                    node("Conv", ["h", "k"], ["c"]),
-                    node("Relu", ["c"], ["r"]),
-                    node("Cast", ["r"], ["b"], **TO_FLOAT),
-                ],
-                [helper.make_opsetid("", 17)],
-            )
-        ],
-        domains=["mine"],
-    ),
+    "inside": Case(in_bfloat16("x", "w", "y", cast=False), BRAIN, 1),
+    "in casts alone": Case(in_bfloat16("x", "v", "y", cast=True), ROUNDED, 1),
+    "in a function": Case(calling("w"), BRAIN, 1, functions=[inside(cast=False)], domains=["mine"]),
+    "in a function's casts": Case(calling("v"), ROUNDED, 1, functions=[inside(cast=True)], domains=["mine"]),
 }
 
 

@@ -20,7 +20,7 @@ from calibration.datasets import (
 from calibration.errors import DataError
 from calibration.hooks.onnxruntime import Runner
 from quantcli import sidecar as sidecar_file
-from quantcli.errors import ModelError, UsageError, kind_of
+from quantcli.errors import ModelError, UsageError, check_named
 from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs
 from quantcli.evaluation.footprint import footprint
 from quantcli.evaluation.kernels import Kernel, kernels
@@ -122,8 +122,7 @@ def evaluate(
         ReportedError: If anything given cannot be used, or the metric needs what is not there.
     """
     recipe = checked_recipe(recipe)
-    if metric is not None and not isinstance(metric, str):
-        raise UsageError(f"the metric is {kind_of(metric)}, not a text", "name it, or write module:function")
+    check_named(metric, "metric")
     quantized, data = path_of(quantized, "quantized model"), path_of(data, "data")
     source = reference if isinstance(reference, LoadedModel) else None
     if source is None and reference is not None:

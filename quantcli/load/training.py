@@ -41,8 +41,7 @@ def is_training(arguments: dict[str, Any]) -> bool:
     """Tell whether an operator that is called so does what it does in training only."""
     if not any(arguments.get(flag) is True for flag in FLAGS):
         return bool(arguments.get("dropout_p", 0.0) != 0.0)
-    if (
-        "momentum" in arguments
-    ):  # without running statistics, a normalization takes those of its input in evaluation, too
+    if "momentum" in arguments:
+        # Without running statistics, a normalization takes those of its input in evaluation, too.
         return arguments.get("running_mean") is not None
     return all(arguments.get(chance) != 0.0 for chance in ("p", "dropout"))
