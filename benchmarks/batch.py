@@ -27,8 +27,9 @@ if __package__ in {None, ""}:  # run as a file: its folder stands on the path in
 
 from benchmarks.bed import as_feeds, bed_folder, load_bed, machine
 from quantcli.batch.cluster import ray_engine
+from quantcli.batch.entry import Entry, Wishes
 from quantcli.batch.local import Ended, run_local
-from quantcli.batch.manifest import Entry, Wishes, read_zoo
+from quantcli.batch.manifest import read_zoo
 from quantcli.batch.run import Outcome, document, run_batch
 from quantcli.recipe import Recipe
 

@@ -78,6 +78,7 @@ ORDER = [
     {"quantcli.report.figures"},
     {"quantcli.report.charts"},
     {"quantcli.report"},
+    {"quantcli.batch.entry"},
     {"quantcli.batch.manifest"},
     {"quantcli.batch.worker"},
     {"quantcli.batch.local"},

@@ -19,8 +19,9 @@ import pytest
 
 from quantcli.batch import local
 from quantcli.batch.cluster import Place, laid_out
+from quantcli.batch.entry import Entry, files_of
 from quantcli.batch.local import Ended
-from quantcli.batch.manifest import FORMATS, Entry, bytes_in, files_of, read_zoo
+from quantcli.batch.manifest import FORMATS, bytes_in, read_zoo
 from quantcli.batch.run import Outcome, run_batch
 from quantcli.cli import run
 from quantcli.errors import OutputError, RecipeError

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from quantcli.batch.entry import Entry, files_of
 from quantcli.batch.local import Ended, run_one
-from quantcli.batch.manifest import Entry, files_of
 from quantcli.batch.worker import SHARD
 from quantcli.errors import UsageError
 

@@ -22,7 +22,7 @@ from quantcli.batch.worker import RESULT
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from quantcli.batch.manifest import Entry
+    from quantcli.batch.entry import Entry
 
 # Sums over threads depend on how many there are; an entry's bytes must depend neither on the machine nor on what runs beside it.
 ONE_THREAD = dict.fromkeys(

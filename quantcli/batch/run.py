@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from quantcli.batch.entry import files_of
 from quantcli.batch.local import LOG, Ended, run_local
-from quantcli.batch.manifest import files_of
 from quantcli.documents import as_json, encodable
 from quantcli.errors import OutputError, UsageError
 from quantcli.evaluation.junit import Case, junit
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from quantcli.batch.manifest import Entry
+    from quantcli.batch.entry import Entry
 
     Engine = Callable[[Sequence[Entry], Path, int, Callable[[Entry, Ended, Path], None]], None]
 

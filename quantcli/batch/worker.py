@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from calibration.errors import ReportedError
-from quantcli.batch.manifest import Entry
+from quantcli.batch.entry import Entry
 from quantcli.documents import encodable, finite
 
 RESULT = "result.json"
