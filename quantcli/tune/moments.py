@@ -29,6 +29,9 @@ COARSE_PER_INPUT, FEWEST_COARSE, COARSE_ROWS, MOST_NUMBERS = 12, 8192, 32768, 1 
 class Matrix:
     """A layer's weight as matrices, one per group: (groups, outputs of a group, inputs of a group).
 
+    A convolution's inputs are its taps, and of each tap the channels, so that what stands together in rows lies together in data
+    whose channels are last.
+
     Attributes:
         groups: The number of groups; 1 but for grouped convolutions.
         transposed: Whether the stored weight has inputs before outputs.
@@ -41,13 +44,16 @@ class Matrix:
 
     def split(self, weight: NDArray[Any]) -> NDArray[np.float64]:
         """Return a stored weight as matrices."""
-        rows = weight.T if self.transposed else weight.reshape(len(weight), -1)
+        rows = weight.T if self.transposed else np.moveaxis(weight, 1, -1).reshape(len(weight), -1)
         return rows.reshape(self.groups, rows.shape[0] // self.groups, -1).astype(np.float64)
 
     def join(self, matrices: NDArray[Any]) -> NDArray[Any]:
         """Return matrices as a stored weight: the reverse of `split`."""
         rows = matrices.reshape(-1, matrices.shape[2])
-        return np.ascontiguousarray(rows.T if self.transposed else rows).reshape(self.shape)
+        if self.transposed:
+            return np.ascontiguousarray(rows.T)
+        outputs, channels, *kernel = self.shape
+        return np.ascontiguousarray(np.moveaxis(rows.reshape(outputs, *kernel, channels), -1, 1))
 
 
 def matrix_of(node: ir.Node, weight: NDArray[Any]) -> Matrix | None:
@@ -115,7 +121,7 @@ class Patches:
     """What a convolution's kernel meets: a row of inputs at every place of every sample.
 
     Attributes:
-        padded: The data with its padding, (samples, channels, spatial axes…).
+        padded: The data with its padding and its channels last, (samples, spatial axes…, channels).
         kernel: The kernel's lengths.
         strides: Its strides.
         dilations: Its dilations.
@@ -136,14 +142,17 @@ class Patches:
         )
         extents = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
         begins, ends = padding(node, values.shape[2:], extents, strides)
-        pads = [(0, 0), (0, 0), *zip(begins, ends, strict=True)]
-        padded = np.pad(values, pads) if any(map(any, pads)) else np.ascontiguousarray(values)
+        lengths = [b + n + e for b, n, e in zip(begins, values.shape[2:], ends, strict=True)]
+        make = np.zeros if any((*begins, *ends)) else np.empty
+        padded = make((len(values), *lengths, values.shape[1]), values.dtype)
+        inside = tuple(slice(b, b + n) for b, n in zip(begins, values.shape[2:], strict=True))
+        padded[:, *inside] = np.moveaxis(values, 1, -1)
         return cls(padded, kernel, strides, dilations)
 
     @property
     def places(self) -> tuple[int, ...]:
         """How many places there are: samples, and along each spatial axis."""
-        lengths = zip(self.padded.shape[2:], self.kernel, self.strides, self.dilations, strict=True)
+        lengths = zip(self.padded.shape[1:-1], self.kernel, self.strides, self.dilations, strict=True)
         return (len(self.padded), *((n - (k - 1) * d - 1) // s + 1 for n, k, s, d in lengths))
 
     def __len__(self) -> int:
@@ -151,16 +160,17 @@ class Patches:
 
     def at(self, rows: NDArray[np.intp], groups: int) -> NDArray[Any]:
         """Return some of the rows, (groups, rows, inputs of a group)."""
-        apart = [step // self.padded.itemsize for step in self.padded.strides]
-        sample, *spatial = np.unravel_index(rows, self.places)
-        begin = sample * apart[0]
-        inside = np.arange(self.padded.shape[1]) * apart[1]
-        for place, length, step, dilation, far in zip(
-            spatial, self.kernel, self.strides, self.dilations, apart[2:], strict=True
-        ):
-            begin = begin + place * (step * far)
-            inside = inside[..., None] + np.arange(length) * (dilation * far)
-        return self.padded.reshape(-1).take(begin[:, None] + inside.reshape(groups, 1, -1))
+        sample, *spatial, channel = self.padded.strides
+        starts = (sample, *(step * far for step, far in zip(self.strides, spatial, strict=True)))
+        taps = tuple(dilation * far for dilation, far in zip(self.dilations, spatial, strict=True))
+        kernel, channels = self.kernel, self.padded.shape[-1]
+        if self.dilations[-1] == 1:  # then the last axis' taps lie together
+            kernel, taps, channels = kernel[:-1], taps[:-1], kernel[-1] * channels
+        shape, strides = (*self.places, *kernel, channels), (*starts, *taps, channel)
+        every = np.lib.stride_tricks.as_strided(self.padded, shape, strides, writeable=False)
+        taken = every[np.unravel_index(rows, self.places)]
+        by_group = taken.reshape(len(rows), math.prod(self.kernel), groups, -1).transpose(2, 0, 1, 3)
+        return by_group.reshape(groups, len(rows), -1)
 
 
 def padding(
