@@ -82,9 +82,9 @@ class Work:
         shape = self.dataset.shape_of(int(left[0]))
         alike = np.array([index for index in left.tolist() if self.dataset.shape_of(index) == shape], dtype=left.dtype)
         feeds = self.dataset.read(alike[: self.checks])
-        if not finite_rows(feeds).all():
+        if not finite_rows(feeds, self.masks).all():
             feeds = self.dataset.read(alike)
-        finite = finite_rows(feeds)
+        finite = finite_rows(feeds, self.masks)
         chosen = np.flatnonzero(finite if finite.any() else ~finite)[: self.checks]
         return {name: values[chosen] for name, values in feeds.items()}
 
@@ -264,13 +264,14 @@ def prepare(hook: Hook, seen: Seen, work: Work) -> None:
         seen.tensors[name].prepare_from(sizes[name], first[1] - first[0], work.counting, glances[name])
 
 
-def finite_rows(feeds: dict[str, NDArray[Any]]) -> NDArray[np.bool_]:
-    """Tell of each sample of a batch whether all of it is finite."""
+def finite_rows(feeds: dict[str, NDArray[Any]], masks: frozenset[str]) -> NDArray[np.bool_]:
+    """Tell of each sample of a batch whether all of it is finite, but for −infinity in what masks."""
     rows = len(next(iter(feeds.values())))
     finite = np.ones(rows, dtype=bool)
-    for values in feeds.values():
+    for name, values in feeds.items():
         if values.dtype.kind == "f":
-            finite &= np.isfinite(values.reshape(rows, -1)).all(axis=1)
+            taken = np.isfinite(values) | np.isneginf(values) if name in masks else np.isfinite(values)
+            finite &= taken.reshape(rows, -1).all(axis=1)
     return finite
 
 

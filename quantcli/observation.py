@@ -23,7 +23,7 @@ from calibration.statistics import Part, Statistics
 from quantcli.errors import PlanError, UsageError
 from quantcli.files import staged
 from quantcli.known import holders, known_of, poolable
-from quantcli.masks import possible, scores, unresolvable
+from quantcli.masks import possible, scores, unresolvable, with_masks
 from quantcli.placement import place
 from quantcli.probe import with_highest, with_outputs
 from quantcli.tune.smooth import columns_needed
@@ -144,7 +144,7 @@ class Observation:
         """Calibrate, in more than one pass where a first one shows that the plan stands elsewhere."""
         names = self.first_needed()
         hook = self.hook(names)
-        dataset = self.data.opened(hook.inputs, self.recipe)
+        dataset = self.data.opened(with_masks(hook.inputs, self.folded), self.recipe)
         indices = select(len(dataset), self.recipe.calibration.selection)
         batch, lanes, checks = self.batch(hook, names, dataset, indices)
         work, part = self.work(hook, dataset, indices, batch, lanes, checks)

@@ -26,11 +26,18 @@ class InputSpec:
         name: Its name.
         dtype: The numpy dtype that it takes.
         shape: Its dimensions; None where a dimension is free.
+        masks: Whether it only ever masks scores: −infinity stands for what is masked in it.
     """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | None, ...]
+    masks: bool = False
+
+    def takes(self, values: NDArray[Any]) -> NDArray[np.bool_]:
+        """Tell of each value whether the input takes it: what is finite, and −infinity in a mask."""
+        finite: NDArray[np.bool_] = np.isfinite(values)
+        return finite | np.isneginf(values) if self.masks and values.dtype.kind == "f" else finite
 
 
 class Dataset(Protocol):
