@@ -11,6 +11,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ Prepare = Callable[[], object]
 PIXELS = "--scale 0.00392156862745098 --mean 0.1307 --std 0.3081 --layout NCHW"
 CALIBRATE = "calibrate model.onnx --data data.npz -o new.stats"
 CONVERT = "convert model.onnx --data data.npz -o new.onnx"
+ROOT = Path(__file__).parents[2]
 TARGET = Path(pipeline.__file__).parent / "targets" / "ort-x86.toml"
 TIMED = "convert rows.onnx --optimize latency -o new.onnx"
 BAD = "convert model.onnx --data bad.npz -o new.onnx"
@@ -545,6 +547,18 @@ def test_an_interruption_is_told(
     line = the_line(after_interruption(capsys.readouterr().err))
     assert line.startswith("error: interrupted")
     assert left in line
+
+
+@pytest.mark.parametrize("how", ["module", "command"])
+def test_an_interruption_of_imports_is_quiet(tmp_path: Path, how: str) -> None:
+    (tmp_path / "click.py").write_text("raise KeyboardInterrupt")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["quantcli"].partition(":")
+    script = ["-c", f"import sys; from {module} import {function}; sys.exit({function}())"]
+    started = ["-m", "quantcli"] if how == "module" else script
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT)))}
+    done = subprocess.run([sys.executable, *started, "targets"], capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
 def test_a_defect_of_ours_is_one_line_too(
