@@ -230,6 +230,7 @@ def resolve_target(recipe: Recipe) -> Target:
     Raises:
         RecipeError: If there is no such target, or the wishes contradict each other.
     """
+    check_mode(recipe)
     target = load_target(recipe.target)
     wishes = recipe.activation
     activation = overlaid(target.activation, dtype=wishes.dtype, symmetric=wishes.symmetric, bits=wishes.bits)
@@ -261,16 +262,31 @@ def check_wishes(recipe: Recipe, activation: ActivationFormat, weight: WeightFor
             f"activations of {bits} bits do not fit {activation.dtype}",
             f"choose --activation-dtype int16 as well, or {stored} bits or less",
         )
-    if recipe.weight.symmetric is False and recipe.mode != "static":
-        raise RecipeError(
-            f"--mode {recipe.mode} has no asymmetric weights per channel", "leave the form of weights to the mode"
-        )
     if recipe.weight.symmetric is False and weight.bits >= SYMMETRIC_BITS:
         raise RecipeError(
             f"weights of {weight.bits} bits are symmetric: with their zero points taken off they would not fit int8",
             f"choose --weight-bits {SYMMETRIC_BITS - 1} or less",
         )
-    if recipe.tune.optimize is not None and recipe.mode != "static":
+
+
+def check_mode(recipe: Recipe) -> None:
+    """Check that a recipe wishes nothing of a mode that only ``static`` has.
+
+    Raises:
+        RecipeError: If it does.
+    """
+    if recipe.mode == "static":
+        return
+    if recipe.activation.bits is not None:
+        raise RecipeError(
+            f"--activation-bits {recipe.activation.bits} has no meaning in --mode {recipe.mode}, which calibrates no activation",
+            "leave one out (a recipe has it as bits in its section [activation])",
+        )
+    if recipe.weight.symmetric is False:
+        raise RecipeError(
+            f"--mode {recipe.mode} has no asymmetric weights per channel", "leave the form of weights to the mode"
+        )
+    if recipe.tune.optimize is not None:
         raise RecipeError(
             f"--optimize {recipe.tune.optimize} times plans of static models, not of --mode {recipe.mode}",
             "leave one out",

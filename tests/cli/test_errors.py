@@ -317,6 +317,8 @@ REQUESTS: list[Row] = [
     ("wider than its type", f"{CONVERT} --activation-bits 12", 2, "fit uint8; choose --activation-dtype int16", nothing),
     ("wider while calibrating", f"{CALIBRATE} --activation-bits 9 --target tflite", 2, "9 bits do not fit int8", nothing),
     ("wider in a recipe", f"{CONVERT} --recipe r.toml", 2, "16 bits do not fit uint8", recipe("[activation]\nbits = 16\n")),
+    ("a width of no grid", "convert model.onnx -o new.onnx --mode dynamic --activation-bits 4", 2, "--mode dynamic", nothing),
+    ("a width of no grid in a recipe", "convert model.onnx -o new.onnx --mode weights --recipe r.toml", 2, "--mode weights", recipe("[activation]\nbits = 4\n")),
     ("plans of dynamic", f"{TIMED} --mode dynamic", 2, "not of --mode dynamic", nothing),
     ("plans of weights", f"{TIMED} --mode weights", 2, "not of --mode weights", nothing),
     ("a threshold without float", f"{EVAL} --max-drop 1", 2, "--float", nothing),
