@@ -15,7 +15,7 @@ from calibration import statistics as statistics_file
 from calibration.errors import ReportedError
 from calibration.hooks.onnxruntime import Runner
 from quantcli import sidecar as sidecar_file
-from quantcli.decision import check_strict, decided, loaded_statistics, opset_for
+from quantcli.decision import check_repeatable, check_strict, decided, loaded_statistics, opset_for
 from quantcli.delivery import beside, check_search, for_form, places_of, rendered, weights_beside, widths_for
 from quantcli.errors import UsageError, check_named
 from quantcli.evaluation.check import SelfCheck
@@ -123,6 +123,7 @@ def calibrate(
     check_each(outputs, source.files)
     with blamed_on(source):
         folded = fold(source.graph, target.activation.opset, recipe.requantize)
+        check_repeatable(folded)
         statistics = observe(source, folded, given, recipe, run, progress)
     if path is not None:
         with staged() as files:
@@ -246,6 +247,7 @@ def convert(
     check_outputs(outputs, source.files)
     with blamed_on(source):
         folded = fold(source.graph, max(target.activation.opset, opset_for(recipe)), recipe.requantize)
+        check_repeatable(folded, strict)
         log = outputs.search if recipe.tune.max_drop is not None else None
         if log is not None and not run.resume:
             log.unlink(missing_ok=True)
