@@ -20,7 +20,7 @@ from calibration.observers import OBSERVERS, Counting, TensorStatistics
 from calibration.ranges import observer_for, parse_range
 from calibration.shortcut import Shortcut, computed
 from calibration.statistics import Part, Statistics
-from quantcli.errors import PlanError, UsageError
+from quantcli.errors import PlanError, UsageError, check_kind
 from quantcli.files import staged
 from quantcli.known import holders, known_of, poolable
 from quantcli.masks import possible, scores, unresolvable, with_masks
@@ -85,6 +85,16 @@ class Run:
         """How many batches are in work at once."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return Lanes.of(self.threads, cores, self.runtime == "onnxruntime")
+
+
+def checked_run(run: Run | None) -> Run:
+    """Return how a calibration is run, or the defaults.
+
+    Raises:
+        UsageError: If it is no run.
+    """
+    check_kind(run, Run, "run", "give a quantcli.Run")
+    return run or Run()
 
 
 def observer_of(recipe: Recipe) -> str:

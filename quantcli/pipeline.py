@@ -23,9 +23,9 @@ from quantcli.evaluation.evaluate import Evaluation, evaluate
 from quantcli.explain import Explanation, explain
 from quantcli.files import check_output, path_of, path_or_none, staged
 from quantcli.fold import fold
-from quantcli.load import LoadedModel, Opening, load, shown_name
+from quantcli.load import LoadedModel, Opening, checked_opening, load, shown_name
 from quantcli.memory import give_back
-from quantcli.observation import Run, check_counted, observe
+from quantcli.observation import Run, check_counted, checked_run, observe
 from quantcli.progress import Progress, silent
 from quantcli.quantize import quantize
 from quantcli.recipe import Recipe, checked_recipe, resolve_target
@@ -110,7 +110,7 @@ def calibrate(
     Raises:
         ReportedError: If anything given cannot be used; nothing is written then.
     """
-    recipe, run = checked_recipe(recipe), run or Run()
+    recipe, run = checked_recipe(recipe), checked_run(run)
     model, given = path_of(model, "model"), data_of(data, labels, split, function, synthetic, opening)
     path = path_or_none(output, "output")
     if path is not None:
@@ -165,7 +165,7 @@ def data_of(
     if sum(given is not None for given in (data, function, synthetic)) != 1:
         raise UsageError("calibration needs data from one place", "give one of --data, --data-function, --synthetic")
     check_named(function, "data function")
-    described = opening.inputs if opening is not None else ()
+    described = checked_opening(opening).inputs
     return Data(path_or_none(data, "data"), path_or_none(labels, "labels"), split, function, synthetic, described)
 
 
@@ -220,7 +220,7 @@ def convert(
     Raises:
         ReportedError: If anything given cannot be used, or the written model does not work; nothing is written then.
     """
-    recipe, run = for_form(checked_recipe(recipe), form), run or Run()
+    recipe, run = for_form(checked_recipe(recipe), form), checked_run(run)
     check_places(recipe, statistics, data, function, synthetic)
     check_named(function, "data function")
     check_search(recipe, form, run.resume, validate is not None)
@@ -237,7 +237,7 @@ def convert(
     check_outputs(outputs, sources)
     target = resolve_target(recipe)
     given = any(place is not None for place in (data, function, synthetic)) or recipe.mode != "static"
-    described = opening.inputs if opening is not None else ()
+    described = checked_opening(opening).inputs
     places = Data(data, labels, split, function, synthetic, described) if given else None
     source = (
         model

@@ -11,7 +11,7 @@ import msgspec
 from calibration.datasets.dataset import Selection
 from calibration.datasets.preprocess import Preprocess
 from calibration.ranges import parse_range
-from quantcli.errors import RecipeError, UsageError, kind_of
+from quantcli.errors import RecipeError, check_kind
 from quantcli.files import path_or_none
 from quantcli.targets import (
     DEFAULT_TARGET,
@@ -206,10 +206,7 @@ def checked_recipe(recipe: Recipe | None) -> Recipe:
     """
     if recipe is None:
         return Recipe()
-    if not isinstance(recipe, Recipe):
-        raise UsageError(
-            f"the recipe is {kind_of(recipe)}", "give a quantcli.Recipe; quantcli.read_recipe reads a file"
-        )
+    check_kind(recipe, Recipe, "recipe", "give a quantcli.Recipe; quantcli.read_recipe reads a file")
     try:
         msgspec.convert(msgspec.to_builtins(recipe), Recipe)
     except (msgspec.ValidationError, ValueError, TypeError) as error:
