@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calibration.datasets import usable
 from calibration.errors import DataError
 from calibration.lanes import ONE_BY_ONE, Lanes, in_line
 from calibration.layout import Layout
@@ -270,8 +271,7 @@ def finite_rows(feeds: dict[str, NDArray[Any]], masks: frozenset[str]) -> NDArra
     finite = np.ones(rows, dtype=bool)
     for name, values in feeds.items():
         if values.dtype.kind == "f":
-            taken = np.isfinite(values) | np.isneginf(values) if name in masks else np.isfinite(values)
-            finite &= taken.reshape(rows, -1).all(axis=1)
+            finite &= usable(values, name in masks).reshape(rows, -1).all(axis=1)
     return finite
 
 

@@ -34,11 +34,6 @@ class InputSpec:
     shape: tuple[int | None, ...]
     masks: bool = False
 
-    def takes(self, values: NDArray[Any]) -> NDArray[np.bool_]:
-        """Tell of each value whether the input takes it: what is finite, and −infinity in a mask."""
-        finite: NDArray[np.bool_] = np.isfinite(values)
-        return finite | np.isneginf(values) if self.masks and values.dtype.kind == "f" else finite
-
 
 class Dataset(Protocol):
     """Samples on disk. The first axis of every array that it gives is the sample."""
@@ -85,6 +80,12 @@ class Selection:
     samples: int | None = None
     shuffle: bool | None = None
     seed: int = 0
+
+
+def usable(values: NDArray[np.floating], masks: bool) -> NDArray[np.bool_]:
+    """Tell of each value whether a model can be run on it: it is finite, or −infinity in what masks."""
+    finite: NDArray[np.bool_] = np.isfinite(values)
+    return finite | np.isneginf(values) if masks else finite
 
 
 def select(count: int, selection: Selection) -> NDArray[np.intp]:

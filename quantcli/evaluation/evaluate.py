@@ -134,8 +134,8 @@ def evaluate(
         raise UsageError(
             f"{quantized.name} is a PyTorch program, and --layers and --kernels look into ONNX", "leave them out"
         )
-    seen = source or candidate
-    inputs = with_masks(runner.inputs, seen.graph) if seen is not None else runner.inputs
+    looked_at = source or candidate  # a program that convert wrote has no graph
+    inputs = with_masks(runner.inputs, looked_at.graph) if looked_at is not None else runner.inputs
     dataset = open_dataset(data, inputs, recipe.preprocess, path_or_none(labels, "labels"), split)
     if source is not None and float_runner is not None and float_runner.outputs != runner.outputs:
         theirs, ours = ", ".join(float_runner.outputs), ", ".join(runner.outputs)

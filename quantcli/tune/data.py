@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calibration.datasets import boundaries, fitted_batch, fixes_batch, select
+from calibration.datasets import boundaries, fitted_batch, fixes_batch, select, usable
 from calibration.errors import DataError
 from calibration.hooks.onnxruntime import Runner
 from quantcli.evaluation.evaluate import run_padded
@@ -66,7 +66,7 @@ def finite_of(dataset: Dataset, indices: NDArray[np.intp], inputs: Sequence[Inpu
 
     def fits(index: int) -> bool:
         found = dataset.read(np.array([index]))
-        return all(spec.takes(found[spec.name]).all() for spec in reals)
+        return all(usable(found[spec.name], spec.masks).all() for spec in reals)
 
     kept = [index for index in indices if fits(index)]
     if len(kept) < len(indices):
