@@ -266,6 +266,16 @@ def check_wishes(recipe: Recipe, activation: ActivationFormat, weight: WeightFor
         )
 
 
+# What asks for each key of a section on the command line, where only ``static`` models have it.
+ACTIVATION_OPTIONS = {
+    "bits": "--activation-bits",
+    "dtype": "--activation-dtype",
+    "range": "--range",
+    "symmetric": "--symmetric/--asymmetric",
+}
+MULTIPLIER_OPTIONS = {"bits": "--multiplier-bits", "rounding": "--rounding"}
+
+
 def check_mode(recipe: Recipe) -> None:
     """Check that a recipe wishes nothing of a mode that only ``static`` has.
 
@@ -274,11 +284,13 @@ def check_mode(recipe: Recipe) -> None:
     """
     if recipe.mode == "static":
         return
-    if recipe.activation.bits is not None:
-        raise RecipeError(
-            f"--activation-bits {recipe.activation.bits} has no meaning in --mode {recipe.mode}, which calibrates no activation",
-            "leave one out (a recipe has it as bits in its section [activation])",
-        )
+    for wishes, options in ((recipe.activation, ACTIVATION_OPTIONS), (recipe.multiplier, MULTIPLIER_OPTIONS)):
+        for key, option in options.items():
+            if getattr(wishes, key) is not None:
+                raise RecipeError(
+                    f"{option} has no meaning in --mode {recipe.mode}, which calibrates no activation",
+                    f"leave one out (a recipe has it as {key} in its section [{type(wishes).__name__.lower()}])",
+                )
     if recipe.weight.symmetric is False:
         raise RecipeError(
             f"--mode {recipe.mode} has no asymmetric weights per channel", "leave the form of weights to the mode"
