@@ -101,7 +101,7 @@ def drawn_rows(
         samples, middle = len(versions[0]), 0
         places: NDArray[np.intp] | None = None
         for kept, values in zip(found, versions, strict=True):
-            rows = Patches.of(node, values) if node.op_type == "Conv" else values.reshape(-1, values.shape[-1])
+            rows = Patches.of(node, values, wanted) if node.op_type == "Conv" else values.reshape(-1, values.shape[-1])
             if places is None:
                 count = len(rows)
                 places = (
@@ -121,7 +121,7 @@ class Patches:
     """What a convolution's kernel meets: a row of inputs at every place of every sample.
 
     Attributes:
-        padded: The data with its padding and its channels last, (samples, spatial axes…, channels).
+        padded: The data with its padding, seen with its channels last: (samples, spatial axes…, channels).
         kernel: The kernel's lengths.
         strides: Its strides.
         dilations: Its dilations.
@@ -133,8 +133,8 @@ class Patches:
     dilations: tuple[int, ...]
 
     @classmethod
-    def of(cls, node: ir.Node, values: NDArray[Any]) -> Patches:
-        """Return those of a Conv and its data operand."""
+    def of(cls, node: ir.Node, values: NDArray[Any], wanted: int) -> Patches:
+        """Return those of a Conv and its data operand, which is moved so that channels lie together if many rows are wanted."""
         kernel = tuple(node.inputs[1].shape.numpy()[2:])  # type: ignore[union-attr]
         ones = [1] * len(kernel)
         strides, dilations = (
@@ -143,10 +143,17 @@ class Patches:
         extents = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
         begins, ends = padding(node, values.shape[2:], extents, strides)
         lengths = [b + n + e for b, n, e in zip(begins, values.shape[2:], ends, strict=True)]
-        make = np.zeros if any((*begins, *ends)) else np.empty
-        padded = make((len(values), *lengths, values.shape[1]), values.dtype)
-        inside = tuple(slice(b, b + n) for b, n in zip(begins, values.shape[2:], strict=True))
-        padded[:, *inside] = np.moveaxis(values, 1, -1)
+        seen = np.moveaxis(np.ascontiguousarray(values), 1, -1)
+        many = (
+            2 * wanted * math.prod(kernel) >= len(values) * math.prod(lengths)
+            and node.attributes.get_int("group", 1) == 1
+        )
+        if not many and not any((*begins, *ends)):
+            return cls(seen, kernel, strides, dilations)
+        outer = (len(values), *lengths, values.shape[1]) if many else (len(values), values.shape[1], *lengths)
+        zeros = np.zeros(outer, values.dtype)
+        padded = zeros if many else np.moveaxis(zeros, 1, -1)
+        padded[:, *(slice(b, b + n) for b, n in zip(begins, values.shape[2:], strict=True))] = seen
         return cls(padded, kernel, strides, dilations)
 
     @property
@@ -160,17 +167,27 @@ class Patches:
 
     def at(self, rows: NDArray[np.intp], groups: int) -> NDArray[Any]:
         """Return some of the rows, (groups, rows, inputs of a group)."""
-        sample, *spatial, channel = self.padded.strides
-        starts = (sample, *(step * far for step, far in zip(self.strides, spatial, strict=True)))
-        taps = tuple(dilation * far for dilation, far in zip(self.dilations, spatial, strict=True))
-        kernel, channels = self.kernel, self.padded.shape[-1]
-        if self.dilations[-1] == 1:  # then the last axis' taps lie together
-            kernel, taps, channels = kernel[:-1], taps[:-1], kernel[-1] * channels
-        shape, strides = (*self.places, *kernel, channels), (*starts, *taps, channel)
-        every = np.lib.stride_tricks.as_strided(self.padded, shape, strides, writeable=False)
-        taken = every[np.unravel_index(rows, self.places)]
-        by_group = taken.reshape(len(rows), math.prod(self.kernel), groups, -1).transpose(2, 0, 1, 3)
-        return by_group.reshape(groups, len(rows), -1)
+        places = np.unravel_index(rows, self.places)
+        if groups == 1 and self.dilations[-1] == 1 and self.padded.flags.c_contiguous:
+            return self.stretches()[places].reshape(1, len(rows), -1)
+        *apart, channel = (step // self.padded.itemsize for step in self.padded.strides)
+        begin = np.sum([p * s * far for p, s, far in zip(places, (1, *self.strides), apart, strict=True)], axis=0)
+        inside = np.zeros((), np.intp)
+        for length, dilation, far in zip(self.kernel, self.dilations, apart[1:], strict=True):
+            inside = inside[..., None] + np.arange(length) * (dilation * far)
+        within = np.arange(self.padded.shape[-1]).reshape(groups, 1, -1) * channel + inside.reshape(1, -1, 1)
+        every = self.padded if self.padded.flags.c_contiguous else np.moveaxis(self.padded, -1, 1)
+        found: NDArray[Any] = every.reshape(-1).take(begin[:, None] + within.reshape(groups, 1, -1))
+        return found
+
+    def stretches(self) -> NDArray[Any]:
+        """Return, at every place, what lies together: all channels of the taps along the last axis; a view of the data."""
+        sample, *spatial, _ = self.padded.strides
+        kernel, channels = self.kernel[:-1], self.kernel[-1] * self.padded.shape[-1]
+        starts = (step * far for step, far in zip(self.strides, spatial, strict=True))
+        taps = (dilation * far for dilation, far in zip(self.dilations[:-1], spatial[:-1], strict=True))
+        shape, strides = (*self.places, *kernel, channels), (sample, *starts, *taps, self.padded.itemsize)
+        return np.lib.stride_tricks.as_strided(self.padded, shape, strides, writeable=False)
 
 
 def padding(
