@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # Where a node keeps the reason for which it stands in the graph as a float operator, if we put it there.
 WHY = "quantcli.why"
 ACTIVATIONS = frozenset({"Relu", "Clip"})
+# Operators that put several tensors on one grid, where the small one loses most.
+JOINING = frozenset({"Add", "Sub", "Concat"})
 # What other modes do for operators without a rule.
 ELSEWHERE = {
     "LSTM": "; --mode dynamic multiplies in integers, --mode weights stores them",
@@ -322,6 +324,8 @@ class Placing:
             if not moves and self.pays and layer.node.op_type == "MaxPool" and self.accumulates(layer.output):
                 return "the convolution behind it is integer, and bytes are pooled faster than reals", None
             return "it moves integers", None if moves else "its data is float, and it only moves it"
+        if len(floats) < len(data) and self.joins_for_nothing(layer):
+            return "", "it would round what only float operators read"
         if not floats and data:
             return "its operands are integers already", None
         if self.pays and len(floats) < len(data):
@@ -329,6 +333,29 @@ class Placing:
         if not self.pays and (len(floats) < len(data) or any(value.is_graph_input() for value in data)):
             return "its data is in integers, or comes from the model's inputs", None
         return "", "an island: its operands are float, and it alone is not worth quantizing them"
+
+    def joins_for_nothing(self, layer: PlacedLayer) -> bool:
+        """Tell whether several tensors would be rounded to one grid and nothing in integers came of it: a ViT's embeddings."""
+        joins = self.pays and layer.node.op_type in JOINING and layer.node not in self.forced
+        return joins and not any(map(self.goes_on, layer.outputs))
+
+    def goes_on(self, value: ir.Value) -> bool:
+        """Tell whether operators that could be integer lead from a value to a layer that accumulates, or out of the model."""
+        pending, seen = [value], {value}
+        while pending:
+            found = pending.pop()
+            if found.is_graph_output():
+                return True
+            for user in found.consumers():
+                if user in self.reasons or user.op_type not in RULES:
+                    continue
+                if RULES[user.op_type].arithmetic is not Arithmetic.ACCUMULATE:
+                    fresh = [output for output in user.outputs if output not in seen]
+                    seen.update(fresh)
+                    pending.extend(fresh)
+                elif self.wants(user, found, any):
+                    return True
+        return False
 
     def too_little(self, layer: PlacedLayer, floats: list[ir.Value]) -> str | None:
         """Return why a layer that accumulates gains too little: products of two float activations over few terms."""

@@ -205,6 +205,40 @@ def test_as_many_float_values_join_integers_only_for_a_layer_that_accumulates(
     assert ("a_node" in {layer.name for layer in done.plan.layers}) == integer
 
 
+@pytest.mark.parametrize(("last", "integer"), [("LayerNormalization", False), ("MatMul", True)])
+def test_embeddings_are_joined_in_float_where_float_operators_read_them(
+    tmp_path: Path, last: str, integer: bool
+) -> None:
+    """A vision transformer's patches, with a small row for the class before them and positions added."""
+    constants = {
+        "w": normal(8, 3, 4, 4, seed=1),
+        "shape": np.array([0, 8, -1]),
+        "class": normal(1, 1, 8, seed=2, scale=0.02),
+        "positions": normal(1, 5, 8, seed=3, scale=0.02),
+        "g": 1 + normal(8, seed=4, scale=0.1),
+        "v": normal(8, 8, seed=5),
+    }
+    nodes = [
+        node("Conv", ["x", "w"], ["c"], strides=[4, 4]),
+        node("Reshape", ["c", "shape"], ["r"]),
+        node("Transpose", ["r"], ["t"], perm=[0, 2, 1]),
+        node("Concat", ["class", "t"], ["k"], axis=1),
+        node("Add", ["k", "positions"], ["e"]),
+        node(last, ["e", "g" if last == "LayerNormalization" else "v"], ["n"]),
+        node("MatMul", ["n", "v"], ["m"]),
+        node("Add", ["e", "m"], ["s"]),
+        node("LayerNormalization", ["s", "g"], ["y"]),
+    ]
+    done = converted(tmp_path, nodes, constants, normal(1, 3, 8, 8, seed=6), [1, 3, 8, 8])
+    names = {layer.name for layer in done.plan.layers}
+    assert names >= {"c_node", "r_node", "t_node", "m_node"}
+    assert ({"k_node", "e_node"} <= names) == integer
+    if not integer:
+        reasons = {found.name: found.reason for found in done.plan.floats}
+        assert reasons["k_node"] == "it would round what only float operators read"
+        assert reasons["e_node"].startswith("an island")
+
+
 CHANGES = {"accumulator_scale": [1.0], "clamp": [0, 255]}
 
 
