@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from calibration.hooks.onnxruntime import Runner
-from quantcli import Recipe, calibrate, convert, verify
+from quantcli import Recipe, calibrate, convert, evaluate, verify
 from quantcli.cli import run
 from quantcli.decision import check_repeatable
 from quantcli.errors import ModelError, StrictError
@@ -421,6 +422,47 @@ def test_what_cannot_be_taken_is_refused_in_one_line(
     assert part in errors[-1]
     assert "internal error" not in errors[-1]
     assert not (tmp_path / "q.onnx").exists()
+
+
+def classifier(path: Path, maps: bool) -> Path:
+    """What skl2onnx writes of a classifier: the class first, then the scores, as maps from classes by default."""
+    nodes = [
+        node("Gemm", ["x", "w"], ["h"]),
+        node("Relu", ["h"], ["r"]),
+        node("Gemm", ["r", "v"], ["scores"]),
+        node("ArgMax", ["scores"], ["label"], axis=1, keepdims=0),
+    ]
+    given = helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["N", 4])
+    if maps:
+        zipped = helper.make_node("ZipMap", ["scores"], ["maps"], domain="ai.onnx.ml", classlabels_int64s=range(4))
+        nodes.append(zipped)
+        held = helper.make_tensor_type_proto(TensorProto.FLOAT, None)
+        kind = helper.make_sequence_type_proto(helper.make_map_type_proto(TensorProto.INT64, held))
+        given = helper.make_value_info("maps", kind)
+    label = helper.make_tensor_value_info("label", TensorProto.INT64, ["N"])
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 6])
+    weights = [numpy_helper.from_array(normal(6, 16, seed=1), "w"), numpy_helper.from_array(normal(16, 4, seed=2), "v")]
+    graph = helper.make_graph(nodes, "classifier", [x], [label, given], weights)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+    return path
+
+
+def test_maps_of_scores_are_refused_with_the_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = classifier(tmp_path / "m.onnx", maps=True)
+    np.savez(tmp_path / "d.npz", x=normal(8, 6, seed=3))
+    assert run(["convert", str(path), "--data", str(tmp_path / "d.npz"), "-o", str(tmp_path / "q.onnx")]) == 1
+    assert re.search("error: .*'maps' as maps.*zipmap", capsys.readouterr().err)
+
+
+def test_scores_may_stand_behind_the_class(tmp_path: Path) -> None:
+    path = classifier(tmp_path / "m.onnx", maps=False)
+    x = normal(64, 6, seed=3)
+    np.savez(tmp_path / "d.npz", x=x, labels=Runner(path).run({"x": x})["label"])
+    done = convert(path, tmp_path / "q.onnx", data=tmp_path / "d.npz")
+    found = evaluate(done.model, tmp_path / "d.npz", path, latency=False)
+    assert (found.metric, found.reference) == ("top1", 100)
+    assert found.quantized > 90
 
 
 def test_weights_outside_the_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs
 from quantcli.evaluation.footprint import footprint
 from quantcli.evaluation.kernels import Kernel, kernels
 from quantcli.evaluation.latency import Latency, measure
-from quantcli.evaluation.metrics import LABEL_METRICS, METRICS, Asked, Comparison, TopK, function_of
+from quantcli.evaluation.metrics import LABEL_METRICS, METRICS, Asked, Comparison, TopK, function_of, scores_of
 from quantcli.files import path_of, path_or_none
 from quantcli.load import LoadedModel, Opening, load
 from quantcli.masks import with_masks
@@ -145,7 +145,7 @@ def evaluate(
     check_metric(metric, dataset, source)
     indices = select(len(dataset), selection or Selection())
     batch = fitted_batch(runner.inputs, batch)
-    measuring = Measuring(metric, runner.outputs[0])
+    measuring = Measuring(metric)
     first: dict[str, NDArray[Any]] = {}
     for start, feeds in zip(range(0, len(indices), batch), batches(dataset, indices, batch), strict=True):
         rows = indices[start : start + batch]
@@ -187,11 +187,10 @@ class Measuring:
 
     Args:
         metric: Its name, or ``module:function``.
-        scores: The output that holds the scores of classes.
     """
 
-    def __init__(self, metric: str, scores: str) -> None:
-        self.metric, self.scores = metric, scores
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
         self.function = function_of(metric) if ":" in metric else None
         self.tops = [TopK(LABEL_METRICS.get(metric, 1)) for _ in range(2)]
         self.asked = Asked(metric), Asked(metric)
@@ -207,7 +206,7 @@ class Measuring:
         self.comparison.update(expected, result)
         for place, outputs in enumerate((result, expected)):
             if self.metric in LABEL_METRICS and labels is not None and outputs:
-                self.tops[place].update(outputs[self.scores], labels)
+                self.tops[place].update(scores_of(outputs), labels)
             if self.function is not None:
                 self.asked[place].update(outputs)
 

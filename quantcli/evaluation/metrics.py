@@ -33,6 +33,12 @@ def written(metric: str, value: float | None, signed: bool = False) -> str:
     return "" if value is None else format(value, form)
 
 
+def scores_of(outputs: dict[str, NDArray[Any]]) -> NDArray[Any]:
+    """Return the scores among a model's outputs: the first in real numbers, since classifiers may give the class before them."""
+    values = list(outputs.values())
+    return next((value for value in values if value.dtype.kind == "f"), values[0])
+
+
 @dataclass
 class TopK:
     """The share of samples whose label is among the k highest scores, in percent.

@@ -20,10 +20,12 @@ def load_onnx(path: Path) -> tuple[ir.Model, list[Path]]:
     """Return the model and the files that it is made of (the file itself, then its external data).
 
     Raises:
-        ModelError: If the file is not an ONNX model, is cut short, or names external data outside its folder.
+        ModelError: If the file is not an ONNX model, is cut short, gives out maps, or names external data outside its folder.
     """
     try:
         model = read(path)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"{path} is not an ONNX model, or is cut short", "export or copy it again") from error
     if not model.opset_imports or model.graph.num_nodes() == 0:
@@ -43,10 +45,17 @@ def readable_names(model: ir.Model) -> None:
 
 
 def read(path: Path) -> ir.Model:
-    """Return the model of a file: sparse tensors as dense ones, and what stands in the file itself as arrays."""
+    """Return the model of a file: sparse tensors as dense ones, and what stands in the file itself as arrays.
+
+    Raises:
+        ModelError: If an output is no tensor, but a map.
+    """
     import onnx
 
     proto = onnx.load(path, load_external_data=False)
+    if given := next((v.name for v in proto.graph.output if is_map(v.type)), None):
+        what = f"{path} gives out '{given}' as maps from classes to scores (ZipMap), and only tensors can be compared"
+        raise ModelError(what, "export it without (skl2onnx: options={'zipmap': False}, onnxmltools: zipmap=False)")
     if holds_sparse(proto.graph):
         model = densified(path)
     else:
@@ -54,6 +63,13 @@ def read(path: Path) -> ir.Model:
         ir.external_data.set_base_dir(model.graph, path.parent)
     as_arrays(model, path.stat().st_size)
     return model
+
+
+def is_map(kind: Any) -> bool:
+    """Tell whether a type (a TypeProto) is a map, or a sequence of maps."""
+    if kind.HasField("sequence_type"):
+        return is_map(kind.sequence_type.elem_type)
+    return bool(kind.HasField("map_type"))
 
 
 def as_arrays(model: ir.Model, size: int) -> None:

@@ -11,7 +11,7 @@ from calibration.datasets import boundaries, fitted_batch, fixes_batch, select, 
 from calibration.errors import DataError
 from calibration.hooks.onnxruntime import Runner
 from quantcli.evaluation.evaluate import run_padded
-from quantcli.evaluation.metrics import LABEL_METRICS, TopK
+from quantcli.evaluation.metrics import LABEL_METRICS, TopK, scores_of
 from quantcli.masks import with_masks
 from quantcli.tune.candidates import Samples
 from quantcli.tune.outputs import is_distribution
@@ -122,7 +122,7 @@ def judged(
     indices = np.arange(len(dataset), dtype=np.intp)
     for start, stop in boundaries(dataset, indices, batch):
         feeds: dict[str, NDArray[Any]] = dataset.read(indices[start:stop])
-        scores = run_padded(runner, feeds, batch)[runner.outputs[0]]
+        scores = scores_of(run_padded(runner, feeds, batch))
         if probabilities is None:
             probabilities = is_distribution(scores)
         for row, label in zip(scores, labels[start:stop], strict=True):
