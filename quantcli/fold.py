@@ -81,6 +81,7 @@ def folded_copy(model: ir.Model, opset: int) -> ir.Model:
     from quantcli.canonical import canonical
     from quantcli.factors import fold_factors
     from quantcli.recurrent import plain_recurrent
+    from quantcli.transposes import without_transposes
 
     folded = model.clone()
     passes.RemoveInitializersFromInputsPass()(folded)
@@ -89,6 +90,8 @@ def folded_copy(model: ir.Model, opset: int) -> ir.Model:
     in_float32(folded)
     lift_opset(folded, opset)
     folded = simplify(folded)
+    if (fewer := without_transposes(folded)) is not None:
+        folded = simplify(fewer)
     for node in list(folded.graph):
         if node.op_type == "BatchNormalization" and node.domain == "":
             split_batch_norm(node)

@@ -40,6 +40,7 @@ ORDER = [
         "quantcli.torch.floats",
         "quantcli.fold",
         "quantcli.canonical",
+        "quantcli.transposes",
         "quantcli.factors",
         "quantcli.recurrent",
         "quantcli.shapes",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -201,3 +202,81 @@ def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "m.onnx", nodes, {"x": [1, 4]}, {"y": None}, {"s": np.array(0.1, dtype=np.float32)})
     with pytest.raises(ModelError, match="quantized already"):
         fold(ir.load(path))
+
+
+def channels_last(*between: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """Two convolutions as tf2onnx writes them where its optimizer gives up, with what stands between them, from l to z."""
+    return [
+        node("Transpose", ["x"], ["p"], perm=[0, 3, 1, 2]),
+        node("Conv", ["p", "w"], ["c"]),
+        node("Transpose", ["c"], ["l"], perm=[0, 2, 3, 1]),
+        *between,
+        node("Transpose", ["z"], ["f"], perm=[0, 3, 1, 2]),
+        node("Conv", ["f", "v"], ["k"]),
+        node("Transpose", ["k"], ["y"], perm=[0, 2, 3, 1]),
+    ]
+
+
+BETWEEN: dict[str, tuple[list[onnx.NodeProto], list[str]]] = {
+    "a normalisation": (
+        [node("Mul", ["l", "s"], ["m"]), node("Add", ["m", "b"], ["a"]), node("Clip", ["a", "low"], ["z"])],
+        ["Clip"],
+    ),
+    "hard swish": (
+        [
+            node("Add", ["l", "three"], ["a"]),
+            node("Clip", ["a", "low", "six"], ["h"]),
+            node("Mul", ["l", "h"], ["z"]),
+        ],
+        ["Add", "Clip", "Mul"],
+    ),
+    "a gate": (
+        [
+            node("ReduceMean", ["l"], ["g"], axes=[1, 2]),
+            node("Sigmoid", ["g"], ["h"]),
+            node("Mul", ["l", "h"], ["m"]),
+            node("Concat", ["m", "l"], ["t"], axis=-3),
+            node("ReduceMean", ["t"], ["z"], axes=[2]),
+        ],
+        ["GlobalAveragePool", "Sigmoid", "Mul", "Concat", "ReduceMean"],
+    ),
+    "padding": ([node("Pad", ["l", "widths"], ["z"])], []),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_transpositions_around_channels_last_arithmetic_vanish(tmp_path: Path, name: str) -> None:
+    between, left = BETWEEN[name]
+    constants: dict[str, Array] = {
+        "w": normal(4, 3, 2, 2, seed=1),
+        "v": normal(5, 4, 1, 1, seed=2),
+        "s": normal(4, seed=3),
+        "b": normal(1, 1, 4, seed=4),
+        "low": np.array(0, dtype=np.float32),
+        "six": np.array(6, dtype=np.float32),
+        "three": np.array(3, dtype=np.float32),
+        "widths": np.array([0, 1, 2, 0, 0, 3, 4, 0]),
+    }
+    path = save(tmp_path / "m.onnx", channels_last(*between), {"x": ["N", 6, 7, 3]}, {"y": None}, constants)
+    folded = fold(ir.load(path))
+    assert operators(folded) == ["Transpose", "Conv", *left, "Conv", "Transpose"]
+    assert sqnr(path, folded, {"x": normal(2, 6, 7, 3, seed=5)}) > FOLDED_SQNR
+
+
+@pytest.mark.parametrize(
+    ("last", "left"),
+    [
+        (node("ReduceMean", ["r"], ["y"], axes=[1, 2], keepdims=0), ["Relu", "GlobalAveragePool", "Squeeze"]),
+        (node("ReduceMean", ["r"], ["y"], axes=[3], keepdims=0), ["Relu", "ReduceMean"]),
+        (node("ReduceMean", ["r"], ["y"], axes=[1], keepdims=0), ["Transpose", "Relu", "ReduceMean"]),
+        (node("Softmax", ["r"], ["y"]), ["Transpose", "Relu", "Softmax"]),
+    ],
+)
+def test_a_transposition_stays_where_it_is_unless_it_vanishes(
+    tmp_path: Path, last: onnx.NodeProto, left: list[str]
+) -> None:
+    nodes = [node("Transpose", ["x"], ["t"], perm=[0, 2, 3, 1]), node("Relu", ["t"], ["r"]), last]
+    path = save(tmp_path / "m.onnx", nodes, {"x": ["N", 3, 4, 5]}, {"y": None}, {})
+    folded = fold(ir.load(path))
+    assert operators(folded) == left
+    assert sqnr(path, folded, {"x": normal(2, 3, 4, 5, seed=5)}) > FOLDED_SQNR
