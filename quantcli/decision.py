@@ -37,11 +37,12 @@ from quantcli.tune.smooth import smooth
 from quantcli.tuning import Tuning
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
     import onnx_ir as ir
     from numpy.typing import NDArray
 
+    from calibration.datasets.dataset import InputSpec
     from quantcli.load import LoadedModel
     from quantcli.load.learned import Learned, LearnedWeight
     from quantcli.placement import PlacedLayer
@@ -60,6 +61,8 @@ RANDOM = frozenset(
 )
 # So many of them are named.
 NAMED = 4
+# Sizes of free axes that they are tried with where models do not run with those of 1.
+LARGER = (32, 64, 8, 128)
 # The widest grid of a weight that can be written.
 WIDEST_WEIGHT = 8
 
@@ -321,20 +324,48 @@ def unobserved(source: LoadedModel, data: Data | None, recipe: Recipe) -> Statis
     spans = boundaries(dataset, np.arange(len(dataset), dtype=np.intp), size, batch > 0)
     if not spans:
         raise DataError(f"the model takes batches of {size} and there are {len(dataset)} samples", "give more samples")
-    inputs = dataset.read(np.arange(*spans[0], dtype=np.intp))
-    if given.synthetic is not None:
-        inputs = with_ones(runner, inputs)
+    rows = np.arange(*spans[0], dtype=np.intp)
+    if given.synthetic is None:
+        inputs = dataset.read(rows)
+    else:
+        inputs = running(runner, (given.opened(specs, recipe).read(rows) for specs in sized(runner.inputs)))
     return Statistics(source.sha256, "", {}, 0, "minmax", {}, inputs, synthetic=given.synthetic is not None)
 
 
-def with_ones(runner: Runner, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Return random inputs whose integers are ones (a mask of zeros would hide the model), where the model takes that."""
-    ones = {name: values if values.dtype.kind == "f" else np.ones_like(values) for name, values in inputs.items()}
-    try:
-        runner.run(ones)
-    except RunError:
-        return inputs
-    return ones
+def sized(inputs: tuple[InputSpec, ...]) -> Iterator[tuple[InputSpec, ...]]:
+    """Yield a model's inputs with sizes for the axes that it leaves free behind the batch: all of 1, then what else may run.
+
+    The mask of a decoder that has seen tokens before is as long as these and the new ones together.
+    """
+
+    def of(spec: InputSpec, free: int) -> InputSpec:
+        return replace(spec, shape=(*spec.shape[:1], *(free if size is None else size for size in spec.shape[1:])))
+
+    yield tuple(of(spec, 1) for spec in inputs)
+    for longer in inputs:
+        if longer.dtype.kind in "iub" and None in longer.shape[1:]:
+            yield tuple(of(spec, 2 if spec is longer else 1) for spec in inputs)
+    for free in LARGER if any(None in spec.shape[1:] for spec in inputs) else ():
+        yield tuple(of(spec, free) for spec in inputs)
+
+
+def running(runner: Runner, found: Iterable[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    """Return the first random inputs that a model runs: integers are 1 (a mask of zeros would hide the model), or else as they are.
+
+    Raises:
+        DataError: If it runs none of them.
+    """
+    why = ""
+    for inputs in found:
+        ones = {name: values if values.dtype.kind == "f" else np.ones_like(values) for name, values in inputs.items()}
+        for feeds in (ones, inputs):
+            try:
+                runner.run(feeds)
+            except RunError as error:
+                why = why or error.what
+            else:
+                return feeds
+    raise DataError(f"the model does not run random inputs: {why}", "give some of its own with --data")
 
 
 def check_belongs(statistics: Statistics, source: LoadedModel) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,7 @@ from quantcli.arithmetic.affine import IntegerType
 from quantcli.arithmetic.blocks import block_parameters, dequantize_blocks, in_blocks, quantize_blocks
 from quantcli.cli import run
 from quantcli.recipe import Layers, Recipe, Weight
-from tests.graphs import Array, node, normal, save
+from tests.graphs import Array, Shape, node, normal, save
 
 K, N = 48, 40
 X = normal(6, 7, K, seed=1)
@@ -343,6 +343,49 @@ def test_the_command_needs_no_data_and_gives_the_same_bytes(
     assert run([*command, str(tmp_path / "c.onnx"), "--stats", str(path)]) == 2
     assert run(["convert", str(path), "-o", str(tmp_path / "c.onnx")]) == 2
     assert "--mode" in capsys.readouterr().err
+
+
+def decoder() -> tuple[list[onnx.NodeProto], dict[str, Shape]]:
+    """Keys of new tokens behind those of earlier ones, under a mask over both."""
+    nodes = [
+        node("MatMul", ["x", "w"], ["new"]),
+        node("Concat", ["past", "new"], ["k"], axis=1),
+        node("Cast", ["mask"], ["m"], to=onnx.TensorProto.FLOAT),
+        node("MatMul", ["m", "k"], ["y"]),
+    ]
+    return nodes, {"x": ["N", "s", 32], "past": ["N", "p", 32], "mask": ["N", 1, "t"]}
+
+
+def image() -> tuple[list[onnx.NodeProto], dict[str, Shape]]:
+    """A convolution that wants images of more than one pixel."""
+    nodes = [node("Conv", ["x", "v"], ["c"]), node("Flatten", ["c"], ["f"]), node("ReduceMean", ["f"], ["y"], axes=[1])]
+    return nodes, {"x": ["N", 8, "h", "w"]}
+
+
+@pytest.mark.parametrize("made", [decoder, image])
+def test_free_axes_get_sizes_that_the_model_runs(
+    tmp_path: Path, made: Callable[[], tuple[list[onnx.NodeProto], dict[str, Shape]]]
+) -> None:
+    nodes, inputs = made()
+    constants = {"w": normal(32, 32, seed=1), "v": normal(16, 8, 5, 5, seed=2)}
+    used = {name: value for name, value in constants.items() if any(name in n.input for n in nodes)}
+    model = save(tmp_path / "m.onnx", nodes, inputs, {"y": None}, used, kinds={"mask": onnx.TensorProto.INT64})
+    done = convert(model, tmp_path / "q.onnx", recipe=Recipe(mode="weights"))
+    assert len(done.sidecar.layers) == 1
+
+
+def test_a_model_that_runs_no_random_inputs_asks_for_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = [
+        node("Gather", ["w", "x"], ["g"]),
+        node("Reshape", ["g", "shape"], ["r"]),
+        node("MatMul", ["r", "w"], ["y"]),
+    ]
+    constants = {"w": normal(32, 32, seed=1), "shape": np.array([7, 32])}
+    kinds = {"x": onnx.TensorProto.INT64}
+    model = save(tmp_path / "m.onnx", nodes, {"x": ["N", "s"]}, {"y": None}, constants, kinds=kinds)
+    assert run(["convert", str(model), "--mode", "dynamic", "-o", str(tmp_path / "q.onnx")]) == 1
+    assert "does not run random inputs" in (told := capsys.readouterr().err)
+    assert "--data" in told
 
 
 def test_a_model_without_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
