@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import logging
 import os
 import pickle
+import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 
 from calibration.datasets import InputSpec, open_dataset
@@ -268,6 +272,54 @@ def test_trust_is_what_lets_it_run(tmp_path: Path, marker: Path) -> None:
     with pytest.raises(ModelError, match="neither a state dict nor a module"):
         load(tmp_path / "m.pt", Opening(trusted=True))
     assert marker.is_dir()
+
+
+STRUCTURE = """
+import torch.utils._pytree as pytree
+
+class Output:
+    def __init__(self, scores):
+        self.scores = scores
+
+pytree.register_pytree_node(
+    Output,
+    lambda output: ([output.scores], None),
+    lambda values, context: Output(*values),
+    serialized_type_name=f"{__name__}.Output",
+)
+"""
+
+
+@pytest.fixture
+def structured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A program whose output is an object, as Hugging Face's are, and the module of its class, not yet imported."""
+    name = "structure_of_an_output"
+    (tmp_path / f"{name}.py").write_text(STRUCTURE)
+    monkeypatch.syspath_prepend(tmp_path)
+    output = importlib.import_module(name).Output
+
+    class Net(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return output(torch.relu(x))
+
+    torch.export.save(torch.export.export(Net().eval(), (torch.ones(2, 4),)), tmp_path / "m.pt2")
+    pytree._deregister_pytree_node(output)
+    del sys.modules[name]
+    yield tmp_path / "m.pt2"
+    if (again := sys.modules.pop(name, None)) is not None:
+        pytree._deregister_pytree_node(again.Output)
+
+
+def test_trust_imports_the_classes_of_outputs(structured: Path) -> None:
+    with pytest.raises(ModelError, match=r"in 'structure_of_an_output\.Output'; --trust"):
+        load(structured)
+    assert len(load(structured, Opening(trusted=True)).graph.graph.outputs) == 1
+
+
+def test_classes_of_outputs_that_cannot_be_imported_are_named(structured: Path) -> None:
+    structured.with_name("structure_of_an_output.py").unlink()
+    with pytest.raises(ModelError, match="class of 'structure_of_an_output', which cannot be imported"):
+        load(structured, Opening(trusted=True))
 
 
 def test_a_pickle_under_the_name_of_safetensors_is_none(tmp_path: Path, marker: Path) -> None:

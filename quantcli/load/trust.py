@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -56,6 +57,8 @@ TARGET = re.compile(
     r"torch\.ops\.\w+\.\w+(\.\w+)?|_operator\.(?!methodcaller|attrgetter|call)\w+|math\.\w+|torch\.sym_\w+"
 )
 CODE = re.compile(r"\b(?:torch|aten|prim|inductor)\.(?:save|load|from_file|fromfile)\s*\(|\b__setstate__\b")
+# The module of a class in a specification of inputs or outputs, which is JSON within JSON.
+STRUCTURE = re.compile(r'\\"type\\":\s*\\"([A-Za-z_][\w.]*)\.\w+\\"')
 TYPES = frozenset(
     {"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", "collections.namedtuple"}
 )
@@ -173,6 +176,24 @@ def check_structure(path: Path, text: str) -> None:
             waiting += entry.values()
         elif isinstance(entry, list):
             waiting += entry
+
+
+def import_structures(path: Path) -> None:
+    """Import the modules of the classes in which a trusted program nests its inputs or outputs: that registers them with torch.
+
+    Raises:
+        ModelError: If one cannot be imported.
+        zipfile.BadZipFile: If the file is no archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        texts = [archive.read(info).decode() for name, info in members(path).items() if name.endswith(".json")]
+    named = {module for text in texts for module in STRUCTURE.findall(text)}
+    for module in sorted(named - {name.rpartition(".")[0] for name in TYPES}):
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            what = f"{path} nests its inputs or outputs in a class of '{module}', which cannot be imported ({error})"
+            raise ModelError(what, "install what defines it, or let the model take and give tensors") from error
 
 
 # ---- TorchScript ---------------------------------------------------------------------------------------------------------------
