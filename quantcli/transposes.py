@@ -138,18 +138,14 @@ def concat(node: ir.Node, order: tuple[int, ...]) -> ir.Node | None:
 
 
 def pad(node: ir.Node, order: tuple[int, ...], graph: ir.Graph) -> ir.Node | None:
-    """The widths are those of other axes, at the front and at the end."""
-    held = constant(node.inputs[1])
-    if (
-        held is None
-        or held.size != 2 * len(order)
-        or any(constant(value) is None for value in node.inputs[2:] if value)
-    ):
+    """The widths are those of other axes, at the front and at the end; where axes are named, it is left alone."""
+    first, given, *rest = node.inputs
+    held = constant(given)
+    if given is None or held is None or len(rest) > 1 or any(v is not None and constant(v) is None for v in rest):
         return None
     widths = held.reshape(2, -1)[:, np.argsort(order)].reshape(-1)
-    name = f"{node.inputs[1].name}_channels_first"  # type: ignore[union-attr]
-    rest = [add_constant(graph, name, widths), *node.inputs[2:]]
-    return ir.node("Pad", [source_of(node.inputs[0]), *rest], dict(node.attributes))
+    stored = add_constant(graph, f"{given.name}_channels_first", widths)
+    return ir.node("Pad", [source_of(first), stored, *rest], dict(node.attributes))
 
 
 def reducing(node: ir.Node, order: tuple[int, ...], graph: ir.Graph) -> ir.Node | None:

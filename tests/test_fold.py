@@ -240,7 +240,7 @@ BETWEEN: dict[str, tuple[list[onnx.NodeProto], list[str]]] = {
         ],
         ["GlobalAveragePool", "Sigmoid", "Mul", "Concat", "ReduceMean"],
     ),
-    "padding": ([node("Pad", ["l", "widths"], ["z"])], []),
+    "padding": ([node("Pad", ["l", "widths", "low"], ["z"])], []),
 }
 
 
