@@ -309,7 +309,7 @@ def depthwise(
     output = node.outputs[0]
     weight = add_constant(graph, f"{output.name}_factor", factor.reshape(-1, 1, *spatial))
     bias = add_constant(graph, f"{output.name}_addend", addend)
-    attributes = {"group": factor.size, "kernel_shape": spatial}
+    attributes: dict[str, int | tuple[int, ...]] = {"group": factor.size, "kernel_shape": spatial}
     layer = ir.node("Conv", [x, weight, bias], attributes, name=node.name or output.name)
     ir.convenience.replace_nodes_and_values(graph, node, [node], [layer], [output], [layer.outputs[0]])
 
