@@ -246,6 +246,8 @@ def simplify(model: ir.Model) -> ir.Model:
         settle_shapes(model)
         passes.RemoveInitializersFromInputsPass()(model)
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        empty_pads(model)
+        lone_batches(model)
         drop_identities(model)
         passes.RemoveUnusedNodesPass()(model)
         rewriter.rewrite(model, pattern_rewrite_rules=chosen)
@@ -253,6 +255,31 @@ def simplify(model: ir.Model) -> ir.Model:
         if before == [node.op_identifier() for node in model.graph.all_nodes()]:
             break
     return model
+
+
+def empty_pads(model: ir.Model) -> None:
+    """Replace every Pad that adds nothing by an Identity."""
+    for node in list(model.graph):
+        pads = constant(node.inputs[1]) if node.op_type == "Pad" and not node.domain else None
+        if pads is not None and not pads.any():
+            same = ir.node("Identity", [node.inputs[0]], name=node.name)
+            ir.convenience.replace_nodes_and_values(model.graph, node, [node], [same], node.outputs, same.outputs)
+
+
+def lone_batches(model: ir.Model) -> None:
+    """Replace BatchNormalization by the statistics of a batch of one by InstanceNormalization, which has one output.
+
+    That is how weights are standardized, as constants: the optimizer evaluates what has one output alone.
+    """
+    for node in list(model.graph):
+        if node.op_type != "BatchNormalization" or node.domain or not node.attributes.get_int("training_mode", 0):
+            continue
+        x = node.inputs[0]
+        alone = x is not None and x.shape is not None and len(x.shape) >= 3 and x.shape[0] == 1
+        if alone and not any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
+            epsilon = {"epsilon": node.attributes.get_float("epsilon", 1e-5)}
+            same = ir.node("InstanceNormalization", node.inputs[:3], epsilon, name=node.name)
+            ir.convenience.replace_nodes_and_values(model.graph, node, [node], [same], node.outputs[:1], same.outputs)
 
 
 def drop_identities(model: ir.Model) -> None:
