@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 OLDEST_OPSET, LIFTED_OPSET = 13, 17
 # What a constant expression may cost to evaluate ahead, in elements: weights may be sliced and joined, nothing may explode.
 FOLD_LIMIT = 1 << 27
+# How often what one rewrite tells of shapes is given to the others: a network of several stages may tell one in each round.
+ROUNDS = 8
 # The domain of nodes that a pass is to leave alone.
 KEPT = "quantcli.kept"
 # Ranks of what a depthwise convolution of one weight per channel takes in BatchNorm's place: with one or two spatial axes.
@@ -240,7 +242,7 @@ def simplify(model: ir.Model) -> ir.Model:
         rules.remove_optional_bias_from_conv_transpose_rule,
         rules.remove_optional_bias_from_gemm_rule,
     ]
-    for _ in range(3):
+    for _ in range(ROUNDS):
         before = [node.op_identifier() for node in model.graph.all_nodes()]
         model = evaluated(model)
         settle_shapes(model)

@@ -29,6 +29,7 @@ SAME = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 TERMS: dict[str, Callable[[int, int], int | None]] = {
     "Add": operator.add,
     "Div": lambda a, b: a // b if a >= 0 and b > 0 else None,
+    "Mod": lambda a, b: a % b if a >= 0 and b > 0 else None,
     "Mul": operator.mul,
     "Sub": operator.sub,
 }
