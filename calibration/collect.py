@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calibration.datasets import usable
 from calibration.errors import DataError
 from calibration.lanes import ONE_BY_ONE, Lanes, in_line
 from calibration.layout import Layout
@@ -82,9 +83,9 @@ class Work:
         shape = self.dataset.shape_of(int(left[0]))
         alike = np.array([index for index in left.tolist() if self.dataset.shape_of(index) == shape], dtype=left.dtype)
         feeds = self.dataset.read(alike[: self.checks])
-        if not finite_rows(feeds).all():
+        if not finite_rows(feeds, self.masks).all():
             feeds = self.dataset.read(alike)
-        finite = finite_rows(feeds)
+        finite = finite_rows(feeds, self.masks)
         chosen = np.flatnonzero(finite if finite.any() else ~finite)[: self.checks]
         return {name: values[chosen] for name, values in feeds.items()}
 
@@ -264,13 +265,13 @@ def prepare(hook: Hook, seen: Seen, work: Work) -> None:
         seen.tensors[name].prepare_from(sizes[name], first[1] - first[0], work.counting, glances[name])
 
 
-def finite_rows(feeds: dict[str, NDArray[Any]]) -> NDArray[np.bool_]:
-    """Tell of each sample of a batch whether all of it is finite."""
+def finite_rows(feeds: dict[str, NDArray[Any]], masks: frozenset[str]) -> NDArray[np.bool_]:
+    """Tell of each sample of a batch whether all of it is finite, but for −infinity in what masks."""
     rows = len(next(iter(feeds.values())))
     finite = np.ones(rows, dtype=bool)
-    for values in feeds.values():
+    for name, values in feeds.items():
         if values.dtype.kind == "f":
-            finite &= np.isfinite(values.reshape(rows, -1)).all(axis=1)
+            finite &= usable(values, name in masks).reshape(rows, -1).all(axis=1)
     return finite
 
 

@@ -1,8 +1,17 @@
-"""``python -m quantcli``."""
+"""``python -m quantcli``, and the command ``quantcli``."""
 
 import sys
 
-from quantcli.cli import run
+
+def main() -> None:
+    """Run the command line and exit with its code; Ctrl-C while it is still being imported ends it quietly."""
+    try:
+        from quantcli import cli
+
+        cli.main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    main()

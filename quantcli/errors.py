@@ -71,6 +71,16 @@ def kind_of(thing: Any) -> str:
     return "None" if thing is None else f"of the type {type(thing).__name__}"
 
 
+def check_kind(given: object, kind: type, what: str, remedy: str) -> None:
+    """Check that something is of its kind, where it was given.
+
+    Raises:
+        UsageError: If not.
+    """
+    if given is not None and not isinstance(given, kind):
+        raise UsageError(f"the {what} is {kind_of(given)}", remedy)
+
+
 def check_named(function: object, what: str) -> None:
     """Check that a function is named, not given: what is named can be imported elsewhere.
 

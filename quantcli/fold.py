@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
+    from onnxscript.rewriter import RewriteRule
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +238,7 @@ def simplify(model: ir.Model) -> ir.Model:
         rules.fuse_batchnorm_into_conv_rule,
         rules.fuse_batchnorm_into_conv_transpose_rule,
         rules.fuse_batchnorm_into_gemm_rule,
-        rules.matmul_add_to_gemm_rule,
+        gemm_rule(),
         rules.remove_optional_bias_from_conv_rule,
         rules.remove_optional_bias_from_conv_transpose_rule,
         rules.remove_optional_bias_from_gemm_rule,
@@ -282,6 +283,26 @@ def lone_batches(model: ir.Model) -> None:
             epsilon = {"epsilon": node.attributes.get_float("epsilon", 1e-5)}
             same = ir.node("InstanceNormalization", node.inputs[:3], epsilon, name=node.name)
             ir.convenience.replace_nodes_and_values(model.graph, node, [node], [same], node.outputs[:1], same.outputs)
+
+
+def gemm_rule() -> RewriteRule:
+    """Return a rule that makes a Gemm of a product of matrices and what is added to it.
+
+    The library's own does so, too, where that is the product itself, and then fails.
+    """
+    from onnxscript.rewriter import RewriteRule
+
+    def fits(_: Any, a: ir.Value, b: ir.Value, c: ir.Value) -> bool:
+        product = c.producer()
+        itself = product is not None and product.op_type == "MatMul" and tuple(product.inputs) == (a, b)
+        return not itself and all(value.shape is not None and value.shape.rank() == 2 for value in (a, b))
+
+    return RewriteRule(
+        lambda op, a, b, c: op.Add(op.MatMul(a, b), c),
+        lambda op, a, b, c: op.Gemm(a, b, c),
+        fits,
+        name="MatMulAddToGemm",
+    )
 
 
 def drop_identities(model: ir.Model) -> None:

@@ -7,6 +7,7 @@ was masked through. So the sum stays float, and what comes of it, up to the soft
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,10 +17,11 @@ from quantcli.recipe import resolve_target
 from quantcli.rules import FILLING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import onnx_ir as ir
 
+    from calibration.datasets import InputSpec
     from calibration.observers import TensorStatistics
     from quantcli.recipe import Recipe
 
@@ -49,6 +51,8 @@ MOVING = frozenset(
     }
 )
 PASSING = MOVING | {"Clip", "Concat", "Div", "Max", "Min", "Mul"}
+# Of those, the operators that keep −infinity, or bound it; a product with zero is no number.
+KEEPING = PASSING - {"Div", "Mul"}
 
 
 def scores(model: ir.Model) -> frozenset[ir.Value]:
@@ -64,6 +68,31 @@ def scores(model: ir.Model) -> frozenset[ir.Value]:
         if producer is not None and producer.op_type in TOGETHER | PASSING:
             waiting += operands_of(producer)
     return frozenset(found)
+
+
+def with_masks(inputs: Iterable[InputSpec], model: ir.Model) -> tuple[InputSpec, ...]:
+    """Return a model's inputs, those marked that only ever mask scores."""
+    within = scores(model)
+    masks = {value.name for value in model.graph.inputs if only_masks(value, within)}
+    return tuple(replace(spec, masks=spec.name in masks) for spec in inputs)
+
+
+def only_masks(value: ir.Value, within: frozenset[ir.Value]) -> bool:
+    """Tell whether whatever reads a tensor adds it to scores, or fills them with it, however it is moved there."""
+    readers = value.consumers()
+    return bool(readers) and all(
+        any(output in within for output in reader.outputs) and masks_through(value, reader, within)
+        for reader in readers
+    )
+
+
+def masks_through(value: ir.Value, reader: ir.Node, within: frozenset[ir.Value]) -> bool:
+    """Tell whether −infinity in a tensor masks what one of its readers makes, or what is made of that."""
+    if value not in operands_of(reader):
+        return False
+    if reader.op_type in TOGETHER:
+        return reader.op_type != "Sub" or value is not reader.inputs[1]
+    return reader.op_type in KEEPING and all(only_masks(output, within) for output in reader.outputs)
 
 
 def unresolvable(model: ir.Model, statistics: Mapping[str, TensorStatistics], recipe: Recipe) -> frozenset[str]:

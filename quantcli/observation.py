@@ -20,10 +20,10 @@ from calibration.observers import OBSERVERS, Counting, TensorStatistics
 from calibration.ranges import observer_for, parse_range
 from calibration.shortcut import Shortcut, computed
 from calibration.statistics import Part, Statistics
-from quantcli.errors import PlanError, UsageError
+from quantcli.errors import PlanError, UsageError, check_kind
 from quantcli.files import staged
 from quantcli.known import holders, known_of, poolable
-from quantcli.masks import possible, scores, unresolvable
+from quantcli.masks import possible, scores, unresolvable, with_masks
 from quantcli.placement import place
 from quantcli.probe import with_highest, with_outputs
 from quantcli.tune.smooth import columns_needed
@@ -87,6 +87,16 @@ class Run:
         return Lanes.of(self.threads, cores, self.runtime == "onnxruntime")
 
 
+def checked_run(run: Run | None) -> Run:
+    """Return how a calibration is run, or the defaults.
+
+    Raises:
+        UsageError: If it is no run.
+    """
+    check_kind(run, Run, "run", "give a quantcli.Run")
+    return run or Run()
+
+
 def observer_of(recipe: Recipe) -> str:
     """Return the observer that a recipe asks for, or that its range needs."""
     if recipe.calibration.observer is not None:
@@ -144,7 +154,7 @@ class Observation:
         """Calibrate, in more than one pass where a first one shows that the plan stands elsewhere."""
         names = self.first_needed()
         hook = self.hook(names)
-        dataset = self.data.opened(hook.inputs, self.recipe)
+        dataset = self.data.opened(with_masks(hook.inputs, self.folded), self.recipe)
         indices = select(len(dataset), self.recipe.calibration.selection)
         batch, lanes, checks = self.batch(hook, names, dataset, indices)
         work, part = self.work(hook, dataset, indices, batch, lanes, checks)

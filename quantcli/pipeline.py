@@ -15,7 +15,7 @@ from calibration import statistics as statistics_file
 from calibration.errors import ReportedError
 from calibration.hooks.onnxruntime import Runner
 from quantcli import sidecar as sidecar_file
-from quantcli.decision import check_strict, decided, loaded_statistics, opset_for
+from quantcli.decision import check_repeatable, check_strict, decided, loaded_statistics, opset_for
 from quantcli.delivery import beside, check_search, for_form, places_of, rendered, weights_beside, widths_for
 from quantcli.errors import UsageError, check_named
 from quantcli.evaluation.check import SelfCheck
@@ -23,9 +23,9 @@ from quantcli.evaluation.evaluate import Evaluation, evaluate
 from quantcli.explain import Explanation, explain
 from quantcli.files import check_output, path_of, path_or_none, staged
 from quantcli.fold import fold
-from quantcli.load import LoadedModel, Opening, load, shown_name
+from quantcli.load import LoadedModel, Opening, checked_opening, load, shown_name
 from quantcli.memory import give_back
-from quantcli.observation import Run, check_counted, observe
+from quantcli.observation import Run, check_counted, checked_run, observe
 from quantcli.progress import Progress, silent
 from quantcli.quantize import quantize
 from quantcli.recipe import Recipe, checked_recipe, resolve_target
@@ -110,7 +110,7 @@ def calibrate(
     Raises:
         ReportedError: If anything given cannot be used; nothing is written then.
     """
-    recipe, run = checked_recipe(recipe), run or Run()
+    recipe, run = checked_recipe(recipe), checked_run(run)
     model, given = path_of(model, "model"), data_of(data, labels, split, function, synthetic, opening)
     path = path_or_none(output, "output")
     if path is not None:
@@ -123,6 +123,7 @@ def calibrate(
     check_each(outputs, source.files)
     with blamed_on(source):
         folded = fold(source.graph, target.activation.opset, recipe.requantize)
+        check_repeatable(folded)
         statistics = observe(source, folded, given, recipe, run, progress)
     if path is not None:
         with staged() as files:
@@ -164,7 +165,7 @@ def data_of(
     if sum(given is not None for given in (data, function, synthetic)) != 1:
         raise UsageError("calibration needs data from one place", "give one of --data, --data-function, --synthetic")
     check_named(function, "data function")
-    described = opening.inputs if opening is not None else ()
+    described = checked_opening(opening).inputs
     return Data(path_or_none(data, "data"), path_or_none(labels, "labels"), split, function, synthetic, described)
 
 
@@ -219,7 +220,7 @@ def convert(
     Raises:
         ReportedError: If anything given cannot be used, or the written model does not work; nothing is written then.
     """
-    recipe, run = for_form(checked_recipe(recipe), form), run or Run()
+    recipe, run = for_form(checked_recipe(recipe), form), checked_run(run)
     check_places(recipe, statistics, data, function, synthetic)
     check_named(function, "data function")
     check_search(recipe, form, run.resume, validate is not None)
@@ -236,7 +237,7 @@ def convert(
     check_outputs(outputs, sources)
     target = resolve_target(recipe)
     given = any(place is not None for place in (data, function, synthetic)) or recipe.mode != "static"
-    described = opening.inputs if opening is not None else ()
+    described = checked_opening(opening).inputs
     places = Data(data, labels, split, function, synthetic, described) if given else None
     source = (
         model
@@ -246,6 +247,7 @@ def convert(
     check_outputs(outputs, source.files)
     with blamed_on(source):
         folded = fold(source.graph, max(target.activation.opset, opset_for(recipe)), recipe.requantize)
+        check_repeatable(folded, strict)
         log = outputs.search if recipe.tune.max_drop is not None else None
         if log is not None and not run.resume:
             log.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import msgspec
 from calibration.datasets.dataset import Selection
 from calibration.datasets.preprocess import Preprocess
 from calibration.ranges import parse_range
-from quantcli.errors import RecipeError, UsageError, kind_of
+from quantcli.errors import RecipeError, check_kind
 from quantcli.files import path_or_none
 from quantcli.targets import (
     DEFAULT_TARGET,
@@ -206,10 +206,7 @@ def checked_recipe(recipe: Recipe | None) -> Recipe:
     """
     if recipe is None:
         return Recipe()
-    if not isinstance(recipe, Recipe):
-        raise UsageError(
-            f"the recipe is {kind_of(recipe)}", "give a quantcli.Recipe; quantcli.read_recipe reads a file"
-        )
+    check_kind(recipe, Recipe, "recipe", "give a quantcli.Recipe; quantcli.read_recipe reads a file")
     try:
         msgspec.convert(msgspec.to_builtins(recipe), Recipe)
     except (msgspec.ValidationError, ValueError, TypeError) as error:
@@ -230,6 +227,7 @@ def resolve_target(recipe: Recipe) -> Target:
     Raises:
         RecipeError: If there is no such target, or the wishes contradict each other.
     """
+    check_mode(recipe)
     target = load_target(recipe.target)
     wishes = recipe.activation
     activation = overlaid(target.activation, dtype=wishes.dtype, symmetric=wishes.symmetric, bits=wishes.bits)
@@ -261,16 +259,43 @@ def check_wishes(recipe: Recipe, activation: ActivationFormat, weight: WeightFor
             f"activations of {bits} bits do not fit {activation.dtype}",
             f"choose --activation-dtype int16 as well, or {stored} bits or less",
         )
-    if recipe.weight.symmetric is False and recipe.mode != "static":
-        raise RecipeError(
-            f"--mode {recipe.mode} has no asymmetric weights per channel", "leave the form of weights to the mode"
-        )
     if recipe.weight.symmetric is False and weight.bits >= SYMMETRIC_BITS:
         raise RecipeError(
             f"weights of {weight.bits} bits are symmetric: with their zero points taken off they would not fit int8",
             f"choose --weight-bits {SYMMETRIC_BITS - 1} or less",
         )
-    if recipe.tune.optimize is not None and recipe.mode != "static":
+
+
+# What asks for each key of a section on the command line, where only ``static`` models have it.
+ACTIVATION_OPTIONS = {
+    "bits": "--activation-bits",
+    "dtype": "--activation-dtype",
+    "range": "--range",
+    "symmetric": "--symmetric/--asymmetric",
+}
+MULTIPLIER_OPTIONS = {"bits": "--multiplier-bits", "rounding": "--rounding"}
+
+
+def check_mode(recipe: Recipe) -> None:
+    """Check that a recipe wishes nothing of a mode that only ``static`` has.
+
+    Raises:
+        RecipeError: If it does.
+    """
+    if recipe.mode == "static":
+        return
+    for wishes, options in ((recipe.activation, ACTIVATION_OPTIONS), (recipe.multiplier, MULTIPLIER_OPTIONS)):
+        for key, option in options.items():
+            if getattr(wishes, key) is not None:
+                raise RecipeError(
+                    f"{option} has no meaning in --mode {recipe.mode}, which calibrates no activation",
+                    f"leave one out (a recipe has it as {key} in its section [{type(wishes).__name__.lower()}])",
+                )
+    if recipe.weight.symmetric is False:
+        raise RecipeError(
+            f"--mode {recipe.mode} has no asymmetric weights per channel", "leave the form of weights to the mode"
+        )
+    if recipe.tune.optimize is not None:
         raise RecipeError(
             f"--optimize {recipe.tune.optimize} times plans of static models, not of --mode {recipe.mode}",
             "leave one out",

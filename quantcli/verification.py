@@ -20,6 +20,7 @@ from quantcli.integer.verify import Verification, random_inputs
 from quantcli.integer.verify import verify as compare_integers
 from quantcli.integer.weights import verify_weights as compare_weights
 from quantcli.load import load
+from quantcli.masks import with_masks
 from quantcli.progress import Progress, silent
 from quantcli.recipe import Recipe, checked_recipe
 
@@ -83,7 +84,8 @@ def verify(
     held, runner = Held.of_file(model), Runner(model, what=model.name)
     if data is None:
         return compare_integers(held, document, [random_feeds(document, runner, random_batch(runner, batch), seed)])
-    drawn = drawn_from(path_of(data, "data"), runner, recipe, labels, split, selection, batch, progress)
+    inputs = with_masks(runner.inputs, held.model)
+    drawn = drawn_from(path_of(data, "data"), inputs, recipe, labels, split, selection, batch, progress)
     return compare_integers(held, document, drawn)
 
 
@@ -127,7 +129,7 @@ def compiled_inputs(runner: Runner, description: Description) -> list[InputSpec]
 
 def drawn_from(
     data: Path,
-    runner: Runner,
+    inputs: tuple[InputSpec, ...],
     recipe: Recipe | None,
     labels: Path | str | None,
     split: str | None,
@@ -140,12 +142,10 @@ def drawn_from(
     Raises:
         DataError: If there are too few samples for one.
     """
-    dataset = open_dataset(
-        data, runner.inputs, checked_recipe(recipe).preprocess, path_or_none(labels, "labels"), split
-    )
+    dataset = open_dataset(data, inputs, checked_recipe(recipe).preprocess, path_or_none(labels, "labels"), split)
     indices = select(len(dataset), selection or Selection())
-    size = fitted_batch(runner.inputs, batch)
-    whole = indices[: len(indices) - len(indices) % size] if fixes_batch(runner.inputs) else indices
+    size = fitted_batch(inputs, batch)
+    whole = indices[: len(indices) - len(indices) % size] if fixes_batch(inputs) else indices
     if not len(whole):
         raise DataError(f"the model takes batches of {size} and there are {len(indices)} samples", "give more samples")
     for number, feeds in enumerate(batches(dataset, whole, size)):
@@ -190,5 +190,5 @@ def verify_c(
     if data is None:
         drawn = [random_inputs(document, compiled_inputs(runner, description), random_batch(runner), seed)]
     else:
-        drawn = drawn_from(path_of(data, "data"), runner, recipe, labels, split, selection, None, progress)
+        drawn = drawn_from(path_of(data, "data"), runner.inputs, recipe, labels, split, selection, None, progress)
     return verify_source(folder, description, document, drawn, compiler, FLAGS if flags is None else flags)

@@ -159,6 +159,12 @@ def test_batches_are_mixtures_of_samples() -> None:
     assert not all(exact)
 
 
+def test_masks_are_not_mixed() -> None:
+    masks = np.where(np.arange(6) < np.arange(1, 7)[:, None], np.float32(0), np.float32(-np.inf))
+    found = drawn({"mask": masks}, np.random.default_rng(3))["mask"]
+    assert {tuple(row) for row in found.tolist()} <= {tuple(row) for row in masks.tolist()}
+
+
 def test_an_operator_without_a_counterpart_is_named(
     tmp_path: Path, data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

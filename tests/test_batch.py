@@ -266,6 +266,13 @@ def test_every_failure_is_its_own(zoo: Path, capsys: pytest.CaptureFixture[str])
     assert statuses(told(capsys, command)[1])["dies/default"] == "met"
 
 
+@pytest.mark.parametrize(("number", "told_more"), [(signal.SIGKILL, True), (signal.SIGSEGV, False)])
+def test_a_process_that_the_system_killed_tells_what_to_do(number: signal.Signals, told_more: bool) -> None:
+    reason = local.died(-number)
+    assert reason.startswith(f"the process was ended by {number.name}")
+    assert all((word in reason) is told_more for word in ("most likely", "memory", "--jobs", "--retry"))
+
+
 @pytest.mark.parametrize("after", [1, 3])
 def test_a_kill_loses_what_was_in_flight_alone(zoo: Path, capsys: pytest.CaptureFixture[str], after: int) -> None:
     command = f"batch {zoo / 'zoo.toml'} -o {zoo / 'out'}"

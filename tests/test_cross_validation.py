@@ -57,7 +57,7 @@ def test_rows_of_the_first_half_of_every_batch_stand_first(tmp_path: Path, sizes
     batches = [np.broadcast_to(part[:, None, None, None], (len(part), 2, 6, 6)) for part in numbers]
     (drawn,), middle = drawn_rows(conv, matrix, [batches], 18, 0, apart=True)
     # The sample of each row: the kernel's centre never meets the padding.
-    of = drawn[0, :, 4]
+    of = drawn[0, :, 4 * 2]
     halves = [(part[: len(part) // 2], part[len(part) // 2 :]) for part in numbers]
     if len(sizes) == sizes.count(1):
         halves = [(part[: number % 2], part[number % 2 :]) for number, part in enumerate(numbers)]

@@ -237,6 +237,16 @@ def test_gemm_has_no_factors_and_a_vector_bias(
     assert sqnr(path, folded, {"x": normal(3, 4, seed=20)}) > FOLDED_SQNR
 
 
+@pytest.mark.parametrize(("added", "expected"), [("b", ["Gemm"]), ("p", ["MatMul", "Add"])])
+def test_a_product_and_another_sum_become_a_gemm(tmp_path: Path, added: str, expected: list[str]) -> None:
+    nodes = [node("MatMul", ["x", "w"], ["p"]), node("Add", ["p", added], ["y"])]
+    constants = {"w": normal(4, 6), "b": normal(6, seed=3)}
+    path = save(tmp_path / "m.onnx", nodes, {"x": ["N", 4]}, {"y": None}, constants)
+    folded = fold(ir.load(path))
+    assert operators(folded) == expected
+    assert sqnr(path, folded, {"x": normal(3, 4, seed=20)}) > FOLDED_SQNR
+
+
 def test_a_shared_bias_is_given_to_each_layer(tmp_path: Path) -> None:
     nodes = [node("Conv", ["x", "w", "b"], ["c"]), node("Conv", ["c", "v", "b"], ["y"])]
     constants = {"w": normal(4, 4, 1, 1), "v": normal(4, 4, 1, 1, seed=1), "b": normal(4, seed=2)}

@@ -10,12 +10,13 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from calibration.errors import DataError
 from calibration.hooks.onnxruntime import Runner
 from calibration.observers import TensorStatistics
 from calibration.statistics import merge
-from quantcli import Conversion, Recipe, Run, calibrate, convert, verify
+from quantcli import Conversion, Recipe, Run, calibrate, convert, evaluate, verify
 from quantcli.load import load
-from quantcli.masks import scores, unresolvable
+from quantcli.masks import scores, unresolvable, with_masks
 from quantcli.recipe import Activation, Calibration, Tune
 from tests.graphs import Array, node, normal, save
 
@@ -95,7 +96,7 @@ def converted(folder: Path, how: str, low: float, target: str) -> tuple[Conversi
     return done, feeds, hidden
 
 
-MASKS = [("add", -1e4), ("add", LOWEST), ("made", -np.inf), ("fill", -np.inf), ("causal", -1e4)]
+MASKS = [("add", -1e4), ("add", LOWEST), ("add", -np.inf), ("made", -np.inf), ("fill", -np.inf), ("causal", -1e4)]
 MASKS += [("moved", -1e4), ("taken", -1e4), ("kept", -1e4)]
 
 
@@ -177,3 +178,77 @@ def test_a_large_sum_that_no_softmax_reads_is_no_mask(tmp_path: Path) -> None:
     model = load(save(tmp_path / "m.onnx", nodes, inputs, {"y": None}, {"q": WEIGHTS["q"]})).graph
     seen = {"s": TensorStatistics(minimum=-9.0, maximum=8.0), "mask": TensorStatistics(minimum=-1e4, maximum=0.0)}
     assert unresolvable(model, seen, Recipe(tune=Tune(effort="fast"))) == set()
+
+
+def test_eval_takes_a_mask_of_infinities(tmp_path: Path) -> None:
+    done, _, _ = converted(tmp_path, "add", -np.inf, "tflite")
+    assert evaluate(done.model, tmp_path / "d.npz", tmp_path / "m.onnx", latency=False).quantized > 27
+    assert evaluate(done.model, tmp_path / "d.npz", metric="tests.test_masks:finite_part").quantized == 1
+
+
+def finite_part(outputs: dict[str, Array], _: object) -> float:
+    """Return which part of what a model gives is finite: a metric that needs no float model."""
+    return float(np.isfinite(outputs["y"]).mean())
+
+
+def test_masked_samples_are_tuned_and_checked_with_where_others_are_not_finite(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    feeds, hidden = masked_samples(tmp_path, "add", -np.inf)
+    feeds["x"][0] = np.nan
+    assert not hidden[1:].any(axis=1).all()
+    np.savez(tmp_path / "d.npz", **feeds)  # type: ignore[arg-type]
+    recipe = Recipe(target="tflite", calibration=Calibration(allow_non_finite=True))
+    model = attention(tmp_path / "m.onnx", "add")
+    statistics = calibrate(model, tmp_path / "d.npz", recipe=recipe)
+    np.testing.assert_array_equal(statistics.check_inputs["mask"], feeds["mask"][1:5])
+    convert(model, tmp_path / "q.onnx", statistics, tmp_path / "d.npz", recipe)
+    assert "1 samples are not finite, and tuning goes without them" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "counts"),
+    [("mask", np.nan, "1 NaN and 0 infinite"), ("mask", np.inf, "0 NaN and 1 infinite"), ("x", -np.inf, "0 NaN and 1")],
+)
+def test_what_masks_nothing_has_to_be_finite(tmp_path: Path, name: str, value: float, counts: str) -> None:
+    feeds, _ = masked_samples(tmp_path, "add", -np.inf)
+    feeds[name][2, 0, 0] = value
+    np.savez(tmp_path / "d.npz", **feeds)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=f"{counts}.* for input '{name}'"):
+        calibrate(attention(tmp_path / "m.onnx", "add"), tmp_path / "d.npz")
+
+
+ADDED = [node("Add", ["s", "mask"], ["m"])]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "masks"),
+    [
+        (ADDED, True),
+        ([node("Identity", ["mask"], ["moved"]), node("Add", ["moved", "s"], ["m"])], True),
+        ([node("Max", ["mask", "w"], ["bounded"]), node("Add", ["s", "bounded"], ["m"])], True),
+        ([node("Where", ["c", "mask", "s"], ["m"])], True),
+        ([node("Sub", ["mask", "s"], ["m"])], True),
+        ([node("Sub", ["s", "mask"], ["m"])], False),
+        ([node("Mul", ["mask", "w"], ["scaled"]), node("Add", ["s", "scaled"], ["m"])], False),
+        ([node("Identity", ["mask"], ["m"])], False),
+        ([*ADDED, node("Relu", ["mask"], ["also"])], False),
+        ([node("Identity", ["s"], ["m"])], False),
+    ],
+    ids=["added", "moved", "bounded", "filled in", "less scores", "taken off", "scaled", "alone", "read too", "unread"],
+)
+def test_an_input_is_a_mask_where_all_that_reads_it_masks(
+    tmp_path: Path, nodes: list[onnx.NodeProto], masks: bool
+) -> None:
+    sizes: list[int | str] = ["N", WIDTH, WIDTH]
+    first, last = node("MatMul", ["x", "w"], ["s"]), node("Softmax", ["m"], ["y"])
+    path = save(
+        tmp_path / "m.onnx",
+        [first, *nodes, last],
+        {"x": sizes, "mask": sizes, "c": sizes},
+        {"y": None},
+        {"w": WEIGHTS["q"]},
+        kinds={"c": onnx.TensorProto.BOOL},
+    )
+    found = with_masks(Runner(path).inputs, load(path).graph)
+    assert [spec.name for spec in found if spec.masks] == (["mask"] if masks else [])

@@ -14,12 +14,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from calibration.hooks.onnxruntime import Runner
-from quantcli import Recipe, convert, verify
+from quantcli import Recipe, calibrate, convert, verify
 from quantcli.cli import run
-from quantcli.errors import ModelError
+from quantcli.decision import check_repeatable
+from quantcli.errors import ModelError, StrictError
+from quantcli.fold import fold
 from quantcli.load import digest_of, load
 from quantcli.recipe import Layers
-from tests.graphs import Array, node, normal
+from tests.graphs import Array, node, normal, save
 
 W, V = normal(4, 3, 3, 3, seed=1, scale=0.4), normal(4, 4, 1, 1, seed=2, scale=0.4)
 X = normal(8, 3, 8, 8, seed=3)
@@ -501,3 +503,50 @@ def test_weights_are_read_from_the_file_once(tmp_path: Path, monkeypatch: pytest
     assert left is not None
     assert left.numpy() is not left.numpy()
     assert (left.numpy() == W).all()
+
+
+def drawing(path: Path, drawn: Sequence[onnx.NodeProto], inputs: Sequence[str] = ()) -> Path:
+    """Write a product and a sum of it and the tensor ``r``."""
+    constants = {"w": normal(16, 16), "half": np.array(0.5, np.float32), "yes": np.array(True), "no": np.array(False)}
+    nodes = [node("MatMul", ["x", "w"], ["h"]), *drawn, node("Add", ["h", "r"], ["y"])]
+    kinds = dict.fromkeys(inputs, TensorProto.BOOL)
+    return save(path, nodes, {"x": ["N", 16], **{name: [] for name in inputs}}, {"y": None}, constants, kinds=kinds)
+
+
+RANDOM = [
+    ([node("RandomNormal", [], ["r"], shape=[1, 16])], "RandomNormal 'r_node'"),
+    ([node("RandomNormalLike", ["h"], ["r"])], "RandomNormalLike 'r_node'"),
+    ([node("RandomUniform", [], ["r"], shape=[1, 16])], "RandomUniform 'r_node'"),
+    ([node("RandomUniformLike", ["h"], ["r"])], "RandomUniformLike 'r_node'"),
+    ([node("Sigmoid", ["h"], ["p"]), node("Bernoulli", ["p"], ["r"])], "Bernoulli 'r_node'"),
+    ([node("Multinomial", ["h"], ["i"]), node("Cast", ["i"], ["r"], to=TensorProto.FLOAT)], "Multinomial 'i_node'"),
+    ([node("Dropout", ["h", "half", "yes"], ["r"])], "Dropout 'r_node'"),
+    ([node("Dropout", ["h", "half", "train"], ["r"])], "Dropout 'r_node'"),
+    ([node("Dropout", ["x", "half", "no"], ["r"])], ""),
+    ([node("Dropout", ["x", "half"], ["r"])], ""),
+    ([node("RandomUniformLike", ["h"], ["unread"]), node("Relu", ["h"], ["r"])], ""),
+]
+
+
+@pytest.mark.parametrize(("drawn", "named"), RANDOM)
+def test_what_draws_random_numbers_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, drawn: Sequence[onnx.NodeProto], named: str
+) -> None:
+    path = drawing(tmp_path / "m.onnx", drawn, ["train"] if "train" in drawn[0].input else [])
+    check_repeatable(fold(load(path).graph))
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [] if not named else f"drawn by {named}: neither" in told[0]
+
+
+def test_random_numbers_are_told_of_once_and_refused_by_strict(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, data, output = drawing(tmp_path / "m.onnx", RANDOM[3][0]), tmp_path / "d.npy", tmp_path / "q.onnx"
+    np.save(data, normal(8, 16, seed=2))
+    with pytest.raises(StrictError, match="random numbers are drawn by RandomUniformLike 'r_node'"):
+        convert(path, output, data=data, strict=True)
+    assert not output.exists()
+    for conversion in (lambda: convert(path, output, data=data), lambda: calibrate(path, data)):
+        caplog.clear()
+        conversion()
+        assert caplog.text.count("the same command may not give the same bytes") == 1

@@ -28,7 +28,7 @@ from quantcli.recipe import Activation, Layers, Tune, Weight
 from quantcli.tune import rounding
 from quantcli.tune import weights as of_weights
 from quantcli.tune.bias import channel_means, channel_sums, corrected
-from quantcli.tune.moments import Matrix, drawn_rows, matrix_of, moments_of
+from quantcli.tune.moments import Matrix, Patches, drawn_rows, matrix_of, moments_of
 from quantcli.tune.outputs import is_distribution, logarithms
 from quantcli.tune.ranges import PERCENTILES, Grid, best_range, drawn, largest, look, percentiles, places_of
 from quantcli.tune.room import wanted_samples
@@ -254,18 +254,19 @@ def test_how_many_scales_are_tried_depends_on_what_they_take() -> None:
     assert [len(parts_of_scales(work)) for work in (10**8, 2 * 10**8, 10**12)] == [40, 20, 13]
 
 
-@pytest.mark.parametrize(
-    "attributes",
-    [
-        {},
-        {"pads": [1, 0, 1, 2]},
-        {"strides": [2, 1]},
-        {"dilations": [1, 2]},
-        {"auto_pad": "SAME_LOWER", "strides": [2, 2]},
-        {"group": 2},
-    ],
-    ids=str,
-)
+CONVOLUTIONS: list[dict[str, Any]] = [
+    {},
+    {"pads": [1, 0, 1, 2]},
+    {"strides": [2, 1]},
+    {"dilations": [1, 2]},
+    {"dilations": [2, 1], "pads": [2, 1, 2, 0]},
+    {"auto_pad": "SAME_LOWER", "strides": [2, 2]},
+    {"group": 2},
+    {"group": 4},
+]
+
+
+@pytest.mark.parametrize("attributes", CONVOLUTIONS, ids=str)
 def test_rows_are_what_a_convolution_multiplies(tmp_path: Path, attributes: dict[str, Any]) -> None:
     group = attributes.get("group", 1)
     weight = normal(4, 4 // group, 3, 2, seed=1)
@@ -281,6 +282,20 @@ def test_rows_are_what_a_convolution_multiplies(tmp_path: Path, attributes: dict
     result = Runner(path).run({"x": x})["y"]
     products = (found @ matrix.split(weight).transpose(0, 2, 1)).transpose(1, 0, 2).reshape(found.shape[1], -1)
     assert np.allclose(products, result.transpose(0, 2, 3, 1).reshape(-1, 4), atol=1e-4)
+
+
+@pytest.mark.parametrize("attributes", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("channels", [1, 4])
+def test_few_rows_are_those_of_many(attributes: dict[str, Any], channels: int) -> None:
+    group = min(attributes.get("group", 1), channels)
+    conv = ir.serde.deserialize_node(node("Conv", ["x", "w"], ["y"], **attributes | {"group": group}))
+    weight = conv.inputs[1]
+    assert weight is not None
+    weight.shape = ir.Shape((4, channels // group, 3, 2))
+    x = normal(3, channels, 9, 8, seed=2)
+    few, many = (Patches.of(conv, x, wanted) for wanted in (1, 10000))
+    places = np.array([0, 1, 7, len(many) - 1])
+    assert (few.at(places, group) == many.at(places, group)).all()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from calibration.datasets.dataset import (
     fixes_batch,
     select,
     single,
+    usable,
 )
 from calibration.datasets.example import first_samples
 from calibration.datasets.preprocess import Preprocess
@@ -36,6 +37,7 @@ __all__ = [
     "open_dataset",
     "select",
     "single",
+    "usable",
 ]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calibration.datasets.dataset import usable
 from calibration.datasets.preprocess import Preprocess, normalized, shown
 from calibration.datasets.stored import Spool, StoredArray, npy_at, npz_members, safetensors_members
 from calibration.errors import DataError
@@ -274,10 +275,11 @@ def fits(wanted: Sequence[int | None], given: Sequence[int]) -> bool:
 
 
 def check_finite(spec: InputSpec, values: NDArray[Any], source: str) -> None:
-    """Raise DataError where values are not finite."""
-    if values.dtype.kind != "f" or np.isfinite(values).all():
+    """Raise DataError where values are not finite, but for what is masked."""
+    if values.dtype.kind != "f" or (taken := usable(values, spec.masks)).all():
         return
-    nans, infs = int(np.isnan(values).sum()), int(np.isinf(values).sum())
+    nans = int(np.isnan(values).sum())
+    infs = int((~taken).sum()) - nans
     raise DataError(f"{source} holds {nans} NaN and {infs} infinite values for input '{spec.name}'", "clean the data")
 
 

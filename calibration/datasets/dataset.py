@@ -26,11 +26,13 @@ class InputSpec:
         name: Its name.
         dtype: The numpy dtype that it takes.
         shape: Its dimensions; None where a dimension is free.
+        masks: Whether it only ever masks scores: −infinity stands for what is masked in it.
     """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | None, ...]
+    masks: bool = False
 
 
 class Dataset(Protocol):
@@ -78,6 +80,12 @@ class Selection:
     samples: int | None = None
     shuffle: bool | None = None
     seed: int = 0
+
+
+def usable(values: NDArray[np.floating], masks: bool) -> NDArray[np.bool_]:
+    """Tell of each value whether a model can be run on it: it is finite, or −infinity in what masks."""
+    finite: NDArray[np.bool_] = np.isfinite(values)
+    return finite | np.isneginf(values) if masks else finite
 
 
 def select(count: int, selection: Selection) -> NDArray[np.intp]:

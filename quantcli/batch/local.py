@@ -31,6 +31,10 @@ ONE_THREAD = dict.fromkeys(
 # How often a process is looked at, in seconds.
 WATCH = 0.05
 LOG = "log.txt"
+# What a kill that is not ours tells of.
+OUT_OF_MEMORY = (
+    ", most likely since the machine's memory ran out: run fewer at once (--jobs) or set a limit (memory), then --retry"
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def died(code: int) -> str:
     """Say how a process died that left no result."""
     if code < 0:
         name = signal.Signals(-code).name if -code in {s.value for s in signal.Signals} else str(-code)
-        return f"the process was ended by {name}" + (": the machine's memory, perhaps" if name == "SIGKILL" else "")
+        return f"the process was ended by {name}" + (OUT_OF_MEMORY if name == "SIGKILL" else "")
     return f"the process ended with code {code} and left no result"
 
 

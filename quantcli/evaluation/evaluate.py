@@ -28,6 +28,7 @@ from quantcli.evaluation.latency import Latency, measure
 from quantcli.evaluation.metrics import LABEL_METRICS, METRICS, Asked, Comparison, TopK, function_of
 from quantcli.files import path_of, path_or_none
 from quantcli.load import LoadedModel, Opening, load
+from quantcli.masks import with_masks
 from quantcli.progress import Progress, silent
 from quantcli.recipe import Recipe, checked_recipe
 from quantcli.sources import Data
@@ -133,7 +134,9 @@ def evaluate(
         raise UsageError(
             f"{quantized.name} is a PyTorch program, and --layers and --kernels look into ONNX", "leave them out"
         )
-    dataset = open_dataset(data, runner.inputs, recipe.preprocess, path_or_none(labels, "labels"), split)
+    looked_at = source or candidate  # a program that convert wrote has no graph
+    inputs = with_masks(runner.inputs, looked_at.graph) if looked_at is not None else runner.inputs
+    dataset = open_dataset(data, inputs, recipe.preprocess, path_or_none(labels, "labels"), split)
     if source is not None and float_runner is not None and float_runner.outputs != runner.outputs:
         theirs, ours = ", ".join(float_runner.outputs), ", ".join(runner.outputs)
         what = f"{source.name} has the outputs {theirs}, {quantized.name} has {ours}"

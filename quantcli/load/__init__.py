@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.errors import ModelError, UsageError
+from quantcli.errors import ModelError, UsageError, check_kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -73,6 +73,16 @@ class LoadedModel:
     learned: Learned | None = None
 
 
+def checked_opening(opening: Opening | None) -> Opening:
+    """Return how a model is opened, or the defaults.
+
+    Raises:
+        UsageError: If it is no opening.
+    """
+    check_kind(opening, Opening, "opening", "give a quantcli.pipeline.Opening")
+    return opening or Opening()
+
+
 def load(path: Path, opening: Opening | None = None, example: Example | None = None) -> LoadedModel:
     """Load a model.
 
@@ -85,7 +95,7 @@ def load(path: Path, opening: Opening | None = None, example: Example | None = N
         ModelError: If there is no such file, it is of no known kind, or it cannot be loaded.
         UsageError: If the opening asks for what has no meaning for this kind.
     """
-    path, opening = Path(path), opening or Opening()
+    path, opening = Path(path), checked_opening(opening)
     if not path.is_file():
         raise ModelError(f"there is no model at {path}", f"give {KINDS}")
     if path.suffix == ".onnx":

@@ -13,6 +13,7 @@ from quantcli import sidecar as sidecar_file
 from quantcli.errors import ModelError
 from quantcli.evaluation.evaluate import evaluate
 from quantcli.load import load
+from quantcli.masks import with_masks
 from quantcli.progress import Progress, silent
 from quantcli.report.figures import Figures, figures
 from quantcli.sources import Data
@@ -80,7 +81,8 @@ def made(
         progress=progress,
     )
     runner = Runner(source.runnable, what=source.name)
-    dataset = open_dataset(data, runner.inputs, recipe.preprocess, Path(labels) if labels else None, split)
+    inputs = with_masks(runner.inputs, source.graph)
+    dataset = open_dataset(data, inputs, recipe.preprocess, Path(labels) if labels else None, split)
     indices = select(len(dataset), selection)
     size = fitted_batch(runner.inputs, batch) if fixes_batch(runner.inputs) else min(DRAWN, len(indices))
     first = [index for index in indices if dataset.shape_of(int(index)) == dataset.shape_of(int(indices[0]))][:size]

@@ -344,7 +344,7 @@ def begun(tensor: TensorPlan, weight: NDArray[Any]) -> Learned:
 
 
 def drawn(whole: Mapping[str, NDArray[Any]], generator: np.random.Generator) -> dict[str, NDArray[Any]]:
-    """Return a batch: samples drawn at random, images shifted and mirrored, reals mixed in pairs."""
+    """Return a batch: samples drawn at random, images shifted and mirrored, reals but masks mixed in pairs."""
     count = len(next(iter(whole.values())))
     size = min(BATCH, count)
     ours, others = generator.integers(0, count, size), generator.integers(0, count, size)
@@ -352,10 +352,11 @@ def drawn(whole: Mapping[str, NDArray[Any]], generator: np.random.Generator) -> 
     part[generator.random(size) < 0.5] = 1.0
     found = {}
     for name, values in whole.items():
-        if values.dtype != np.float32:
-            found[name] = values[ours]
+        one, other = values[ours], values[others]
+        if values.dtype != np.float32 or np.isneginf(one).any() or np.isneginf(other).any():  # a mask is no image
+            found[name] = one
             continue
         shaped = part.reshape(-1, *[1] * (values.ndim - 1))
-        mixed: NDArray[np.float32] = values[ours] * shaped + values[others] * (np.float32(1) - shaped)
+        mixed: NDArray[np.float32] = one * shaped + other * (np.float32(1) - shaped)
         found[name] = varied(mixed, generator)
     return found

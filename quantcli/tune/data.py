@@ -7,23 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calibration.datasets import boundaries, fitted_batch, fixes_batch, select
+from calibration.datasets import boundaries, fitted_batch, fixes_batch, select, usable
 from calibration.errors import DataError
 from calibration.hooks.onnxruntime import Runner
 from quantcli.evaluation.evaluate import run_padded
 from quantcli.evaluation.metrics import LABEL_METRICS, TopK
+from quantcli.masks import with_masks
 from quantcli.tune.candidates import Samples
 from quantcli.tune.outputs import is_distribution
 from quantcli.tune.room import JUDGES, wanted_samples
 from quantcli.tune.score import LEAST_SAMPLES, compared, margins
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-    from calibration.datasets import Dataset
+    from calibration.datasets import Dataset, InputSpec
     from quantcli.load import LoadedModel
     from quantcli.recipe import Recipe
     from quantcli.sources import Data
@@ -40,7 +41,7 @@ HELD_BACK = 3
 
 def tuning_samples(source: LoadedModel, folded: ir.Model, data: Data, recipe: Recipe) -> Samples | None:
     """Return calibration samples for tuning, drawn evenly: some for sweeps and others to judge; None where there are too few."""
-    inputs = Runner(source.runnable, what=source.name).inputs
+    inputs = with_masks(Runner(source.runnable, what=source.name).inputs, source.graph)
     dataset = data.opened(inputs, recipe)
     indices = select(len(dataset), recipe.calibration.selection)
     fixed = fixes_batch(inputs)
@@ -48,7 +49,7 @@ def tuning_samples(source: LoadedModel, folded: ir.Model, data: Data, recipe: Re
     total = min(len(indices), wanted_samples(folded, recipe) + JUDGES)
     drawn = indices[np.linspace(0, len(indices) - 1, total).astype(np.intp)]
     if recipe.calibration.allow_non_finite:
-        drawn = finite_of(dataset, drawn)
+        drawn = finite_of(dataset, drawn, inputs)
         total = len(drawn)
     judging = np.zeros(total, dtype=bool)
     judging[np.linspace(0, max(total - 1, 0), min(JUDGES, total // 3)).astype(np.intp)] = True
@@ -59,15 +60,15 @@ def tuning_samples(source: LoadedModel, folded: ir.Model, data: Data, recipe: Re
     return Samples(*parts) if all(parts) else None
 
 
-def finite_of(dataset: Dataset, indices: NDArray[np.intp]) -> NDArray[np.intp]:
-    """Return the samples that hold finite numbers alone."""
-    kept = [
-        index
-        for index in indices
-        if all(
-            np.isfinite(array).all() for array in dataset.read(np.array([index])).values() if array.dtype.kind == "f"
-        )
-    ]
+def finite_of(dataset: Dataset, indices: NDArray[np.intp], inputs: Sequence[InputSpec]) -> NDArray[np.intp]:
+    """Return the samples that hold finite numbers alone, but for what is masked."""
+    reals = [spec for spec in inputs if spec.dtype.kind == "f"]
+
+    def fits(index: int) -> bool:
+        found = dataset.read(np.array([index]))
+        return all(usable(found[spec.name], spec.masks).all() for spec in reals)
+
+    kept = [index for index in indices if fits(index)]
     if len(kept) < len(indices):
         logger.warning("%d samples are not finite, and tuning goes without them", len(indices) - len(kept))
     return np.array(kept, dtype=np.intp)
@@ -82,7 +83,7 @@ def scorer(source: LoadedModel, data: Data, recipe: Recipe) -> tuple[Callable[[b
         DataError: If the data has no labels, or too few samples for the drop that is asked for.
     """
     runner = Runner(source.runnable, what=source.name)
-    dataset = data.opened(runner.inputs, recipe)
+    dataset = data.opened(with_masks(runner.inputs, source.graph), recipe)
     if dataset.labels is None:
         raise DataError("--max-drop needs labels and the data has none", "give --validate with labelled data")
     held = np.arange(len(dataset)) % HELD_BACK == HELD_BACK - 1

@@ -29,6 +29,9 @@ COARSE_PER_INPUT, FEWEST_COARSE, COARSE_ROWS, MOST_NUMBERS = 12, 8192, 32768, 1 
 class Matrix:
     """A layer's weight as matrices, one per group: (groups, outputs of a group, inputs of a group).
 
+    A convolution's inputs are its taps, and of each tap the channels, so that what stands together in rows lies together in data
+    whose channels are last.
+
     Attributes:
         groups: The number of groups; 1 but for grouped convolutions.
         transposed: Whether the stored weight has inputs before outputs.
@@ -41,13 +44,16 @@ class Matrix:
 
     def split(self, weight: NDArray[Any]) -> NDArray[np.float64]:
         """Return a stored weight as matrices."""
-        rows = weight.T if self.transposed else weight.reshape(len(weight), -1)
+        rows = weight.T if self.transposed else np.moveaxis(weight, 1, -1).reshape(len(weight), -1)
         return rows.reshape(self.groups, rows.shape[0] // self.groups, -1).astype(np.float64)
 
     def join(self, matrices: NDArray[Any]) -> NDArray[Any]:
         """Return matrices as a stored weight: the reverse of `split`."""
         rows = matrices.reshape(-1, matrices.shape[2])
-        return np.ascontiguousarray(rows.T if self.transposed else rows).reshape(self.shape)
+        if self.transposed:
+            return np.ascontiguousarray(rows.T)
+        outputs, channels, *kernel = self.shape
+        return np.ascontiguousarray(np.moveaxis(rows.reshape(outputs, *kernel, channels), -1, 1))
 
 
 def matrix_of(node: ir.Node, weight: NDArray[Any]) -> Matrix | None:
@@ -95,7 +101,7 @@ def drawn_rows(
         samples, middle = len(versions[0]), 0
         places: NDArray[np.intp] | None = None
         for kept, values in zip(found, versions, strict=True):
-            rows = Patches.of(node, values) if node.op_type == "Conv" else values.reshape(-1, values.shape[-1])
+            rows = Patches.of(node, values, wanted) if node.op_type == "Conv" else values.reshape(-1, values.shape[-1])
             if places is None:
                 count = len(rows)
                 places = (
@@ -115,7 +121,7 @@ class Patches:
     """What a convolution's kernel meets: a row of inputs at every place of every sample.
 
     Attributes:
-        padded: The data with its padding, (samples, channels, spatial axes…).
+        padded: The data with its padding, seen with its channels last: (samples, spatial axes…, channels).
         kernel: The kernel's lengths.
         strides: Its strides.
         dilations: Its dilations.
@@ -127,8 +133,8 @@ class Patches:
     dilations: tuple[int, ...]
 
     @classmethod
-    def of(cls, node: ir.Node, values: NDArray[Any]) -> Patches:
-        """Return those of a Conv and its data operand."""
+    def of(cls, node: ir.Node, values: NDArray[Any], wanted: int) -> Patches:
+        """Return those of a Conv and its data operand, which is moved so that channels lie together if many rows are wanted."""
         kernel = tuple(node.inputs[1].shape.numpy()[2:])  # type: ignore[union-attr]
         ones = [1] * len(kernel)
         strides, dilations = (
@@ -136,14 +142,24 @@ class Patches:
         )
         extents = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
         begins, ends = padding(node, values.shape[2:], extents, strides)
-        pads = [(0, 0), (0, 0), *zip(begins, ends, strict=True)]
-        padded = np.pad(values, pads) if any(map(any, pads)) else np.ascontiguousarray(values)
+        lengths = [b + n + e for b, n, e in zip(begins, values.shape[2:], ends, strict=True)]
+        seen = np.moveaxis(np.ascontiguousarray(values), 1, -1)
+        many = (
+            2 * wanted * math.prod(kernel) >= len(values) * math.prod(lengths)
+            and node.attributes.get_int("group", 1) == 1
+        )
+        if not many and not any((*begins, *ends)):
+            return cls(seen, kernel, strides, dilations)
+        outer = (len(values), *lengths, values.shape[1]) if many else (len(values), values.shape[1], *lengths)
+        zeros = np.zeros(outer, values.dtype)
+        padded = zeros if many else np.moveaxis(zeros, 1, -1)
+        padded[:, *(slice(b, b + n) for b, n in zip(begins, values.shape[2:], strict=True))] = seen
         return cls(padded, kernel, strides, dilations)
 
     @property
     def places(self) -> tuple[int, ...]:
         """How many places there are: samples, and along each spatial axis."""
-        lengths = zip(self.padded.shape[2:], self.kernel, self.strides, self.dilations, strict=True)
+        lengths = zip(self.padded.shape[1:-1], self.kernel, self.strides, self.dilations, strict=True)
         return (len(self.padded), *((n - (k - 1) * d - 1) // s + 1 for n, k, s, d in lengths))
 
     def __len__(self) -> int:
@@ -151,16 +167,27 @@ class Patches:
 
     def at(self, rows: NDArray[np.intp], groups: int) -> NDArray[Any]:
         """Return some of the rows, (groups, rows, inputs of a group)."""
-        apart = [step // self.padded.itemsize for step in self.padded.strides]
-        sample, *spatial = np.unravel_index(rows, self.places)
-        begin = sample * apart[0]
-        inside = np.arange(self.padded.shape[1]) * apart[1]
-        for place, length, step, dilation, far in zip(
-            spatial, self.kernel, self.strides, self.dilations, apart[2:], strict=True
-        ):
-            begin = begin + place * (step * far)
+        places = np.unravel_index(rows, self.places)
+        if groups == 1 and self.dilations[-1] == 1 and self.padded.flags.c_contiguous:
+            return self.stretches()[places].reshape(1, len(rows), -1)
+        *apart, channel = (step // self.padded.itemsize for step in self.padded.strides)
+        begin = np.sum([p * s * far for p, s, far in zip(places, (1, *self.strides), apart, strict=True)], axis=0)
+        inside = np.zeros((), np.intp)
+        for length, dilation, far in zip(self.kernel, self.dilations, apart[1:], strict=True):
             inside = inside[..., None] + np.arange(length) * (dilation * far)
-        return self.padded.reshape(-1).take(begin[:, None] + inside.reshape(groups, 1, -1))
+        within = np.arange(self.padded.shape[-1]).reshape(groups, 1, -1) * channel + inside.reshape(1, -1, 1)
+        every = self.padded if self.padded.flags.c_contiguous else np.moveaxis(self.padded, -1, 1)
+        found: NDArray[Any] = every.reshape(-1).take(begin[:, None] + within.reshape(groups, 1, -1))
+        return found
+
+    def stretches(self) -> NDArray[Any]:
+        """Return, at every place, what lies together: all channels of the taps along the last axis; a view of the data."""
+        sample, *spatial, _ = self.padded.strides
+        kernel, channels = self.kernel[:-1], self.kernel[-1] * self.padded.shape[-1]
+        starts = (step * far for step, far in zip(self.strides, spatial, strict=True))
+        taps = (dilation * far for dilation, far in zip(self.dilations[:-1], spatial[:-1], strict=True))
+        shape, strides = (*self.places, *kernel, channels), (sample, *starts, *taps, self.padded.itemsize)
+        return np.lib.stride_tricks.as_strided(self.padded, shape, strides, writeable=False)
 
 
 def padding(

@@ -645,6 +645,8 @@ MISTAKEN: list[tuple[str, dict[str, Any]]] = [
     ("the data is of the type ndarray.*numpy.savez writes arrays", {"data": np.zeros((4, 3))}),
     ("the statistics file is of the type dict", {"statistics": {}}),
     ("the data function is of the type function.*module:function", {"data": None, "function": read_recipe}),
+    ("the run is of the type int.*quantcli.Run", {"run": 3}),
+    ("the opening is of the type int.*quantcli.pipeline.Opening", {"opening": 3}),
     ("Expected `float` <= 100", {"recipe": quantcli.Recipe(tune=Tune(max_drop=math.inf))}),
 ]
 
@@ -661,6 +663,12 @@ def test_the_api_tells_what_is_of_another_type(here: Path, told: str, change: di
 def test_other_functions_of_the_api_tell_it_too() -> None:
     with pytest.raises(UsageError, match="the metric is of the type type"):
         evaluate("kit/q.onnx", "kit/eval.npz", metric=float)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="the opening is of the type dict"):
+        evaluate("kit/q.onnx", "kit/eval.npz", "kit/model.onnx", opening={})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="the opening is of the type dict"):
+        calibrate("kit/model.onnx", "kit/cal.npz", opening={})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="the run is of the type dict"):
+        calibrate("kit/model.onnx", "kit/cal.npz", run={})  # type: ignore[arg-type]
     assert read_recipe("kit/recipe.toml") == read_recipe(Path("kit/recipe.toml"))
 
 

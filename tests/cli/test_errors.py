@@ -11,6 +11,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ Prepare = Callable[[], object]
 PIXELS = "--scale 0.00392156862745098 --mean 0.1307 --std 0.3081 --layout NCHW"
 CALIBRATE = "calibrate model.onnx --data data.npz -o new.stats"
 CONVERT = "convert model.onnx --data data.npz -o new.onnx"
+ROOT = Path(__file__).parents[2]
 TARGET = Path(pipeline.__file__).parent / "targets" / "ort-x86.toml"
 TIMED = "convert rows.onnx --optimize latency -o new.onnx"
 BAD = "convert model.onnx --data bad.npz -o new.onnx"
@@ -315,6 +317,11 @@ REQUESTS: list[Row] = [
     ("wider than its type", f"{CONVERT} --activation-bits 12", 2, "fit uint8; choose --activation-dtype int16", nothing),
     ("wider while calibrating", f"{CALIBRATE} --activation-bits 9 --target tflite", 2, "9 bits do not fit int8", nothing),
     ("wider in a recipe", f"{CONVERT} --recipe r.toml", 2, "16 bits do not fit uint8", recipe("[activation]\nbits = 16\n")),
+    ("a width without calibration", f"{CONVERT} --mode dynamic --activation-bits 4", 2, "--mode dynamic", nothing),
+    ("a range without calibration", f"{CONVERT} --mode dynamic --range mse", 2, "--range", nothing),
+    ("a form without calibration", f"{CONVERT} --mode weights --asymmetric", 2, "--asymmetric", nothing),
+    ("multipliers without calibration", f"{CONVERT} --mode dynamic --rounding floor", 2, "--rounding", nothing),
+    ("a width in its recipe", f"{CONVERT} --mode weights --recipe r.toml", 2, "--mode weights", recipe("[activation]\nbits = 4")),
     ("plans of dynamic", f"{TIMED} --mode dynamic", 2, "not of --mode dynamic", nothing),
     ("plans of weights", f"{TIMED} --mode weights", 2, "not of --mode weights", nothing),
     ("a threshold without float", f"{EVAL} --max-drop 1", 2, "--float", nothing),
@@ -545,6 +552,18 @@ def test_an_interruption_is_told(
     line = the_line(after_interruption(capsys.readouterr().err))
     assert line.startswith("error: interrupted")
     assert left in line
+
+
+@pytest.mark.parametrize("how", ["module", "command"])
+def test_an_interruption_of_imports_is_quiet(tmp_path: Path, how: str) -> None:
+    (tmp_path / "click.py").write_text("raise KeyboardInterrupt")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["quantcli"].partition(":")
+    script = ["-c", f"import sys; from {module} import {function}; sys.exit({function}())"]
+    started = ["-m", "quantcli"] if how == "module" else script
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT)))}
+    done = subprocess.run([sys.executable, *started, "targets"], capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
 def test_a_defect_of_ours_is_one_line_too(
