@@ -30,8 +30,12 @@ logger = logging.getLogger(__name__)
 OLDEST_OPSET, LIFTED_OPSET = 13, 17
 # What a constant expression may cost to evaluate ahead, in elements: weights may be sliced and joined, nothing may explode.
 FOLD_LIMIT = 1 << 27
+# How often what one rewrite tells of shapes is given to the others: a network of several stages may tell one in each round.
+ROUNDS = 8
 # The domain of nodes that a pass is to leave alone.
 KEPT = "quantcli.kept"
+# Ranks of what a depthwise convolution of one weight per channel takes in BatchNorm's place: with one or two spatial axes.
+DEPTHWISE_RANKS = (3, 4)
 # Operators of models that have been quantized before.
 QUANTIZED = frozenset({
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger",
@@ -94,7 +98,7 @@ def folded_copy(model: ir.Model, opset: int) -> ir.Model:
         folded = simplify(fewer)
     for node in list(folded.graph):
         if node.op_type == "BatchNormalization" and node.domain == "":
-            split_batch_norm(node)
+            plain_batch_norm(node)
         elif node.op_type == "Gemm" and node.domain == "":
             absorb_gemm_factors(node)
             split_addend(node)
@@ -242,12 +246,14 @@ def simplify(model: ir.Model) -> ir.Model:
         rules.remove_optional_bias_from_conv_transpose_rule,
         rules.remove_optional_bias_from_gemm_rule,
     ]
-    for _ in range(3):
+    for _ in range(ROUNDS):
         before = [node.op_identifier() for node in model.graph.all_nodes()]
         model = evaluated(model)
         settle_shapes(model)
         passes.RemoveInitializersFromInputsPass()(model)
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        empty_pads(model)
+        lone_batches(model)
         drop_identities(model)
         passes.RemoveUnusedNodesPass()(model)
         rewriter.rewrite(model, pattern_rewrite_rules=chosen)
@@ -255,6 +261,31 @@ def simplify(model: ir.Model) -> ir.Model:
         if before == [node.op_identifier() for node in model.graph.all_nodes()]:
             break
     return model
+
+
+def empty_pads(model: ir.Model) -> None:
+    """Replace every Pad that adds nothing by an Identity."""
+    for node in list(model.graph):
+        pads = constant(node.inputs[1]) if node.op_type == "Pad" and not node.domain else None
+        if pads is not None and not pads.any():
+            same = ir.node("Identity", [node.inputs[0]], name=node.name)
+            ir.convenience.replace_nodes_and_values(model.graph, node, [node], [same], node.outputs, same.outputs)
+
+
+def lone_batches(model: ir.Model) -> None:
+    """Replace BatchNormalization by the statistics of a batch of one by InstanceNormalization, which has one output.
+
+    That is how weights are standardized, as constants: the optimizer evaluates what has one output alone.
+    """
+    for node in list(model.graph):
+        if node.op_type != "BatchNormalization" or node.domain or not node.attributes.get_int("training_mode", 0):
+            continue
+        x = node.inputs[0]
+        alone = x is not None and x.shape is not None and len(x.shape) >= 3 and x.shape[0] == 1
+        if alone and not any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
+            epsilon = {"epsilon": node.attributes.get_float("epsilon", 1e-5)}
+            same = ir.node("InstanceNormalization", node.inputs[:3], epsilon, name=node.name)
+            ir.convenience.replace_nodes_and_values(model.graph, node, [node], [same], node.outputs[:1], same.outputs)
 
 
 def gemm_rule() -> RewriteRule:
@@ -297,8 +328,8 @@ def drop_identities(model: ir.Model) -> None:
         node.domain = ""
 
 
-def split_batch_norm(node: ir.Node) -> None:
-    """Replace a BatchNormalization that follows no layer by Mul and Add: y = x·(γ/σ) + (β − μ·γ/σ), σ = √(var + ε).
+def plain_batch_norm(node: ir.Node) -> None:
+    """Replace a BatchNormalization that follows no layer: y = x·(γ/σ) + (β − μ·γ/σ), σ = √(var + ε).
 
     Left alone where its parameters are not constant, the rank of its input is unknown, or it is in training mode.
     """
@@ -311,14 +342,39 @@ def split_batch_norm(node: ir.Node) -> None:
     if node.attributes.get_int("training_mode", 0) or x.dtype != ir.DataType.FLOAT:
         return
     factor = gamma / np.sqrt(variance + epsilon)
-    shape = (-1,) + (1,) * (len(x.shape) - 2)
-    graph, output = node.graph, node.outputs[0]
+    addend = beta - mean * factor
+    graph, rank = node.graph, len(x.shape)
     if not isinstance(graph, ir.Graph):
         return
-    factor_value = add_constant(graph, f"{output.name}_factor", factor.reshape(shape).astype(np.float32))
-    addend_value = add_constant(
-        graph, f"{output.name}_addend", (beta - mean * factor).reshape(shape).astype(np.float32)
-    )
+    replaced = depthwise if rank in DEPTHWISE_RANKS else product_and_sum
+    replaced(node, graph, x, factor.astype(np.float32), addend.astype(np.float32))
+
+
+def depthwise(
+    node: ir.Node, graph: ir.Graph, x: ir.Value, factor: NDArray[np.float32], addend: NDArray[np.float32]
+) -> None:
+    """Replace a node by a convolution of one weight per channel.
+
+    As an integer layer it has a scale per channel, which holds each factor exactly, and rounds once, where Mul and Add
+    share one scale among all factors and round twice.
+    """
+    spatial = (1,) * (len(x.shape or ()) - 2)
+    output = node.outputs[0]
+    weight = add_constant(graph, f"{output.name}_factor", factor.reshape(-1, 1, *spatial))
+    bias = add_constant(graph, f"{output.name}_addend", addend)
+    attributes: dict[str, int | tuple[int, ...]] = {"group": factor.size, "kernel_shape": spatial}
+    layer = ir.node("Conv", [x, weight, bias], attributes, name=node.name or output.name)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [layer], [output], [layer.outputs[0]])
+
+
+def product_and_sum(
+    node: ir.Node, graph: ir.Graph, x: ir.Value, factor: NDArray[np.float32], addend: NDArray[np.float32]
+) -> None:
+    """Replace a node by Mul and Add of one value per channel."""
+    output = node.outputs[0]
+    shape = (-1,) + (1,) * (len(x.shape or ()) - 2)
+    factor_value = add_constant(graph, f"{output.name}_factor", factor.reshape(shape))
+    addend_value = add_constant(graph, f"{output.name}_addend", addend.reshape(shape))
     product = ir.node("Mul", [x, factor_value], name=f"{node.name or output.name}_mul")
     product.outputs[0].name = f"{output.name}_scaled"
     product.outputs[0].shape, product.outputs[0].type = output.shape, output.type

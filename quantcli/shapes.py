@@ -1,7 +1,8 @@
 """Shapes that a model computes while it runs, told beforehand as far as they are known.
 
 Exporters write what a Reshape is to make as an expression over Shape, Slice, Concat and products of axes, although at most one axis
-depends on what comes in. A constant says the same, and lets readers, kernels and C source know it.
+depends on what comes in, and so they write paddings, and the lengths of a detector's grid of anchors, where none does. A constant
+says the same, and lets readers, kernels and C source know it.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ SAME = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 TERMS: dict[str, Callable[[int, int], int | None]] = {
     "Add": operator.add,
     "Div": lambda a, b: a // b if a >= 0 and b > 0 else None,
+    "Mod": lambda a, b: a % b if a >= 0 and b > 0 else None,
     "Mul": operator.mul,
     "Sub": operator.sub,
 }
 
 
 def settle_shapes(model: ir.Model) -> None:
-    """Give every Reshape of a model's main graph whose shape is computed a constant that says the same, where there is one."""
+    """Give what reads computed shapes and lengths in a model's main graph constants that say the same, where there are such."""
     known: dict[ir.Value, list[Part]] = {}
     for node in model.graph:
         if node.domain:
@@ -47,6 +49,18 @@ def settle_shapes(model: ir.Model) -> None:
             if settled is not None:
                 name = f"{node.outputs[0].name}_shape"
                 node.replace_input_with(1, add_constant(model.graph, name, np.array(settled, dtype=np.int64)))
+    settle_numbers(model.graph, {value: parts for value, parts in known.items() if all(type(p) is int for p in parts)})
+
+
+def settle_numbers(graph: ir.Graph, numbers: Mapping[ir.Value, list[Part]]) -> None:
+    """Put constants in the place of vectors and scalars that are known whole, where anything but these reads them."""
+    for value, parts in numbers.items():
+        if value.is_graph_output() or all(user.outputs[0] in numbers for user, _ in value.uses()):
+            continue
+        held = np.array(parts, dtype=np.int64 if value.dtype is None else value.dtype.numpy())
+        scalar = value.shape is not None and len(value.shape) == 0
+        settled = add_constant(graph, f"{value.name}_settled", held.reshape(()) if scalar else held)
+        ir.convenience.replace_all_uses_with(value, settled)
 
 
 def constant_shape(node: ir.Node, parts: list[Part] | None) -> list[int] | None:

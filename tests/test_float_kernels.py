@@ -93,6 +93,27 @@ def test_they_compute_in_float_from_weights_of_eight_bits(tmp_path: Path, operat
     assert (Runner(done.model).run(x)["y"] == Runner(again).run(x)["y"]).all()
 
 
+@pytest.mark.parametrize(
+    ("weight", "groups", "expected"),
+    [
+        ((16, 4, 3, 3), 4, "stored"),  # a ResNeXt's
+        ((32, 1, 3, 3), 16, "stored"),  # two outputs per input, as a FastViT's
+        ((16, 4, 3), 4, "stored"),
+        ((16, 1, 3, 3), 16, "accumulate"),
+        ((16, 8, 3, 3), 2, "accumulate"),
+        ((16, 4, 3, 3), 1, "accumulate"),
+    ],
+)
+def test_so_do_convolutions_in_narrow_groups_but_for_depthwise_ones(
+    tmp_path: Path, weight: tuple[int, ...], groups: int, expected: str
+) -> None:
+    shape = [weight[1] * groups, *([7] * (len(weight) - 2))]
+    nodes = [node("Conv", ["x", "w"], ["y"], group=groups)]
+    model = save(tmp_path / "m.onnx", nodes, {"x": ["n", *shape]}, {"y": None}, {"w": normal(*weight, seed=3)})
+    done = convert(model, tmp_path / "q.onnx", data=samples(tmp_path, *shape), recipe=Recipe(tune=FAST), verified=True)
+    assert arithmetic(done) == {"y_node": expected}
+
+
 @pytest.mark.parametrize("form", ["qdq", "qoperator"])
 def test_the_runtime_makes_their_weights_float_at_loading(tmp_path: Path, form: str) -> None:
     data = samples(tmp_path, *SHAPES["ConvTranspose"][0])

@@ -259,15 +259,19 @@ def cast_to(spec: InputSpec, values: NDArray[Any], source: str) -> NDArray[Any]:
 
 def check_shape(spec: InputSpec, values: NDArray[Any], source: str) -> None:
     """Raise DataError where an array's shape (beyond the sample axis) does not fit the input."""
-    fits = values.ndim == len(spec.shape) and all(
-        size is None or size == have for size, have in zip(spec.shape[1:], values.shape[1:], strict=True)
-    )
-    if not fits:
+    if not fits(spec.shape[1:], values.shape[1:]):
         have = ["?", *values.shape[1:]]
+        remedy = "reshape the data (first axis: the sample), or set --layout, --size or --crop for images"
+        if fits(spec.shape, values.shape[1:]):
+            remedy = "it has an axis too many: join what lies along the first one (numpy.concatenate)"
         raise DataError(
-            f"input '{spec.name}' takes shape {shown(spec)} and {source} gives [{', '.join(map(str, have))}]",
-            "reshape the data (first axis: the sample), or set --layout, --size or --crop for images",
+            f"input '{spec.name}' takes shape {shown(spec)} and {source} gives [{', '.join(map(str, have))}]", remedy
         )
+
+
+def fits(wanted: Sequence[int | None], given: Sequence[int]) -> bool:
+    """Tell whether the axes of an array have the lengths that are wanted; None wants any."""
+    return len(wanted) == len(given) and all(size in {None, have} for size, have in zip(wanted, given, strict=True))
 
 
 def check_finite(spec: InputSpec, values: NDArray[Any], source: str) -> None:

@@ -120,7 +120,8 @@ class PlacementFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         float_kernels: Operators that the runtime computes in float although they could be integer layers; they are layers only
             where an integer kernel reads what they make.
         stored: Operators without an integer kernel, or with one that is slower than float, so that their weights alone are stored
-            as integers, and what they compute stays float; Conv3d is a Conv over three spatial axes.
+            as integers, and what they compute stays float; Conv3d is a Conv over three spatial axes, NarrowConv one in
+            groups of at most 4 input channels that is not depthwise.
         real_outputs: The operators whose kernel gives reals straight from the accumulator; without an integer layer to read
             them, their outputs are not rounded to a grid.
         macs_per_value: How many multiply-accumulates a product of two activations must do per value that is quantized or
@@ -131,7 +132,7 @@ class PlacementFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     apart: tuple[tuple[str, str], ...] = ()
     direct: tuple[Literal["Pad"], ...] = ()
     float_kernels: tuple[str, ...] = ()
-    stored: tuple[Literal["Conv3d", "ConvTranspose"], ...] = ()
+    stored: tuple[Literal["Conv3d", "ConvTranspose", "NarrowConv"], ...] = ()
     real_outputs: tuple[Literal["Gemm", "MatMul"], ...] = ()
     macs_per_value: Annotated[int, msgspec.Meta(ge=0)] = 0
 

@@ -229,6 +229,7 @@ def test_the_digest_follows_names_dtypes_shapes_and_values(tmp_path: Path) -> No
         pytest.param({"x": numbers(2, 4)}, [ROWS], "takes shape [?, 3]", id="wrong length"),
         pytest.param({"x": numbers(2, 3, 1)}, [ROWS], "takes shape [?, 3]", id="wrong rank"),
         pytest.param({"x": numbers(3)}, [ROWS], "takes shape [?, 3]", id="no sample axis"),
+        pytest.param({"x": numbers(2, 1, 3)}, [ROWS], "an axis too many: join what lies", id="batches of one"),
         pytest.param({"x": np.ones((2, 3), dtype=np.int64)}, [ROWS], "takes float32 and", id="integers for floats"),
         pytest.param({"x": np.ones((2, 3), dtype=np.uint8)}, [ROWS], "--scale", id="pixels without preprocessing"),
         pytest.param({"x": np.ones((2, 3), dtype=np.complex64)}, [ROWS], "complex64", id="complex"),
