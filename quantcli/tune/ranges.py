@@ -30,6 +30,8 @@ SHARES = (0.97, 0.94, 0.9, 0.85, 0.8)
 # What is clipped is rare and large: a range gives way only to one whose error is this part of its own, or less; a smaller part
 # where weights are coarser than activations, since what the layers before have made is far from float then.
 ENOUGH, ENOUGH_COARSE = 0.9, 0.8
+# Of a range that leaves so many times the least error, what is cut is most: narrower ones cut more.
+HOPELESS = 2.0
 
 
 @dataclass(frozen=True)
@@ -190,4 +192,6 @@ def best_range(
             low, high = (bound * share if end in moved else bound for end, bound in enumerate(start))
             if (found := error(low, high)) < lowest:
                 best, lowest = (low, high), found
+            elif found > HOPELESS * lowest:
+                break
     return (best, widest, lowest) if lowest <= enough * widest else ((lo, hi), widest, widest)

@@ -7,7 +7,6 @@ errors are met where they arise and do not add up (Nagel et al. 2019, section 4.
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
@@ -27,12 +26,11 @@ from quantcli.arithmetic.affine import (
 )
 from quantcli.arithmetic.affine import power_of_two as to_power_of_two
 from quantcli.fold import constant
-from quantcli.island import captured
+from quantcli.island import captured, single_node
 from quantcli.plan import activation_bounds, activation_parameters, bias_of, weight_grid, widest_scales
 from quantcli.probe import runnable
 from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.bias import BIASED, biased, corrected, within
-from quantcli.tune.float_side import FloatSide, Node
 from quantcli.tune.moments import drawn_rows, matrix_of, moments_of, together, weighted_moments
 from quantcli.tune.outputs import OLDEST_OPSET, RANKED, Ahead, Channels, Expected, range_for_outputs
 from quantcli.tune.ranges import ENOUGH, ENOUGH_COARSE, Grid, best_range, look
@@ -46,7 +44,6 @@ if TYPE_CHECKING:
 
     from quantcli.placement import PlacedLayer, Placement
     from quantcli.targets import Target
-    from quantcli.tune.float_side import Given
     from quantcli.tune.moments import Matrix
     from quantcli.tune.steps import Steps
     from quantcli.tune.weights import Regularization
@@ -139,21 +136,20 @@ class Sweep:
     def run(self, progress: Callable[[int, int], None] | None = None) -> Tuning:
         """Go through the model once."""
         nodes = list(self.model.graph)
-        behind = dict(itertools.pairwise(node for node in nodes if node not in self.absorbed))
-        with FloatSide(self.model) as floats:
-            for number, node in enumerate(nodes):
-                if node not in self.absorbed:
-                    layer = self.layers.get(node)
-                    if layer is None:
-                        self.pass_node(node)
-                    else:
-                        self.pass_layer(layer, self.given_by_float(layer, behind.get(node), floats))
-                self.done.add(node)
-                for value in {*node.inputs, *captured(node)}:
-                    if value is not None:
-                        self.release(value)
-                if progress is not None:
-                    progress(number + 1, len(nodes))
+        for number, node in enumerate(nodes):
+            if node not in self.absorbed:
+                layer = self.layers.get(node)
+                if layer is None:
+                    self.pass_node(node)
+                else:
+                    self.pass_layer(layer)
+            self.done.add(node)
+            for value in {*node.inputs, *captured(node)}:
+                if value is not None:
+                    self.release(value)
+            if progress is not None:
+                progress(number + 1, len(nodes))
+
         return Tuning(self.chosen, self.scales, self.lowest, self.bits, self.widths)
 
     def release(self, value: ir.Value) -> None:
@@ -162,20 +158,6 @@ class Sweep:
         if self.left[value] <= 0:
             self.real.pop(value, None)
             self.made.pop(value, None)
-
-    def given_by_float(self, layer: PlacedLayer, behind: ir.Node | None, floats: FloatSide) -> Given:
-        """Return what a layer gives in the float model, while the node behind it is begun, where that is a layer."""
-        given = functools.partial(self.given, self.real)
-        floats.begin(layer, given, self.count)
-        found = floats.take(layer)
-        self.real.update(found.values)
-        if behind in self.layers and all(map(self.is_known, (*behind.inputs, *captured(behind)))):
-            floats.begin(self.layers[behind], given, self.count)
-        return found
-
-    def is_known(self, value: ir.Value | None) -> bool:
-        """Tell whether the float model's values of a tensor are there."""
-        return value is None or value in self.real or constant(value) is not None
 
     def given(self, side: dict[ir.Value, Batches], value: ir.Value | None, batch: int) -> NDArray[Any] | None:
         """Return a value's array in a batch."""
@@ -187,12 +169,16 @@ class Sweep:
 
     def pass_node(self, node: ir.Node) -> None:
         """Run a node that stays float on both sides; once, where both are alike so far."""
-        alone = Node(node, self.model)
-        same = all(v is None or v not in self.real or self.real[v] is self.made[v] for v in alone.reads)
-        results = [
-            alone.run([[self.given(side, value, batch) for value in alone.reads] for batch in range(self.count)])
-            for side in ((self.real,) if same else (self.real, self.made))
-        ]
+        values = [*node.inputs, *captured(node)]
+        runs: dict[tuple[str, ...], Callable[..., list[NDArray[Any]]]] = {}
+        same = all(v is None or v not in self.real or self.real[v] is self.made[v] for v in values)
+        results: list[list[Batches]] = []
+        for side in (self.real,) if same else (self.real, self.made):
+            batches: list[Batches] = []
+            for batch in range(self.count):
+                arrays = [self.given(side, value, batch) for value in values]
+                batches.append(run_cached(runs, node, arrays, self.model))
+            results.append([list(column) for column in zip(*batches, strict=True)])
         outputs = [value for value in node.outputs if value.name]
         for position, value in enumerate(outputs):
             self.real[value] = results[0][position]
@@ -322,26 +308,35 @@ class Sweep:
             return self.made[value]
         return [grid.round(array) for array in self.made[value]]
 
-    def pass_layer(self, layer: PlacedLayer, given: Given) -> None:
-        """Choose an integer layer's parameters, and run it.
-
-        Args:
-            layer: The layer.
-            given: What it gives in the float model.
-        """
+    def pass_layer(self, layer: PlacedLayer) -> None:
+        """Choose an integer layer's parameters, and run it on both sides."""
         node = layer.node
         kinds = {position: (value, kind) for position, value, kind in layer.operands()}
         operands: dict[int, Batches | NDArray[Any]] = {
             position: self.operand(value) for position, (value, kind) in kinds.items() if kind is Operand.OWN
         }
+        runs: dict[tuple[str, ...], Callable[..., list[NDArray[Any]]]] = {}
+
+        def run(side: dict[ir.Value, Batches], replaced: dict[int, Batches | NDArray[Any]]) -> list[Batches]:
+            batches = []
+            for batch in range(self.count):
+                arrays = [self.given(side, value, batch) for value in [*node.inputs, *captured(node)]]
+                for position, operand in replaced.items():
+                    arrays[position] = operand[batch] if isinstance(operand, list) else operand
+                batches.append(run_cached(runs, node, arrays, self.model))
+            return [list(column) for column in zip(*batches, strict=True)]
+
+        real = run(self.real, {})
         weight = next((value for value, kind in kinds.values() if kind is Operand.WEIGHT), None)
         if weight is not None:
             self.tune_weight(layer, weight, operands)
             operands[1 if node.inputs[1] is weight else 0] = self.rounded_weights[str(weight.name)]
-        made = given.node.run([self.rounded(given.node, operands, batch) for batch in range(self.count)])
+        made = run(self.made, operands)
         if weight is not None and self.steps.bias:
-            made[0] = self.correct_bias(layer, given.outputs[0], made[0])
-        self.made.update(zip((value for value in node.outputs if value.name), made, strict=True))
+            made[0] = self.correct_bias(layer, real[0], made[0])
+        outputs = [value for value in node.outputs if value.name]
+        for position, value in enumerate(outputs):
+            self.real[value], self.made[value] = real[position], made[position]
         for follower in layer.absorbed:
             self.clamp(follower)
         self.done.update((node, *layer.absorbed))
@@ -355,23 +350,17 @@ class Sweep:
             self.made[value] = [grid.round(array, array if mine else None) for array in self.made[value]]
             self.integers.add(str(value.name))
 
-    def rounded(self, node: Node, operands: dict[int, Batches | NDArray[Any]], batch: int) -> list[NDArray[Any] | None]:
-        """Return what the quantized layer reads in a batch, given the operands that are on grids."""
-        arrays = [self.given(self.made, value, batch) for value in node.reads]
-        for position, operand in operands.items():
-            arrays[position] = operand[batch] if isinstance(operand, list) else operand
-        return arrays
-
     def clamp(self, node: ir.Node) -> None:
-        """Clamp what a quantized layer gives by the Relu or Clip that it absorbs, in its own arrays: nobody else reads them."""
+        """Clamp what a layer gives by the Relu or Clip that it absorbs, in its own arrays: nobody else reads them."""
         before, after = node.inputs[0], node.outputs[0]
-        if before is None or after not in self.real:
+        if before is None or before not in self.real or any(a.dtype != np.float32 for a in self.real[before]):
             self.pass_node(node)
             return
         low, high = (np.float32(bound) for bound in activation_bounds(node))
-        for array in self.made[before]:
-            np.clip(array, low, high, out=array)  # much faster than `numpy.maximum` with one number
-        self.made[after] = self.made[before]
+        for side in (self.real, self.made):
+            for array in side[before]:
+                np.clip(array, low, high, out=array)  # much faster than `numpy.maximum` with one number
+            side[after] = side[before]
 
     def bounds(self, layer: PlacedLayer) -> tuple[float, float] | None:
         """Return what a layer's activation cuts; None where it has none, or that is to be left out."""
@@ -522,3 +511,16 @@ class Sweep:
 def squared(made: NDArray[np.float32], real: NDArray[np.float32]) -> float:
     """Return the sum of the squares of a difference: sample by sample, since a sample's may stay in the caches."""
     return sum(float(np.vdot(one, one)) for one in map(np.subtract, made, real))
+
+
+def run_cached(
+    runs: dict[tuple[str, ...], Callable[..., list[NDArray[Any]]]],
+    node: ir.Node,
+    arrays: list[NDArray[Any] | None],
+    model: ir.Model,
+) -> list[NDArray[Any]]:
+    """Run one node by itself, with a session per kind of its inputs."""
+    key = tuple("" if array is None else f"{array.dtype}{array.ndim}" for array in arrays)
+    if key not in runs:
+        runs[key] = single_node(node, arrays, model)
+    return runs[key](arrays)
