@@ -241,6 +241,18 @@ def test_scales_are_chosen_again_for_few_bits_and_enough_rows(kind: str, count: 
     assert (found.spread.reshape(-1) == found.scales).all()
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_that_hold_single_weights_exactly_neither_gain_nor_lose(symmetric: bool) -> None:
+    weights = np.random.default_rng(9).uniform(0.5, 2.0, size=(20, 1, 1))
+    integer = IntegerType("int4")
+    widest = (weights.reshape(-1) / integer.qmax).astype(np.float32)
+    met = Met(weights, moments_of(None, rows(20, 50, 1, 10), centred=False), 50)
+    found = fitted(met, widest, integer, Steps(), ScaleForm(False, False, symmetric, lambda scales: scales), None)
+    assert [step for step, _, _ in found.gains] == ["scales", "rounding"]
+    assert all(before == after > 0 for _, before, after in found.gains)
+    assert np.abs(found.integers * found.spread[..., None] / weights - 1).max() < 1e-6
+
+
 def errors_of(
     weights: NDArray[np.float64], scales: NDArray[np.float32], moments: NDArray[np.float64], levels: Levels
 ) -> NDArray[np.float64]:

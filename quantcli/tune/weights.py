@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 # Weights of so few bits have scales that are best once what one integer loses is carried on to others: other scales than are best
 # for the nearest integers. Of many fewer rows than inputs they would be best for changes that happen to cost nothing there.
 FEW_BITS, ENOUGH_ROWS = 5, 0.5
+# What part of a layer's output counts as no error: scales are float32 numbers.
+EXACT = 1e-10
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +136,11 @@ def fitted(
     stable = damped(moments.covariance)
     levels = Levels(integer.ends, None if form.symmetric else extent(wanted, form.one))
 
+    exact = EXACT * float(output_error(wanted, stable).sum())
+
     def error(integers: NDArray[np.float64], scales: NDArray[np.float64]) -> float:
-        return float(output_error(integers * scales[..., None] - wanted, stable).sum())
+        """Return the error, no less than what counts as none."""
+        return max(float(output_error(integers * scales[..., None] - wanted, stable).sum()), exact)
 
     flat = form.final(levels.covering(widest).astype(np.float32))
     scales = spread(flat, wanted)
