@@ -15,7 +15,8 @@ from calibration.statistics import Statistics
 from quantcli import Conversion, Recipe, calibrate, convert
 from quantcli.arithmetic.affine import LARGEST_BIAS
 from quantcli.cli import run
-from quantcli.cli.convert import finer_options
+from quantcli.cli.convert import finer_options, warn_of_dead_channels
+from quantcli.cli.terminal import Terminal
 from quantcli.errors import PlanError, UsageError
 from quantcli.fold import fold
 from quantcli.placement import place
@@ -283,6 +284,13 @@ def test_dead_channels_are_told_and_forbidden_by_strict(tmp_path: Path, capsys: 
     assert not (tmp_path / "q.onnx").exists()
     assert run([*arguments, "-q"]) == 0
     assert "weight 'w' has 1 dead" in capsys.readouterr().err
+
+
+def test_dead_channels_of_many_weights_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    warn_of_dead_channels(Terminal(quiet=True), {f"w{n}": (0, n + 1) for n in range(5)})
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("'")[1] for line in lines[:-1]] == ["w0", "w1", "w2"]
+    assert "2 more weights have 4 dead channels" in lines[-1]
 
 
 def test_a_mask_is_kept_out_of_the_integers(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ from quantcli.cli.options import (
 from quantcli.cli.terminal import Terminal, output_options, samples, terminal_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from quantcli.embedded.deliver import Source
     from quantcli.explain import Explanation
     from quantcli.pipeline import Conversion
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
     from quantcli.targets import Target
     from quantcli.tune.effort import Tuned
     from quantcli.tune.equalize import Equalized
+
+# Of so many weights it is told one by one which of their channels are dead.
+FEW_DEAD = 3
 
 
 @click.command()
@@ -191,9 +196,7 @@ def show(terminal: Terminal, done: Conversion) -> None:
         kept = " (kept)" if trial.kept else ""
         terminal.say(f"timed {trial.name}: {trial.seconds * 1e3:.3f} ms{kept}")
     lost_less(terminal, done)
-    for name, channels in plan.dead_channels.items():
-        shown = ", ".join(map(str, channels[:8])) + (", …" if len(channels) > 8 else "")
-        terminal.warn(f"weight '{name}' has {len(channels)} dead (all-zero) channels, given scale 1: {shown}")
+    warn_of_dead_channels(terminal, plan.dead_channels)
     if done.check.low:
         from quantcli.evaluation.check import LOW_SQNR
 
@@ -355,6 +358,17 @@ def wide_activations(plan: Plan) -> list[str]:
 def equalization(done: Equalized | None) -> dict[str, Any] | None:
     """Return what equalization did for machines; what became of the tensors stands in the sidecar."""
     return None if done is None else {key: value for key, value in dataclasses.asdict(done).items() if key != "moved"}
+
+
+def warn_of_dead_channels(terminal: Terminal, dead: Mapping[str, tuple[int, ...]]) -> None:
+    """Tell which weights have channels of nothing but zeros: each of few weights, and how many there are of more."""
+    listed = list(dead.items())
+    for name, channels in listed[:FEW_DEAD]:
+        shown = ", ".join(map(str, channels[:8])) + (", …" if len(channels) > 8 else "")
+        terminal.warn(f"weight '{name}' has {len(channels)} dead (all-zero) channels, given scale 1: {shown}")
+    if rest := listed[FEW_DEAD:]:
+        count = sum(len(channels) for _, channels in rest)
+        terminal.warn(f"{len(rest)} more weights have {count} dead channels; the sidecar lists them (dead_channels)")
 
 
 def grouped(plan: Plan) -> list[tuple[str, str, str, str]]:
