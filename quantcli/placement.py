@@ -332,7 +332,8 @@ class Placing:
             if not moves and self.pays and layer.node.op_type == "MaxPool" and self.accumulates(layer.output):
                 return "the convolution behind it is integer, and bytes are pooled faster than reals", None
             return "it moves integers", None if moves else "its data is float, and it only moves it"
-        if len(floats) < len(data) and self.joins_for_nothing(layer):
+        rounds = bool(floats) or len(data) < len(layer.operands())  # what is no integer yet, or a constant
+        if rounds and len(floats) < len(data) and self.joins_for_nothing(layer):
             return "", "it would round what only float operators read"
         if not floats and data:
             return "its operands are integers already", None

@@ -176,7 +176,7 @@ def test_a_saved_prepared_model_converts_through_its_factory(tmp_path: Path) -> 
     prepared = qt.calibrate(prepared_network(), BATCHES)
     torch.save(prepared.state_dict(), tmp_path / "tuned.pt")
     np.savez(tmp_path / "d.npz", x=torch.cat(BATCHES).numpy())
-    opening = Opening(factory="tests.test_prepare:prepared_network")
+    opening = Opening(factory="tests.test_prepared_integers:prepared_network")
     done = convert(tmp_path / "tuned.pt", tmp_path / "a.onnx", data=tmp_path / "d.npz", opening=opening)
     live = qt.convert(prepared, tmp_path / "b.onnx", BATCHES)
     assert done.model.read_bytes() == live.model.read_bytes()
