@@ -189,6 +189,32 @@ def test_an_onnx_conversion_never_loads_torch(tmp_path: Path) -> None:
     assert "torch" not in loaded
 
 
+def test_a_command_does_without_what_is_imported_late(tmp_path: Path) -> None:
+    from tests.graphs import data_for, residual_net
+
+    model, data = residual_net(tmp_path / "m.onnx"), data_for(tmp_path / "d.npz")
+    command = ["-X", "importtime", "-m", "quantcli", "convert", str(model), "--data", str(data), "-o", "q.onnx", "-q"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True, cwd=tmp_path)
+    loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "onnx_ir._core" in loaded
+    assert "sympy.core" not in loaded
+
+
+def test_what_is_imported_late_works_as_ever() -> None:
+    loaded = loaded_after(
+        "from quantcli.lazily import import_late\n"
+        "import_late()\n"
+        "import_late()\n"
+        "import onnx_ir\n"
+        "assert not {'sympy.core', 'mpmath'} & set(sys.modules)\n"
+        "assert str((onnx_ir.SymbolicDim('n') + 1) * 2) == '2*n + 2'\n"
+        "import sympy.core.numbers\n"
+        "assert sympy.Integer(2) + 1 == 3\n"
+        "assert sum(type(finder).__name__ == 'LateFinder' for finder in sys.meta_path) == 1"
+    )
+    assert {"sympy", "mpmath"} <= loaded
+
+
 def test_the_public_names() -> None:
     import quantcli
 

@@ -135,7 +135,9 @@ def convert(context: click.Context, /, model: Path, output: Path, strict: bool, 
     self-check: what was written is loaded, run on calibration samples, and compared with float.
     """
     from quantcli import pipeline
+    from quantcli.memory import keep_freed
 
+    keep_freed()
     terminal = terminal_of(context)
     if options["form"] != "c":
         keep_apart(options, output, output.with_suffix(".json"))
