@@ -113,8 +113,8 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     the least ``cost``: the bytes of the weights, where it is None, or the time of a run on this machine.
     ``widen`` gives activations 16 bits that 8 hold worst, where the target has both (`quantcli.tune.wide`): None does so where
     little is left otherwise. ``optimize`` times candidate plans on this machine and keeps the fastest (`quantcli.tune.latency`).
-    ``smooth`` evens the columns of what normalisations make (`quantcli.tune.smooth`), with ``smooth_alpha`` as the part of the
-    difficulty that moves into the weights.
+    ``smooth`` evens the columns of what normalisations and gated units make (`quantcli.tune.smooth`), with
+    ``smooth_alpha`` as the part of the difficulty that moves into the weights.
     """
 
     effort: Literal["fast", "default", "best"] = "default"

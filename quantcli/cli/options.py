@@ -320,7 +320,8 @@ quantization_options = together(
     click.option(
         "--smooth/--no-smooth",
         default=None,
-        help="Even the columns of what normalisations make (SmoothQuant).  [default: where the target has float kernels]",
+        help="Even the columns of what normalisations and gated units make (SmoothQuant).  "
+        "[default: where the target has float kernels]",
     ),
 )
 

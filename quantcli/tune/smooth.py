@@ -2,7 +2,8 @@
 
 A product X·W keeps its value when column j of X is divided by s_j and row j of W multiplied by it. With
 s_j = max|X_j|^α / max|W_j|^(1−α) the columns of X come to resemble each other, so that one scale serves all of them. What a
-normalisation makes is the usual case: a few of its columns are ten and more times larger than the others.
+normalisation makes is the usual case: a few of its columns are ten and more times larger than the others. So is what a gated
+unit multiplies, where the constants behind it take the factors over (`quantcli.tune.columns`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from quantcli.masks import unresolvable
 from quantcli.placement import WHY, place
 from quantcli.recipe import resolve_target
 from quantcli.rules import Arithmetic
+from quantcli.tune.columns import taken
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from calibration.statistics import Statistics
     from quantcli.placement import Placement
     from quantcli.recipe import Recipe
+    from quantcli.tune.columns import Taken
 
 # Operators whose output's columns are independent of each other but for a factor and an addend of their own.
 NORMALISATIONS = frozenset({"LayerNormalization", "RMSNormalization"})
@@ -60,23 +63,60 @@ def wanted(recipe: Recipe) -> bool:
     return resolve_target(recipe).placement.pays if asked is None else asked
 
 
-def candidates(placement: Placement) -> dict[ir.Value, list[ir.Node]]:
-    """Return the outputs of normalisations that integer layers multiply by constant matrices, with those layers."""
+def candidates(placement: Placement, per_channel: bool) -> dict[ir.Value, list[ir.Node]]:
+    """Return the tensors whose columns can be evened, with the layers that multiply them by constant matrices, and nobody else.
+
+    They are the outputs of normalisations, and of what takes the factors over, which scales columns of weights.
+
+    Args:
+        placement: Which operators are integer layers.
+        per_channel: Whether each column of a weight has a scale of its own, so that scaling it costs nothing.
+    """
     found: dict[ir.Value, list[ir.Node]] = {}
     other: set[ir.Value] = set()
     for layer in placement.layers:
         node = layer.node
         for position, value, _ in layer.operands():
-            producer = value.producer()
-            if producer is None or producer.op_type not in NORMALISATIONS or not normalises_columns(producer):
-                continue
             plain = layer.rule.arithmetic is Arithmetic.ACCUMULATE and node.op_type in {"MatMul", "Gemm"}
             weight = constant(node.inputs[1]) if plain and position == 0 else None
             if weight is not None and weight.ndim == 2 and not node.attributes.get_int("transA", 0):
                 found.setdefault(value, []).append(node)
             else:
                 other.add(value)
-    return {value: nodes for value, nodes in found.items() if value not in other}
+    kept = keeping_grids(placement)
+    return {
+        value: nodes
+        for value, nodes in found.items()
+        if value not in other
+        and (is_normalised(value) or (per_channel and takers(value, nodes, ones_for(nodes[0]), kept)))
+    }
+
+
+def is_normalised(value: ir.Value) -> bool:
+    """Tell whether a normalisation with columns of its own makes a tensor."""
+    producer = value.producer()
+    return producer is not None and producer.op_type in NORMALISATIONS and normalises_columns(producer)
+
+
+def keeping_grids(placement: Placement) -> frozenset[ir.Node]:
+    """Return the integer layers that multiply by no constant matrix: their operands lie on grids that factors would change."""
+    return frozenset(
+        layer.node
+        for layer in placement.layers
+        if layer.rule.arithmetic is not Arithmetic.ACCUMULATE or constant(layer.node.inputs[1]) is None
+    )
+
+
+def ones_for(node: ir.Node) -> NDArray[np.float32]:
+    """Return a factor of 1 for every column that a layer reads."""
+    return np.ones(np.asarray(constant(node.inputs[1])).shape[1 if is_transposed(node) else 0], np.float32)
+
+
+def takers(
+    value: ir.Value, readers: list[ir.Node], factor: NDArray[np.float32], kept: frozenset[ir.Node]
+) -> list[Taken]:
+    """Return what takes factors of columns over, where no one else reads the tensor; nothing of a normalisation's own."""
+    return [] if is_normalised(value) else taken(value, factor, kept, len(readers))
 
 
 def normalises_columns(node: ir.Node) -> bool:
@@ -91,7 +131,8 @@ def columns_needed(model: ir.Model, recipe: Recipe) -> frozenset[str]:
     """Return the tensors of which smoothing wants to know the extremes of every column."""
     if not wanted(recipe):
         return frozenset()
-    return frozenset(str(value.name) for value in candidates(place(model, recipe)))
+    per_channel = resolve_target(recipe).weight.per_channel
+    return frozenset(str(value.name) for value in candidates(place(model, recipe), per_channel))
 
 
 def smooth(
@@ -109,7 +150,9 @@ def smooth(
     changed = model.clone()
     tensors = dict(statistics.tensors)
     done = []
-    for value, readers in candidates(place(changed, recipe, unresolvable(changed, statistics.tensors, recipe))).items():
+    placement = place(changed, recipe, unresolvable(changed, statistics.tensors, recipe))
+    kept = keeping_grids(placement)
+    for value, readers in candidates(placement, resolve_target(recipe).weight.per_channel).items():
         seen = tensors.get(str(value.name))
         if seen is None or seen.columns is None:
             continue
@@ -118,7 +161,7 @@ def smooth(
         if scales is None:
             continue
         names, before = tuple(str(node.name) for node in readers), str(value.name)
-        name, folded = apply(changed.graph, value, readers, scales)
+        name, folded = apply(changed.graph, value, readers, scales, kept)
         tensors[name] = divided(seen, scales)
         done.append(Smoothed(before, names, folded, spread(largest), spread(largest / scales)))
     return changed, replace(statistics, tensors=tensors), tuple(done)
@@ -164,11 +207,20 @@ def divided(seen: TensorStatistics, scales: NDArray[np.float32]) -> TensorStatis
     return TensorStatistics(float(lowest), float(highest), seen.elements, seen.nan, seen.infinite, derived=True)
 
 
-def apply(graph: ir.Graph, value: ir.Value, readers: list[ir.Node], scales: NDArray[np.float32]) -> tuple[str, bool]:
+def apply(
+    graph: ir.Graph, value: ir.Value, readers: list[ir.Node], scales: NDArray[np.float32], kept: frozenset[ir.Node]
+) -> tuple[str, bool]:
     """Divide the columns of a value by factors for its integer readers, and multiply their weights' rows by them.
 
+    Args:
+        graph: The graph.
+        value: The tensor.
+        readers: The layers that read it.
+        scales: The factors.
+        kept: The nodes that take no factor.
+
     Returns:
-        The new tensor's name, and whether the normalisation itself took the factors over.
+        The new tensor's name, and whether what makes it took the factors over.
     """
     inverse = np.float32(1) / scales
     for node in readers:
@@ -179,11 +231,22 @@ def apply(graph: ir.Graph, value: ir.Value, readers: list[ir.Node], scales: NDAr
         node.replace_input_with(1, add_constant(graph, f"{weight.name}{SUFFIX}", scaled))
     producer, name = value.producer(), free_name(graph, f"{value.name}{SUFFIX}")
     assert producer is not None  # noqa: S101 - a normalisation made it
-    if set(value.consumers()) == set(readers) and not value.is_graph_output() and len(producer.outputs) == 1:
-        for position, old in enumerate(producer.inputs[1:], start=1):
-            if old is not None:
-                array = np.asarray(constant(old), dtype=np.float32) * inverse
-                producer.replace_input_with(position, add_constant(graph, f"{old.name}{SUFFIX}", array))
+    alone = set(value.consumers()) == set(readers) and not value.is_graph_output() and len(producer.outputs) == 1
+    if is_normalised(value):
+        own = [
+            (producer, position, inverse)
+            for position, held in enumerate(producer.inputs)
+            if position and held is not None
+        ]
+        over = own if alone else []
+    else:
+        over = takers(value, readers, inverse, kept)
+    for node, position, factor in over:
+        old = node.inputs[position]
+        assert old is not None  # noqa: S101 - it is a constant
+        array = np.asarray(constant(old), dtype=np.float32) * factor
+        node.replace_input_with(position, add_constant(graph, f"{old.name}{SUFFIX}", array))
+    if over:
         value.name = name
         return name, True
     node = ir.node("Mul", [value, add_constant(graph, f"{value.name}_smoothing", inverse)], name=name)
