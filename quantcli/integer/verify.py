@@ -16,7 +16,7 @@ import numpy as np
 
 from calibration.hooks.onnxruntime import Runner
 from quantcli.arithmetic.affine import IntegerType, along_axis, quantize
-from quantcli.arithmetic.fixed_point import headroom_multipliers, headroom_of, signed_fixed_point
+from quantcli.arithmetic.fixed_point import headroom_multipliers, headroom_of, signed_fixed_point, summed_fixed_point
 from quantcli.arithmetic.tables import exponentials, table
 from quantcli.integer.exact import FLOAT32_ERROR, exact, function_parameters
 from quantcli.integer.executor import Executor, quantized
@@ -237,24 +237,28 @@ def multiplier_findings(
 ) -> Iterator[Finding]:
     """Compare M0 and n with the quotient of the scales, of PRelu times its slopes."""
     sidecar = executor.sidecar
-    output = sidecar.tensors[entry.outputs[0]].scale[0]
+    output, bits = sidecar.tensors[entry.outputs[0]].scale[0], multiplier_bits(sidecar, entry)
+    operands = [sidecar.tensors[name] for name in entry.inputs]
+    types = [tensor.dtype for tensor in operands]
     if entry.arithmetic == "sum" and entry.multipliers[-1].operand is None:
-        operands = [sidecar.tensors[name] for name in entry.inputs]
-        headroom = headroom_of(*(tensor.dtype for tensor in operands))
         a, b = (tensor.scale[0] for tensor in operands)
-        real = np.array([headroom_multipliers(a, b, output, headroom)[entry.multipliers.index(multiplier)]])
+        real = np.array([headroom_multipliers(a, b, output, headroom_of(*types))[entry.multipliers.index(multiplier)]])
     elif entry.operator == "PRelu" and multiplier.operand is None:
         slopes = executor.stored.get(str(node.inputs[1].name)) if node.inputs[1] is not None else None
         if slopes is None:
             yield Finding(entry.name, "the model does not hold its slopes")
             return
-        real = slopes.astype(np.float64).reshape(-1) * sidecar.tensors[entry.inputs[0]].scale[0] / output
+        real = slopes.astype(np.float64).reshape(-1) * operands[0].scale[0] / output
     elif multiplier.operand is None:
-        x, w = (np.array(sidecar.tensors[name].scale, dtype=np.float64) for name in entry.inputs[:2])
+        x, w = (np.array(tensor.scale, dtype=np.float64) for tensor in operands[:2])
         real = x * w / output
     else:
         real = np.array(sidecar.tensors[multiplier.operand].scale, dtype=np.float64) / output
-    m0, n = signed_fixed_point(real, multiplier_bits(sidecar, entry))
+    if entry.arithmetic == "sum" and multiplier.operand in entry.inputs and entry.multipliers[-1].operand is not None:
+        reals = [np.array(tensor.scale, dtype=np.float64) / output for tensor in operands]
+        m0, n = summed_fixed_point(reals, bits, *types)[entry.inputs.index(multiplier.operand)]
+    else:
+        m0, n = signed_fixed_point(real, bits)
     for what, held, stated in (
         ("multiplier", m0, multiplier.multiplier),
         ("shift", n, multiplier.shift),
