@@ -19,7 +19,7 @@ from quantcli.arithmetic.affine import IntegerType, along_axis, quantize
 from quantcli.arithmetic.fixed_point import headroom_multipliers, headroom_of, signed_fixed_point, summed_fixed_point
 from quantcli.arithmetic.tables import exponentials, table
 from quantcli.integer.exact import FLOAT32_ERROR, exact, function_parameters
-from quantcli.integer.executor import Executor, quantized
+from quantcli.integer.executor import Executor, is_fence, quantized
 from quantcli.integer.layer import IntegerError, Layer, multiplier_bits
 from quantcli.integer.layers import centred_magnitudes, real_output, run_layer, terms_of
 from quantcli.probe import with_outputs
@@ -193,8 +193,9 @@ def differences(layer: str, what: str, held: NDArray[Any] | None, stated: list[f
 
 
 def layer_findings(executor: Executor) -> Iterator[Finding]:
-    """Compare multipliers, shifts, clamps and tables with what the scales make them."""
+    """Compare multipliers, shifts, clamps and tables with what the scales make them, and layers with the model's operators."""
     sidecar = executor.sidecar
+    yield from unnamed_findings(executor)
     for entry in sidecar.layers:
         node = executor.nodes.get(entry.name)
         if node is None or node.op_type != entry.operator:
@@ -220,6 +221,18 @@ def layer_findings(executor: Executor) -> Iterator[Finding]:
             if expected != entry.table:
                 index = next((i for i, (a, b) in enumerate(zip(expected, entry.table, strict=False)) if a != b), -1)
                 yield Finding(entry.name, f"the table is not that of its function, first at index {index}")
+
+
+def unnamed_findings(executor: Executor) -> Iterator[Finding]:
+    """Find operators between integers of the sidecar that are neither layers nor said to stay float."""
+    sidecar = executor.sidecar
+    floats = {entry.name for entry in sidecar.float_layers}
+    for node in executor.order:
+        name = str(node.name)
+        if name not in executor.entries and name not in floats and not is_fence(node):
+            yield Finding(
+                name, f"the sidecar has {node.op_type} neither among its layers nor among those that stay float"
+            )
 
 
 def real_findings(entry: LayerEntry, sidecar: Sidecar) -> Iterator[Finding]:
@@ -316,17 +329,22 @@ def compare(
 ) -> None:
     """Run every layer from the runtime's own integers and compare what it makes with what the runtime made."""
     sidecar = executor.sidecar
-    _, reals = executor.run_all(feeds)
+    try:
+        _, reals = executor.run_all(feeds)
+    except IntegerError as error:
+        result.findings.append(Finding("", error.what))
+        return
     given = {name: runtime[t.integers] for name, t in sidecar.tensors.items() if t.role == "activation"}
     seen = {**runtime, **feeds}
     for name in reals_of(sidecar):
         if name in given and name in seen:
             compare_edge(sidecar.tensors[name], reader_of(sidecar, name), name, seen[name], given[name], result)
     for entry in sidecar.layers:
-        if entry.arithmetic == "stored":
+        node = executor.nodes.get(entry.name)
+        if entry.arithmetic == "stored" or node is None:
             continue
         integers = dict(given)
-        layer = executor.layer(entry, executor.nodes[entry.name], integers, reals)
+        layer = executor.layer(entry, node, integers, reals)
         operands = [executor.integer(name, integers, reals) for name in entry.inputs]
         try:
             found = run_layer(layer, operands)
