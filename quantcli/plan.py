@@ -20,7 +20,7 @@ from quantcli.arithmetic.affine import (
     symmetric_parameters,
     symmetric_scales,
 )
-from quantcli.arithmetic.fixed_point import headroom_multipliers, headroom_of, signed_fixed_point
+from quantcli.arithmetic.fixed_point import headroom_multipliers, headroom_of, signed_fixed_point, summed_fixed_point
 from quantcli.errors import PlanError
 from quantcli.fold import constant, unmapped
 from quantcli.masks import unresolvable
@@ -387,13 +387,13 @@ def plan_layer(layer: PlacedLayer, tensors: dict[str, TensorPlan], target: Targe
     output = tensors[str(layer.output.name)]
     rounding = target.multiplier.rounding_of(layer.node.op_type)
     scales = {name: np.array(tensors[name].scale, dtype=np.float64) for name in inputs}
+    types = [tensors[name].integer.dtype.name for name in inputs]
     reals: list[tuple[str | None, NDArray[np.float64]]] = []
     if layer.rule.arithmetic in {Arithmetic.ACCUMULATE, Arithmetic.PRODUCT}:
         reals = [(None, scales[inputs[0]] * scales[inputs[1]] / output.scale[0])]
     elif layer.rule.arithmetic is Arithmetic.SUM and rounding == "double":
         a, b = (float(scales[name][0]) for name in inputs)
-        headroom = headroom_of(*(tensors[name].integer.dtype.name for name in inputs))
-        first, second, last = headroom_multipliers(a, b, output.scale[0], headroom)
+        first, second, last = headroom_multipliers(a, b, output.scale[0], headroom_of(*types))
         reals = [(inputs[0], np.array([first])), (inputs[1], np.array([second])), (None, np.array([last]))]
     elif layer.rule.arithmetic in {Arithmetic.SUM, Arithmetic.RESCALE}:
         reals = [(name, scales[name] / output.scale[0]) for name in inputs]
@@ -402,10 +402,14 @@ def plan_layer(layer: PlacedLayer, tensors: dict[str, TensorPlan], target: Targe
         reals.append((None, slopes * scales[inputs[0]] / output.scale[0]))
     multiplied = layer.rule.arithmetic in {Arithmetic.ACCUMULATE, Arithmetic.PRODUCT}
     bits = target.multiplier_bits(multiplied and any(tensors[name].integer.bits > 8 for name in inputs[:2]))
-    multipliers = []
-    for operand, real in reals:
-        multiplier, shift = signed_fixed_point(real, bits)
-        multipliers.append(Multiplier(operand, tuple(real.tolist()), tuple(multiplier.tolist()), tuple(shift.tolist())))
+    if layer.rule.arithmetic is Arithmetic.SUM and rounding != "double":
+        numbers = summed_fixed_point([real for _, real in reals], bits, *types)
+    else:
+        numbers = [signed_fixed_point(real, bits) for _, real in reals]
+    multipliers = [
+        Multiplier(operand, tuple(real.tolist()), tuple(multiplier.tolist()), tuple(shift.tolist()))
+        for (operand, real), (multiplier, shift) in zip(reals, numbers, strict=True)
+    ]
     return LayerPlan(
         str(layer.node.name),
         layer.node.op_type,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import numpy as np
 
+from quantcli.coherence import contradictions
 from quantcli.errors import ModelError
 from quantcli.recipe import Recipe
 from quantcli.targets import Target
@@ -251,14 +252,18 @@ def read(path: Path) -> Sidecar:
     """Read a sidecar.
 
     Raises:
-        ModelError: If it cannot be read, or is not a sidecar of this version.
+        ModelError: If it cannot be read, is not a sidecar of this version, or contradicts itself.
     """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Sidecar)
+        sidecar = msgspec.json.decode(path.read_bytes(), type=Sidecar)
     except (OSError, msgspec.DecodeError) as error:
         raise ModelError(
             f"{path} is not a sidecar of version {VERSION} ({error})", "convert the model again"
         ) from error
+    found = next(contradictions(sidecar), None)
+    if found is not None:
+        raise ModelError(f"{path} contradicts itself: {found}", "convert the model again")
+    return sidecar
 
 
 def schema() -> dict[str, Any]:

@@ -54,6 +54,7 @@ ORDER = [
     {"quantcli.tune", "quantcli.modes"},
     {"quantcli.quantize"},
     {"quantcli.write"},
+    {"quantcli.coherence"},
     {"quantcli.sidecar"},
     {"quantcli.integer"},
     {"quantcli.embedded"},

@@ -14,7 +14,7 @@ import numpy as np
 from quantcli.arithmetic.rounding import shift_floor, shift_half_away, shift_half_even, shift_half_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -73,6 +73,32 @@ HEADROOM, WIDE_HEADROOM = 20, 15
 def headroom_of(*types: str) -> int:
     """Return how far the operands of a sum are shifted to the left, by the names of their integer types."""
     return WIDE_HEADROOM if any(name.endswith("16") for name in types) else HEADROOM
+
+
+def summed_fixed_point(
+    reals: Sequence[NDArray[np.float64]], bits: int, *types: str
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Return (M0, n) of the operands of a sum that is formed exactly, with bounds on how far the n lie apart (equation 14).
+
+    The sum stands at the largest n, to which the other operand is shifted left. With |q − z| < 2^w it stays below 2^62 where no n
+    is more than 62 − bits − w above the least. An operand whose n would be gets M0 = round(M · 2^n), half to even, which has
+    fewer bits, and is 0 where nothing is left: it misses less than 2^(2w−61) steps of the other operand.
+
+    Args:
+        reals: One positive multiplier per operand, each of shape (1,).
+        bits: The width of M0: 8, 16 or 32.
+        types: The names of the operands' integer types; those of 16 bits are symmetric.
+    """
+    found = [fixed_point(real, bits) for real in reals]
+    width = 15 if any(name.endswith("16") for name in types) else 8
+    furthest = min(int(shift.min()) for _, shift in found) + 62 - bits - width
+    return [
+        (
+            np.where(shift > furthest, np.rint(np.ldexp(real, furthest)).astype(np.int64), m0),
+            np.minimum(shift, furthest),
+        )
+        for real, (m0, shift) in zip(reals, found, strict=True)
+    ]
 
 
 def headroom_multipliers(first: float, second: float, output: float, headroom: int) -> tuple[float, float, float]:

@@ -68,7 +68,13 @@ def exact(layer: Layer, operands: list[NDArray[np.int64]]) -> Exact | None:
         terms = [q * scale for q, scale in zip(centres, scales, strict=True)]
         if operator in JOINS:
             return of_terms(layer, JOINS[operator](layer, terms))
-        return of_terms(layer, terms[0], -terms[1] if operator == "Sub" else terms[1])
+        found = of_terms(layer, terms[0], -terms[1] if operator == "Sub" else terms[1])
+        if layer.entry.multipliers[-1].operand is None:
+            return found
+        # Where n is bounded, M0 is off by half a unit at most, which may be more than its last of all bits (`summed_fixed_point`).
+        halves = [0.5 * 2.0 ** -entry.shift[0] for entry in layer.entry.multipliers]
+        off = sum(np.abs(q) * half for q, half in zip(centres, halves, strict=True))
+        return replace(found, integer_error=found.integer_error + off)
     if operator == "PRelu":
         x = centred(layer, operands)[0]
         return of_terms(layer, np.where(x < 0, x * along(layer, 1, x.ndim, 1), x * along(layer, 0, 0, None)))

@@ -10,7 +10,7 @@ import numpy as np
 
 from quantcli.arithmetic.affine import IntegerType, dequantize, quantize
 from quantcli.integer.expand import EDGES, expanded
-from quantcli.integer.layer import Layer, multiplier_bits
+from quantcli.integer.layer import IntegerError, Layer, multiplier_bits
 from quantcli.integer.layers import run_layer
 from quantcli.island import captured, single_node
 
@@ -76,7 +76,12 @@ class Executor:
                 self.run_island(node, integers, reals)
                 continue
             operands = [self.integer(name, integers, reals) for name in entry.inputs]
-            results = run_layer(self.layer(entry, node, integers, reals), operands)
+            try:
+                results = run_layer(self.layer(entry, node, integers, reals), operands)
+            except ValueError as error:
+                raise IntegerError(
+                    f"the integers of layer '{entry.name}' cannot be computed ({error})", "leave it float (--exclude)"
+                ) from error
             (integers if entry.accumulator_scale is None else reals).update(zip(entry.outputs, results, strict=False))
         return integers, reals
 

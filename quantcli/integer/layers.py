@@ -139,18 +139,14 @@ def total(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.in
     """Equation 14: the sum of the rescaled operands, formed exactly and rounded once; 14a where the sum has a multiplier too."""
     if layer.entry.multipliers[-1].operand is None:
         return [headroom_sum(layer, operands)]
-    shifts = [entry.shift[0] for entry in layer.entry.multipliers]
-    common = max(shifts)
-    acc: NDArray[np.int64] | None = None
-    for position, (q, entry) in enumerate(zip(operands, layer.entry.multipliers, strict=True)):
-        sign = -1 if position and layer.entry.operator == "Sub" else 1
-        left = common - entry.shift[0]
-        if left > 20:
-            raise IntegerError("the operands' scales are more than 2^20 apart")
-        term = sign * (q - layer.zero_point(str(entry.operand))) * (entry.multiplier[0] << left)
-        acc = term if acc is None else acc + term
-    if acc is None:
-        raise IntegerError("a sum without operands")
+    common = max(entry.shift[0] for entry in layer.entry.multipliers)
+    left = [min(common - entry.shift[0], 62) for entry in layer.entry.multipliers]
+    weights = [entry.multiplier[0] << shift for entry, shift in zip(layer.entry.multipliers, left, strict=True)]
+    parts = centred(layer, operands)
+    if sum(max(int(np.abs(q).max(initial=0)), 1) * abs(w) for q, w in zip(parts, weights, strict=True)) >= 1 << 62:
+        raise ValueError("the operands' shifts are too far apart: their sum leaves 62 bits")
+    first, *others = (q * weight for q, weight in zip(parts, weights, strict=True))
+    acc = first - sum(others) if layer.entry.operator == "Sub" else first + sum(others)
     rounded = multiply(acc, np.array(1), np.array(common), layer.entry.rounding, layer.bits)
     return [rounded + layer.zero_point(layer.entry.outputs[0])]
 

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 def move(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[Any]]:
     """Equation 16: the same integers elsewhere."""
-    return MOVES[layer.entry.operator](layer, operands[0])
+    operator = MOVES.get(layer.entry.operator)
+    if operator is None:
+        raise IntegerError(f"layer '{layer.entry.name}' moves integers, which {layer.entry.operator} does not")
+    return operator(layer, operands[0])
 
 
 def reshape(layer: Layer, q: NDArray[np.int64]) -> list[NDArray[Any]]:

@@ -16,10 +16,10 @@ import numpy as np
 
 from calibration.hooks.onnxruntime import Runner
 from quantcli.arithmetic.affine import IntegerType, along_axis, quantize
-from quantcli.arithmetic.fixed_point import headroom_multipliers, headroom_of, signed_fixed_point
+from quantcli.arithmetic.fixed_point import headroom_multipliers, headroom_of, signed_fixed_point, summed_fixed_point
 from quantcli.arithmetic.tables import exponentials, table
 from quantcli.integer.exact import FLOAT32_ERROR, exact, function_parameters
-from quantcli.integer.executor import Executor, quantized
+from quantcli.integer.executor import Executor, is_fence, quantized
 from quantcli.integer.layer import IntegerError, Layer, multiplier_bits
 from quantcli.integer.layers import centred_magnitudes, real_output, run_layer, terms_of
 from quantcli.probe import with_outputs
@@ -193,8 +193,9 @@ def differences(layer: str, what: str, held: NDArray[Any] | None, stated: list[f
 
 
 def layer_findings(executor: Executor) -> Iterator[Finding]:
-    """Compare multipliers, shifts, clamps and tables with what the scales make them."""
+    """Compare multipliers, shifts, clamps and tables with what the scales make them, and layers with the model's operators."""
     sidecar = executor.sidecar
+    yield from unnamed_findings(executor)
     for entry in sidecar.layers:
         node = executor.nodes.get(entry.name)
         if node is None or node.op_type != entry.operator:
@@ -222,6 +223,18 @@ def layer_findings(executor: Executor) -> Iterator[Finding]:
                 yield Finding(entry.name, f"the table is not that of its function, first at index {index}")
 
 
+def unnamed_findings(executor: Executor) -> Iterator[Finding]:
+    """Find operators between integers of the sidecar that are neither layers nor said to stay float."""
+    sidecar = executor.sidecar
+    floats = {entry.name for entry in sidecar.float_layers}
+    for node in executor.order:
+        name = str(node.name)
+        if name not in executor.entries and name not in floats and not is_fence(node):
+            yield Finding(
+                name, f"the sidecar has {node.op_type} neither among its layers nor among those that stay float"
+            )
+
+
 def real_findings(entry: LayerEntry, sidecar: Sidecar) -> Iterator[Finding]:
     """Compare the scale of an accumulator with the product of the operands' scales, in float32."""
     scales = [np.array(sidecar.tensors[name].scale, dtype=np.float32) for name in entry.inputs[:2]]
@@ -237,24 +250,28 @@ def multiplier_findings(
 ) -> Iterator[Finding]:
     """Compare M0 and n with the quotient of the scales, of PRelu times its slopes."""
     sidecar = executor.sidecar
-    output = sidecar.tensors[entry.outputs[0]].scale[0]
+    output, bits = sidecar.tensors[entry.outputs[0]].scale[0], multiplier_bits(sidecar, entry)
+    operands = [sidecar.tensors[name] for name in entry.inputs]
+    types = [tensor.dtype for tensor in operands]
     if entry.arithmetic == "sum" and entry.multipliers[-1].operand is None:
-        operands = [sidecar.tensors[name] for name in entry.inputs]
-        headroom = headroom_of(*(tensor.dtype for tensor in operands))
         a, b = (tensor.scale[0] for tensor in operands)
-        real = np.array([headroom_multipliers(a, b, output, headroom)[entry.multipliers.index(multiplier)]])
+        real = np.array([headroom_multipliers(a, b, output, headroom_of(*types))[entry.multipliers.index(multiplier)]])
     elif entry.operator == "PRelu" and multiplier.operand is None:
         slopes = executor.stored.get(str(node.inputs[1].name)) if node.inputs[1] is not None else None
         if slopes is None:
             yield Finding(entry.name, "the model does not hold its slopes")
             return
-        real = slopes.astype(np.float64).reshape(-1) * sidecar.tensors[entry.inputs[0]].scale[0] / output
+        real = slopes.astype(np.float64).reshape(-1) * operands[0].scale[0] / output
     elif multiplier.operand is None:
-        x, w = (np.array(sidecar.tensors[name].scale, dtype=np.float64) for name in entry.inputs[:2])
+        x, w = (np.array(tensor.scale, dtype=np.float64) for tensor in operands[:2])
         real = x * w / output
     else:
         real = np.array(sidecar.tensors[multiplier.operand].scale, dtype=np.float64) / output
-    m0, n = signed_fixed_point(real, multiplier_bits(sidecar, entry))
+    if entry.arithmetic == "sum" and multiplier.operand in entry.inputs and entry.multipliers[-1].operand is not None:
+        reals = [np.array(tensor.scale, dtype=np.float64) / output for tensor in operands]
+        m0, n = summed_fixed_point(reals, bits, *types)[entry.inputs.index(multiplier.operand)]
+    else:
+        m0, n = signed_fixed_point(real, bits)
     for what, held, stated in (
         ("multiplier", m0, multiplier.multiplier),
         ("shift", n, multiplier.shift),
@@ -312,17 +329,22 @@ def compare(
 ) -> None:
     """Run every layer from the runtime's own integers and compare what it makes with what the runtime made."""
     sidecar = executor.sidecar
-    _, reals = executor.run_all(feeds)
+    try:
+        _, reals = executor.run_all(feeds)
+    except IntegerError as error:
+        result.findings.append(Finding("", error.what))
+        return
     given = {name: runtime[t.integers] for name, t in sidecar.tensors.items() if t.role == "activation"}
     seen = {**runtime, **feeds}
     for name in reals_of(sidecar):
         if name in given and name in seen:
             compare_edge(sidecar.tensors[name], reader_of(sidecar, name), name, seen[name], given[name], result)
     for entry in sidecar.layers:
-        if entry.arithmetic == "stored":
+        node = executor.nodes.get(entry.name)
+        if entry.arithmetic == "stored" or node is None:
             continue
         integers = dict(given)
-        layer = executor.layer(entry, executor.nodes[entry.name], integers, reals)
+        layer = executor.layer(entry, node, integers, reals)
         operands = [executor.integer(name, integers, reals) for name in entry.inputs]
         try:
             found = run_layer(layer, operands)

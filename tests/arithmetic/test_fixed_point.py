@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from quantcli.arithmetic.fixed_point import fixed_point, real_value, signed_fixed_point
+from quantcli.arithmetic.fixed_point import fixed_point, real_value, signed_fixed_point, summed_fixed_point
 
 POSITIVE = st.floats(2.0**-126, 2.0**120, allow_subnormal=False)
 
@@ -60,3 +61,32 @@ def test_of_either_sign_the_multiplier_has_it_and_nothing_else_differs(reals: li
 def test_other_widths_are_refused() -> None:
     with pytest.raises(ValueError, match="8, 16 or 32"):
         fixed_point(np.array([1.0]), 24)
+
+
+def summed(reals: list[NDArray[np.float64]], bits: int = 32, *types: str) -> list[tuple[int, int]]:
+    return [(int(m0[0]), int(n[0])) for m0, n in summed_fixed_point(reals, bits, *types)]
+
+
+@given(
+    st.lists(POSITIVE, min_size=2, max_size=2),
+    st.sampled_from([8, 16, 32]),
+    st.sampled_from([("int8", "uint8", 8), ("int16", "int8", 15)]),
+)
+def test_an_exact_sum_fits_62_bits_and_misses_next_to_nothing(
+    reals: list[float], bits: int, types: tuple[str, str, int]
+) -> None:
+    *names, width = types
+    pairs = summed([np.array([real]) for real in reals], bits, *names)
+    common = max(n for _, n in pairs)
+    assert sum(((1 << width) * m0) << (common - n) for m0, n in pairs) < 1 << 62
+    for real, (m0, n) in zip(reals, pairs, strict=True):
+        if (m0, n) != tuple(int(part[0]) for part in fixed_point(np.array([real]), bits)):
+            missed = abs(Fraction(m0) * Fraction(2) ** -n - Fraction(real)) * (1 << width)
+            assert missed <= Fraction(max(reals)) * Fraction(2) ** (2 * width - 61)
+            assert real == min(reals)
+
+
+def test_in_a_sum_what_is_dead_beside_the_other_operand_has_no_multiplier() -> None:
+    alive, faint, dead = np.array([1.0]), np.array([2.0**-40]), np.array([2.0**-80])
+    assert summed([alive, faint]) == [(2**30, 30), (2**12, 52)]
+    assert summed([dead, alive]) == [(0, 52), (2**30, 30)]

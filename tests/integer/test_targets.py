@@ -13,6 +13,7 @@ from quantcli import Recipe, convert, verify
 from quantcli.cli import run
 from quantcli.errors import RecipeError
 from quantcli.integer.executor import Executor
+from quantcli.recipe import Layers, Tune
 from quantcli.targets import FOLDER, known, load_target
 from tests.graphs import data_for, node, normal, residual_net, save
 
@@ -44,6 +45,28 @@ def test_a_target_does_what_it_says(tmp_path: Path, name: str) -> None:
     found = verify(tmp_path / "q.json", data)
     assert found.findings == []
     assert found.layers == len(done.plan.layers)
+
+
+@pytest.mark.parametrize("ratio", [1e-7, 1e-16])
+@pytest.mark.parametrize("name", known())
+def test_a_sum_of_a_branch_that_is_all_but_dead_is_verified(tmp_path: Path, name: str, ratio: float) -> None:
+    """What the plan makes of scales however far apart is what the executor computes, and the tensors keep their scales."""
+    constants = {"w": normal(4, 3, 3, 3, scale=0.3), "v": normal(4, 3, 3, 3, seed=1, scale=0.3) * np.float32(ratio)}
+    nodes = [
+        node("Conv", ["x", "w"], ["alive"], pads=[1, 1, 1, 1]),
+        node("Conv", ["x", "v"], ["dead"], pads=[1, 1, 1, 1]),
+        node("Add", ["alive", "dead"], ["a"]),
+        node("Sub", ["dead", "alive"], ["s"]),
+    ]
+    model = save(tmp_path / "m.onnx", nodes, {"x": ["N", 3, 8, 8]}, dict.fromkeys(["a", "s"]), constants)
+    data = data_for(tmp_path / "d.npz")
+    recipe = Recipe(target=name, layers=Layers(everywhere=True), tune=Tune(effort="fast"))
+    done = convert(model, tmp_path / "q.onnx", data=data, recipe=recipe)
+    assert {layer.name for layer in done.sidecar.layers if layer.arithmetic == "sum"} == {"a_node", "s_node"}
+    assert done.sidecar.tensors["dead"].scale[0] < done.sidecar.tensors["alive"].scale[0] * ratio * 16
+    found = verify(tmp_path / "q.json", data)
+    assert found.findings == []
+    assert found.layers == 4
 
 
 def test_seven_bit_weights_cannot_overflow_pairs_of_products() -> None:

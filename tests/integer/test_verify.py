@@ -159,3 +159,81 @@ def test_a_missing_model_is_told(copy: Path, capsys: pytest.CaptureFixture[str])
     (copy / "q.onnx").unlink()
     assert run(["verify", str(copy / "q.json")]) == 1
     assert "not beside it" in capsys.readouterr().err
+
+
+GONE: dict[str, Callable[[Document], object]] = {
+    "a layer": lambda d: d["layers"].remove(layer(d, "h_node")),
+    "all layers": lambda d: d["layers"].clear(),
+    "the name of a layer": lambda d: layer(d, "h_node").update(name="other"),
+}
+
+
+@pytest.mark.parametrize("name", GONE)
+def test_an_operator_that_the_sidecar_does_not_name_is_found(
+    copy: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    document = json.loads((copy / "q.json").read_text())
+    GONE[name](document)
+    (copy / "q.json").write_text(json.dumps(document))
+    assert any(finding.layer == "h_node" for finding in verify(copy / "q.json", copy / "d.npz").findings)
+    assert run(["verify", str(copy / "q.json"), "--data", str(copy / "d.npz")]) == 3
+    assert "error: " in capsys.readouterr().err
+
+
+UNCOMPUTED: dict[str, Callable[[Document], object]] = {
+    "a shift far to the left": lambda d: bump(layer(d, "c_node")["multipliers"][0]["shift"], by=-80),
+    "shifts of a sum too far apart": lambda d: bump(layer(d, "a_node")["multipliers"][0]["shift"], by=10**9),
+    "a move of what moves nothing": lambda d: layer(d, "a_node").update(arithmetic="move"),
+}
+
+
+@pytest.mark.parametrize("name", UNCOMPUTED)
+def test_what_cannot_be_computed_is_a_difference(copy: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    document = json.loads((copy / "q.json").read_text())
+    UNCOMPUTED[name](document)
+    (copy / "q.json").write_text(json.dumps(document))
+    assert run(["verify", str(copy / "q.json"), "--data", str(copy / "d.npz")]) == 3
+    assert "internal" not in capsys.readouterr().err
+
+
+INCOHERENT: dict[str, tuple[str, Callable[[Document], object]]] = {
+    "no multipliers": ("layer 'a_node' has 0 multipliers", lambda d: layer(d, "a_node")["multipliers"].clear()),
+    "a multiplier short": (
+        "layer 'c_node' has 7 multipliers, 8 shifts",
+        lambda d: layer(d, "c_node")["multipliers"][0]["multiplier"].pop(),
+    ),
+    "no number": (
+        "layer 'l_node' has 0 multipliers, 0 shifts",
+        lambda d: layer(d, "l_node")["multipliers"][0].update(multiplier=[], shift=[], real=[]),
+    ),
+    "an operand that is none": (
+        "a multiplier of 'other'",
+        lambda d: layer(d, "a_node")["multipliers"][0].update(operand="other"),
+    ),
+    "an input that is no tensor": ("speaks of 'other'", lambda d: layer(d, "a_node")["inputs"].insert(0, "other")),
+    "no output": ("has no inputs or no outputs", lambda d: layer(d, "a_node")["outputs"].clear()),
+    "no clamp": ("has integers without a clamp", lambda d: layer(d, "a_node").update(clamp=None)),
+    "a table cut short": ("has a table of 255 entries for 256", lambda d: layer(d, "h_node")["table"].pop()),
+    "no table": ("layer 'h_node' has no table", lambda d: layer(d, "h_node").update(table=None)),
+    "a layer twice": ("2 layers are named 'a_node'", lambda d: d["layers"].append(layer(d, "a_node"))),
+    "no scale": ("tensor 'x' has 0 scales", lambda d: d["tensors"]["x"]["scale"].clear()),
+    "no zero point": ("1 scales and 0 zero points", lambda d: d["tensors"]["x"]["zero_point"].clear()),
+    "a grid the wrong way round": ("has a grid from 9 to 8", lambda d: d["tensors"]["x"].update(qmin=9, qmax=8)),
+    "scales without an axis": ("8 scales and no axis", lambda d: d["tensors"]["w1"].update(axis=None)),
+    "a path for a name": ("'../q.onnx' is no file name", lambda d: d["model"].update(name="../q.onnx")),
+}
+
+
+@pytest.mark.parametrize("name", INCOHERENT)
+def test_a_sidecar_that_contradicts_itself_is_refused(
+    copy: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    what, change = INCOHERENT[name]
+    document = json.loads((copy / "q.json").read_text())
+    change(document)
+    (copy / "q.json").write_text(json.dumps(document))
+    for command in (["verify", str(copy / "q.json")], ["lint", str(copy / "q.json"), "--target", "tflite"]):
+        assert run(command) == 1
+        error = capsys.readouterr().err
+        assert "contradicts itself" in error
+        assert what in error
