@@ -19,6 +19,8 @@ import msgspec
 from calibration.errors import ReportedError
 from quantcli.batch.entry import Entry
 from quantcli.documents import encodable, finite
+from quantcli.lazily import import_late
+from quantcli.memory import keep_freed
 
 RESULT = "result.json"
 # What the page about a model is called.
@@ -134,6 +136,8 @@ def passes(error: BaseException | None) -> bool:
 def main(arguments: list[str]) -> int:
     """Run the entry of a file, and write what came of it."""
     die_with_parent(int(arguments[2]))
+    import_late()
+    keep_freed()
     sys.path.append(str(Path.cwd()))  # at the end: nothing beside the manifest takes the place of what is installed
     entry = Entry.decoded(Path(arguments[0]).read_bytes())
     folder = Path(arguments[1])

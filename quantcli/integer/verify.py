@@ -224,12 +224,17 @@ def layer_findings(executor: Executor) -> Iterator[Finding]:
 
 
 def unnamed_findings(executor: Executor) -> Iterator[Finding]:
-    """Find operators between integers of the sidecar that are neither layers nor said to stay float."""
+    """Find operators that give integers of the sidecar, or multiply them, and are neither layers nor said to stay float.
+
+    Shape arithmetic and conditions, which are neither either, do no such thing.
+    """
     sidecar = executor.sidecar
     floats = {entry.name for entry in sidecar.float_layers}
     for node in executor.order:
-        name = str(node.name)
-        if name not in executor.entries and name not in floats and not is_fence(node):
+        name, multiplies = str(node.name), node.op_type in {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+        touched = [*node.outputs, *(node.inputs if multiplies else ())]
+        named = any(value is not None and value.name in sidecar.tensors for value in touched)
+        if named and name not in executor.entries and name not in floats and not is_fence(node):
             yield Finding(
                 name, f"the sidecar has {node.op_type} neither among its layers nor among those that stay float"
             )
