@@ -72,14 +72,14 @@ class Statistics:
     preprocess: dict[str, Any]
     samples: int
     observer: str
-    tensors: dict[str, TensorStatistics]
-    check_inputs: dict[str, NDArray[Any]] = field(default_factory=dict)
+    tensors: dict[str, TensorStatistics] = field(repr=False)
+    check_inputs: dict[str, NDArray[Any]] = field(default_factory=dict, repr=False)
     selection: dict[str, Any] = field(default_factory=dict)
     parts: tuple[Part, ...] = ()
     synthetic: bool = False
     runtime: str = ""
     momentum: float = 0.99
-    unfinished: dict[str, Any] | None = None
+    unfinished: dict[str, Any] | None = field(default=None, repr=False)
 
 
 def serialized(statistics: Statistics) -> bytes:
@@ -183,7 +183,8 @@ def load_any(path: Path) -> Statistics:
             raise StatisticsError(f"{path} has format version {document['version']}, not {VERSION}", "calibrate again")
         return from_document(document, arrays)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise StatisticsError(f"{path} is not a statistics file", "make it with quantcli calibrate") from error
+        remedy = "make it with quantcli calibrate; what it is made of goes by --data (data=)"
+        raise StatisticsError(f"{path} is not a statistics file", remedy) from error
 
 
 def from_document(document: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Statistics:

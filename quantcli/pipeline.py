@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from calibration import statistics as statistics_file
@@ -69,14 +69,14 @@ class Conversion:
 
     model: Path
     sidecar_path: Path
-    sidecar: Sidecar
-    plan: Plan
+    sidecar: Sidecar = field(repr=False)
+    plan: Plan = field(repr=False)
     check: SelfCheck
-    tuned: Tuned
-    explained: tuple[Explanation, ...] = ()
-    trials: tuple[Trial, ...] = ()
-    attempts: tuple[Attempt, ...] = ()
-    embedded: Source | None = None
+    tuned: Tuned = field(repr=False)
+    explained: tuple[Explanation, ...] = field(default=(), repr=False)
+    trials: tuple[Trial, ...] = field(default=(), repr=False)
+    attempts: tuple[Attempt, ...] = field(default=(), repr=False)
+    embedded: Source | None = field(default=None, repr=False)
 
 
 def calibrate(

@@ -351,6 +351,39 @@ class Named(nn.Module):
         return found
 
 
+class Pair(nn.Module):
+    """Two inputs, both of which are needed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 32), nn.Linear(4, 32)
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.a(left) - self.b(right)
+        return found
+
+
+def test_tuples_hold_as_many_inputs_as_forward_needs(tmp_path: Path) -> None:
+    left, right, labels = torch.from_numpy(normal(16, 8)), torch.from_numpy(normal(16, 4, seed=1)), torch.zeros(16)
+    loaders: list[Any] = [
+        [{"left": left, "right": right}],
+        [(left, right)],
+        [[left, right, labels]],
+        [((left, right), labels)],
+        [({"left": left, "right": right}, labels)],
+    ]
+    torch.manual_seed(0)
+    model = Pair().eval()
+    found = [qt.to_sidecar(qt.calibrate(qt.prepare(model), loader), loader).tensors for loader in loaders]
+    assert found[0].keys() >= {"left", "right"}
+    assert all(one == found[0] for one in found)
+    for loader in ([left], [(left,)], [((left,), right)]):
+        with pytest.raises(
+            DataError, match=r"hold no 'right' .they hold 1 tensors.; .*tuples in their order: left, right"
+        ):
+            qt.convert(model, tmp_path / "q.onnx", loader)
+
+
 def test_what_forward_does_not_take_is_left_out(tmp_path: Path) -> None:
     x = torch.from_numpy(normal(16, 8))
     batches = [UserDict(x=x, labels=torch.ones(16)), {"x": x, "names": ["a"] * 16}]
@@ -361,7 +394,7 @@ def test_what_forward_does_not_take_is_left_out(tmp_path: Path) -> None:
 
 X = torch.ones(4, 8)
 BATCHES_REFUSED: list[tuple[list[Any], str]] = [
-    ([{"mask": X}], "hold no 'x' .they hold mask.; name their entries after the arguments of forward: x, mask"),
+    ([{"mask": X}], "hold no 'x' .they hold mask.; yield dicts by the arguments of forward, .*: x, mask"),
     ([{"x": X, "mask": [1]}], "'mask' of the loader's batches is of the type list"),
     ([{"x": X, "mask": X}, {"x": X}], "yields 8 of 'x', 4 of 'mask'"),
 ]

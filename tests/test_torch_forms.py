@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,28 @@ def test_a_tuple_of_outputs(tmp_path: Path) -> None:
     assert len(Runner(loaded.runnable).outputs) == 2
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_modules_of_half_precision_are_shown_inputs_of_theirs(tmp_path: Path, kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).to(kind).eval()
+    torch.save(module, tmp_path / "m.pt")
+    traced = torch.jit.trace(module, torch.ones(2, 8, dtype=kind))  # type: ignore[no-untyped-call]
+    torch.jit.save(traced, str(tmp_path / "m.ts"))
+    x, shown = normal(2, 8), {"input": normal(2, 8)}
+    expected = module(torch.from_numpy(x).to(kind)).float().detach().numpy()
+    # Both sides round products and sums of both layers, each by at most half an eps of the magnitudes that are summed.
+    reach = np.abs(x)
+    for layer in (module[0], module[2]):
+        weight, bias = (value.detach().float().abs().numpy() for value in (layer.weight, layer.bias))
+        reach = reach @ weight.T + bias
+    bound = 2 * 4 * torch.finfo(kind).eps / 2 * reach
+    for file in ("m.pt", "m.ts"):
+        loaded = load(tmp_path / file, Opening(trusted=True), lambda names: {names[0]: shown["input"]})
+        runner = Runner(loaded.runnable)
+        (found,) = runner.run({runner.inputs[0].name: x.astype(runner.inputs[0].dtype)}).values()
+        assert (np.abs(found - expected) <= bound).all()
+
+
 class Branching(nn.Module):
     """Cannot be exported: it decides by what the data holds."""
 
@@ -210,13 +233,16 @@ class Branching(nn.Module):
         return torch.relu(-x)
 
 
-def test_what_cannot_be_exported_names_the_line(tmp_path: Path) -> None:
+def test_what_cannot_be_exported_names_the_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save(Branching(), tmp_path / "m.pt")
     with pytest.raises(
         ModelError, match=r"at test_torch_forms\.py, line \d+, in forward: if x\.sum\(\) > 0:"
     ) as caught:
         load(tmp_path / "m.pt", Opening(trusted=True, inputs=IMAGE.inputs))
     assert "\n" not in str(caught.value)
+    assert "write torch.where or torch.cond there" in caught.value.remedy
+    told = [record.name for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not [name for name in told if name.startswith("torch")]
 
 
 def fails() -> nn.Module:

@@ -79,7 +79,7 @@ def checked_opening(opening: Opening | None) -> Opening:
     Raises:
         UsageError: If it is no opening.
     """
-    check_kind(opening, Opening, "opening", "give a quantcli.pipeline.Opening")
+    check_kind(opening, Opening, "opening", "give a quantcli.Opening")
     return opening or Opening()
 
 

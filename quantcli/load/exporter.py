@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # The exporter writes this operator set; naming it keeps the output the same when torch changes its default.
 OPSET = 20
 # What tells of its own failures, which come as errors as well.
-TELLING = ("torch.onnx", "torch.export", "torch._export", "torch._subclasses")
+TELLING = ("torch.onnx", "torch.export", "torch._export", "torch._subclasses", "torch.fx")
 # Exporting replaces parts of torch and of Python's standard streams while it lasts, for all threads.
 EXPORTING = threading.RLock()
 
@@ -183,6 +183,15 @@ def where(error: BaseException) -> str:
             if not frame.filename.startswith((*ours, "<")) and "importlib" not in frame.filename:
                 return f", at {Path(frame.filename).name}, line {frame.lineno}, in {frame.name}: {frame.line}"
     return ""
+
+
+def remedy_for(error: BaseException) -> str:
+    """Return what to do about a module that cannot be exported."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    if any(isinstance(cause, GuardOnDataDependentSymNode) for cause in causes(error)):
+        return "its code branches on values: write torch.where or torch.cond there, or export it with that branch taken out"
+    return "where the example is not what it takes: --layout for the data, or --input"
 
 
 @contextlib.contextmanager

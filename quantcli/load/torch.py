@@ -21,7 +21,7 @@ from calibration.errors import ReportedError
 from calibration.hooks.torch import register_operators
 from quantcli.errors import ModelError, UsageError
 from quantcli.load import Opening, trust
-from quantcli.load.exporter import causes, expressed, quiet, reason, where
+from quantcli.load.exporter import causes, expressed, quiet, reason, remedy_for, where
 from quantcli.load.learned import learned_of
 from quantcli.load.onnx import as_arrays
 from quantcli.load.training import check_evaluating
@@ -176,7 +176,7 @@ def script_at(path: Path, opening: Opening, example: Example | None) -> tuple[An
     names = [argument.name for argument in arguments if not argument.has_default_value()] or [
         a.name for a in arguments[:1]
     ]
-    tensors = example_inputs(path, names, names, opening, example)
+    tensors = as_precise_as(script, example_inputs(path, names, names, opening, example))
     positional = tuple(tensors[name] for name in names)
     try:
         with quiet():
@@ -399,7 +399,7 @@ def exported(
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     taken = [name for name in names if parameters[name].kind in kinds]
     needed = [name for name in taken if parameters[name].default is inspect.Parameter.empty]
-    tensors = example_inputs(path, taken, needed or taken[:1], opening, example)
+    tensors = as_precise_as(module, example_inputs(path, taken, needed or taken[:1], opening, example))
     axes = axes_of(taken, tensors, opening)
     # An argument behind one that is left out goes by its name.
     by_name = [
@@ -427,10 +427,7 @@ def traced(
         with quiet():
             program = torch.export.export(module, positional, keywords or {}, dynamic_shapes=axes, strict=False)
     except Exception as error:
-        raise ModelError(
-            f"{path} cannot be exported ({reason(error)}){where(error)}",
-            "where the example is not what it takes: --layout for the data, or --input",
-        ) from error
+        raise ModelError(f"{path} cannot be exported ({reason(error)}){where(error)}", remedy_for(error)) from error
     given = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"}
     for node in program.graph.nodes:
         value = node.meta.get("val")
@@ -489,6 +486,15 @@ def example_inputs(
                 f"describe its inputs, as in --input {name}:1x3x224x224, or name the data's arrays after them",
             )
     return {name: torch.from_numpy(rows(arrays[name])) for name in names if name in arrays}
+
+
+def as_precise_as(module: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Return example inputs in the precision of a module all of whose weights have the same: data is float32, whatever they are."""
+    import torch
+
+    kinds = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
+    kind = kinds.pop() if len(kinds) == 1 else torch.float32
+    return {name: value.to(kind) if value.dtype == torch.float32 else value for name, value in tensors.items()}
 
 
 def rows(array: NDArray[Any]) -> NDArray[Any]:

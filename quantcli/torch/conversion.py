@@ -100,7 +100,7 @@ def samples_of(model: nn.Module, loader: Iterable[Any]) -> dict[str, NDArray[Any
     parts: dict[str, list[NDArray[Any]]] = {}
     for batch in loader:
         arguments, keywords = taken_of(batch, model)
-        for name, value in {**dict(zip(known[:1], arguments, strict=False)), **keywords}.items():
+        for name, value in {**dict(zip(known, arguments, strict=False)), **keywords}.items():
             if name in known:
                 parts.setdefault(name, []).append(array_of(value, name))
     if not parts:
@@ -108,7 +108,9 @@ def samples_of(model: nn.Module, loader: Iterable[Any]) -> dict[str, NDArray[Any
     try:
         samples = {name: np.concatenate(values) for name, values in parts.items()}
     except ValueError as error:
-        raise DataError(f"the loader's batches do not fit together ({error})", "give samples of one shape") from error
+        raise DataError(
+            f"the loader's batches do not fit together ({error})", "give samples of one shape: pad sequences"
+        ) from error
     if len({len(values) for values in samples.values()}) > 1:
         counts = ", ".join(f"{len(values)} of '{name}'" for name, values in samples.items())
         raise DataError(f"the loader yields {counts}", "give as many samples of each, in every batch")

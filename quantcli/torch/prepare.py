@@ -248,7 +248,8 @@ def calibrate(model: nn.Module, loader: Iterable[Any], recipe: Recipe | None = N
 
     Args:
         model: What `prepare` returned; it is changed, and left in the mode (training or not) that it was in.
-        loader: Batches: tensors; tuples or lists whose first entry is the input (labels may follow); or dicts by argument.
+        loader: Batches: tensors; tuples or lists of the arguments that ``forward`` needs, in order (labels may follow), or that
+            begin with such a tuple; or dicts by argument.
         recipe: The observer (``[calibration]``) and the range (``[activation]``); None for the lowest and highest value.
 
     Returns:
@@ -361,34 +362,42 @@ def taken_of(batch: Any, model: nn.Module) -> tuple[tuple[Tensor, ...], dict[str
     Raises:
         DataError: If the batch lacks what the model needs.
     """
-    arguments, keywords = arguments_of(batch)
     parameters = inspect.signature(model.forward).parameters.values()
     named = [p for p in parameters if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}]
-    lacking = [p.name for p in named if p.default is p.empty and p.name not in keywords]
-    if not arguments and lacking:
+    needed = [p.name for p in named if p.default is p.empty]
+    arguments, keywords = arguments_of(batch, max(len(needed), 1))
+    lacking = [name for name in needed[len(arguments) :] if name not in keywords]
+    if lacking:
+        held = f"{len(arguments)} tensors" if arguments else ", ".join(map(str, keywords)) or "nothing"
         raise DataError(
-            f"the loader's batches hold no '{lacking[0]}' (they hold {', '.join(map(str, keywords)) or 'nothing'})",
-            f"name their entries after the arguments of forward: {', '.join(p.name for p in named)}",
+            f"the loader's batches hold no '{lacking[0]}' (they hold {held})",
+            f"yield dicts by the arguments of forward, or tuples in their order: {', '.join(p.name for p in named)}",
         )
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
     names = {p.name for p in named}
     return arguments, {name: value for name, value in keywords.items() if anything or name in names}
 
 
-def arguments_of(batch: Any) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Return what a loader's batch is called with: a tuple's or list's first entry, a dict by its names.
+def arguments_of(batch: Any, count: int) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Return what a loader's batch is called with: the first tensors of a tuple (or of one in its front), a dict by its names.
+
+    Args:
+        batch: The batch.
+        count: How many tensors are called for; what stands behind them are labels.
 
     Raises:
         DataError: If it is none of them.
     """
-    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if isinstance(first, Mapping):
-        return (), dict(first)
-    if not isinstance(first, torch.Tensor):
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    entries = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+    if entries and isinstance(entries[0], (Mapping, tuple, list)):
+        return arguments_of(entries[0], count)
+    if not entries or not all(isinstance(entry, torch.Tensor) for entry in entries[:count]):
         raise DataError(
-            f"the loader yields {type(batch).__name__}", "yield tensors, tuples that begin with one, or dicts"
+            f"the loader yields {type(batch).__name__}", "yield tensors, tuples that begin with them, or dicts of them"
         )
-    return (first,), {}
+    return entries[:count], {}
 
 
 def freeze(model: nn.Module) -> nn.Module:

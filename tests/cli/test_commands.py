@@ -646,7 +646,7 @@ MISTAKEN: list[tuple[str, dict[str, Any]]] = [
     ("the statistics file is of the type dict", {"statistics": {}}),
     ("the data function is of the type function.*module:function", {"data": None, "function": read_recipe}),
     ("the run is of the type int.*quantcli.Run", {"run": 3}),
-    ("the opening is of the type int.*quantcli.pipeline.Opening", {"opening": 3}),
+    ("the opening is of the type int.*quantcli.Opening", {"opening": 3}),
     ("Expected `float` <= 100", {"recipe": quantcli.Recipe(tune=Tune(max_drop=math.inf))}),
 ]
 
