@@ -20,7 +20,7 @@ from calibration.datasets import (
 from calibration.errors import DataError
 from calibration.hooks.onnxruntime import Runner
 from quantcli import sidecar as sidecar_file
-from quantcli.errors import ModelError, UsageError, check_named
+from quantcli.errors import ModelError, UsageError, check_count, check_named, check_progress
 from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs
 from quantcli.evaluation.footprint import footprint
 from quantcli.evaluation.kernels import Kernel, kernels
@@ -30,7 +30,7 @@ from quantcli.files import path_of, path_or_none
 from quantcli.load import LoadedModel, Opening, load
 from quantcli.masks import with_masks
 from quantcli.progress import Progress, silent
-from quantcli.recipe import Recipe, checked_recipe
+from quantcli.recipe import Recipe, checked_recipe, checked_selection
 from quantcli.sources import Data
 
 if TYPE_CHECKING:
@@ -122,8 +122,11 @@ def evaluate(
     Raises:
         ReportedError: If anything given cannot be used, or the metric needs what is not there.
     """
-    recipe = checked_recipe(recipe)
+    recipe, selection = checked_recipe(recipe), checked_selection(selection)
     check_named(metric, "metric")
+    check_count(batch, "batch")
+    check_count(threads, "number of threads")
+    check_progress(progress)
     quantized, data = path_of(quantized, "quantized model"), path_of(data, "data")
     source = reference if isinstance(reference, LoadedModel) else None
     if source is None and reference is not None:
@@ -143,7 +146,7 @@ def evaluate(
         raise ModelError(what, "give the float model that it came from")
     metric = metric or ("top1" if dataset.labels is not None else "sqnr")
     check_metric(metric, dataset, source)
-    indices = select(len(dataset), selection or Selection())
+    indices = select(len(dataset), selection)
     batch = fitted_batch(runner.inputs, batch)
     measuring = Measuring(metric)
     first: dict[str, NDArray[Any]] = {}

@@ -11,7 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -25,7 +25,7 @@ from PIL import Image
 import quantcli
 from calibration import statistics
 from calibration.datasets import Preprocess, Selection
-from quantcli import calibrate, convert, demo, evaluate, read_recipe
+from quantcli import Run, calibrate, convert, demo, evaluate, read_recipe, verify, verify_c
 from quantcli.cli import run
 from quantcli.errors import ModelError, PlanError, UsageError
 from quantcli.recipe import Activation, Tune
@@ -646,8 +646,19 @@ MISTAKEN: list[tuple[str, dict[str, Any]]] = [
     ("the statistics file is of the type dict", {"statistics": {}}),
     ("the data function is of the type function.*module:function", {"data": None, "function": read_recipe}),
     ("the run is of the type int.*quantcli.Run", {"run": 3}),
+    (r"the run asks for .*got `str` - at `\$.max_memory`", {"run": Run(max_memory="1")}),  # type: ignore[arg-type]
+    ("the run asks for something unknown .*Invalid enum value 'jax'", {"run": Run(runtime="jax")}),  # type: ignore[arg-type]
+    ("the run asks for something unknown .*Expected `array`", {"run": Run(shard=3)}),  # type: ignore[arg-type]
+    ("there is no shard 0 of 0", {"run": Run(shard=(0, 0))}),
     ("the opening is of the type int.*quantcli.pipeline.Opening", {"opening": 3}),
     ("Expected `float` <= 100", {"recipe": quantcli.Recipe(tune=Tune(max_drop=math.inf))}),
+    ("the format is of the type list", {"form": ["qdq"]}),
+    ("the number of random samples is of the type str, not a whole number", {"data": None, "synthetic": "8"}),
+    ("the number of random samples is 0; give a number of at least 1", {"data": None, "synthetic": 0}),
+    ("the operators to explain are of the type str, not texts", {"explained": "Conv"}),
+    ("the operators to explain are of the type list, not texts", {"explained": [3]}),
+    ("the tensors to end at are of the type int", {"until": 3}),
+    ("the progress is of the type int", {"progress": 3}),
 ]
 
 
@@ -670,6 +681,42 @@ def test_other_functions_of_the_api_tell_it_too() -> None:
     with pytest.raises(UsageError, match="the run is of the type dict"):
         calibrate("kit/model.onnx", "kit/cal.npz", run={})  # type: ignore[arg-type]
     assert read_recipe("kit/recipe.toml") == read_recipe(Path("kit/recipe.toml"))
+
+
+MISCOUNTED: list[tuple[str, dict[str, Any]]] = [
+    ("the selection is of the type int; give a calibration.datasets.Selection", {"selection": 3}),
+    ("the number of samples is of the type str", {"selection": Selection("3")}),  # type: ignore[arg-type]
+    ("the number of samples is 0", {"selection": Selection(0)}),
+    ("the seed of the selection is -1; give a number of at least 0", {"selection": Selection(seed=-1)}),
+    ("the progress is of the type str", {"progress": "text"}),
+]
+BATCHED: list[tuple[str, dict[str, Any]]] = [
+    ("the batch is of the type float, not a whole number", {"batch": 3.5}),
+    ("the batch is of the type bool", {"batch": True}),
+    ("the batch is -1; give a number of at least 1", {"batch": -1}),
+]
+SEEDED: list[tuple[str, dict[str, Any]]] = [("the seed is -1", {"seed": -1}), ("the seed is of the", {"seed": "1"})]
+COMPILED: list[tuple[str, dict[str, Any]]] = [
+    ("the compiler is of the type int", {"compiler": 3}),
+    ("the flags are of the type str, not texts", {"flags": "-O2"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "told", "change"),
+    [
+        *[(calibrate, "kit/model.onnx", *case) for case in MISCOUNTED[-1:]],
+        *[(evaluate, "kit/q.onnx", *case) for case in (*MISCOUNTED, *BATCHED, ("threads is 0", {"threads": 0}))],
+        *[(verify, "kit/q.json", *case) for case in (*MISCOUNTED, *BATCHED, *SEEDED)],
+        *[(verify_c, "firmware", *case) for case in (*MISCOUNTED, *SEEDED, *COMPILED)],
+    ],
+)
+@pytest.mark.usefixtures("here")
+def test_counts_and_choices_of_another_type_are_told(
+    function: Callable[..., Any], given: str, told: str, change: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError, match=told):
+        function(given, "kit/eval.npz", **change)
 
 
 def test_the_package_has_no_other_names() -> None:
