@@ -55,12 +55,6 @@ logger = logging.getLogger(__name__)
 
 # How many samples the self-check runs where nothing was calibrated.
 CHECKED = 4
-# Operators that draw random numbers; Dropout does in training mode alone.
-RANDOM = frozenset(
-    {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
-)
-# So many of them are named.
-NAMED = 4
 # Sizes of free axes that they are tried with where models do not run with those of 1.
 LARGER = (32, 64, 8, 128)
 # The widest grid of a weight that can be written.
@@ -396,34 +390,6 @@ def check_preprocessed(statistics: Statistics, source: LoadedModel, data: Data, 
         f"the statistics were made of this data, preprocessed in another way ({', '.join(differing)})",
         "give the same options for pixels (or one recipe for all commands), or calibrate again",
     )
-
-
-def check_repeatable(folded: ir.Model, strict: bool = False) -> None:
-    """Warn of operators that draw random numbers.
-
-    Raises:
-        StrictError: If there are some, where that is forbidden.
-    """
-    found = [f"{node.op_type} '{node.name}'" for node in folded.graph.all_nodes() if draws(node)]
-    if not found:
-        return
-    shown = ", ".join(found[:NAMED]) + (f" and {len(found) - NAMED} more" if len(found) > NAMED else "")
-    if strict:
-        raise StrictError(f"random numbers are drawn by {shown}", "make them an input of the model")
-    logger.warning(
-        "random numbers are drawn by %s: neither calibration nor evaluation can be repeated, and the same command may not "
-        "give the same bytes",
-        shown,
-    )
-
-
-def draws(node: ir.Node) -> bool:
-    """Tell whether an operator draws random numbers."""
-    if node.op_type != "Dropout":
-        return node.op_type in RANDOM
-    training = node.inputs[2] if len(node.inputs) > 2 else None
-    held = constant(training)
-    return training is not None and (held is None or bool(held.any()))
 
 
 def check_strict(plan: Plan, statistics: Statistics, mode: str) -> None:

@@ -15,7 +15,7 @@ from calibration import statistics as statistics_file
 from calibration.errors import ReportedError
 from calibration.hooks.onnxruntime import Runner
 from quantcli import sidecar as sidecar_file
-from quantcli.decision import check_repeatable, check_strict, decided, loaded_statistics, opset_for
+from quantcli.decision import check_strict, decided, loaded_statistics, opset_for
 from quantcli.delivery import beside, check_search, for_form, places_of, rendered, weights_beside, widths_for
 from quantcli.errors import UsageError, check_count, check_kind, check_named, check_progress, check_texts
 from quantcli.evaluation.check import SelfCheck
@@ -28,6 +28,7 @@ from quantcli.memory import give_back
 from quantcli.observation import Run, check_counted, checked_run, observe
 from quantcli.progress import Progress, silent
 from quantcli.quantize import quantize
+from quantcli.randomness import check_repeatable
 from quantcli.recipe import Recipe, checked_recipe, resolve_target
 from quantcli.sources import Data
 from quantcli.verification import verify, verify_c

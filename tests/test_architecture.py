@@ -44,6 +44,7 @@ ORDER = [
         "quantcli.factors",
         "quantcli.recurrent",
         "quantcli.shapes",
+        "quantcli.randomness",
         "quantcli.precision",
         "quantcli.probe",
         "quantcli.island",

@@ -30,6 +30,7 @@ from quantcli.files import path_of, path_or_none
 from quantcli.load import LoadedModel, Opening, load
 from quantcli.masks import with_masks
 from quantcli.progress import Progress, silent
+from quantcli.randomness import check_repeatable
 from quantcli.recipe import Recipe, checked_recipe, checked_selection
 from quantcli.sources import Data
 
@@ -137,6 +138,9 @@ def evaluate(
         raise UsageError(
             f"{quantized.name} is a PyTorch program, and --layers and --kernels look into ONNX", "leave them out"
         )
+    known = candidate or source
+    if known is not None:
+        check_repeatable(known.graph)
     looked_at = source or candidate  # a program that convert wrote has no graph
     inputs = with_masks(runner.inputs, looked_at.graph) if looked_at is not None else runner.inputs
     dataset = open_dataset(data, inputs, recipe.preprocess, path_or_none(labels, "labels"), split)
