@@ -18,7 +18,7 @@ from calibration.statistics import Statistics
 from quantcli.arithmetic.affine import IntegerType
 from quantcli.errors import PlanError, StrictError, UsageError
 from quantcli.fold import constant
-from quantcli.masks import unresolvable, with_masks
+from quantcli.masks import unresolvable
 from quantcli.modes import plan_without_data
 from quantcli.observation import Run, check_counted, observe, preprocess_of
 from quantcli.placement import place
@@ -313,7 +313,7 @@ def unobserved(source: LoadedModel, data: Data | None, recipe: Recipe) -> Statis
     given = data or Data()
     if not given.path and not given.function:
         given = replace(given, synthetic=batch or CHECKED)
-    dataset = given.opened(with_masks(runner.inputs, source.graph), recipe)
+    dataset = given.opened(source.inputs, recipe)
     size = batch or min(CHECKED, len(dataset))
     spans = boundaries(dataset, np.arange(len(dataset), dtype=np.intp), size, batch > 0)
     if not spans:
@@ -381,8 +381,7 @@ def check_preprocessed(statistics: Statistics, source: LoadedModel, data: Data, 
     before, now = statistics.preprocess, preprocess_of(recipe)
     if before == now:
         return
-    inputs = with_masks(Runner(source.runnable, what=source.name).inputs, source.graph)
-    dataset = data.opened(inputs, recipe)
+    dataset = data.opened(source.inputs, recipe)
     if dataset.digest != statistics.data_sha256:
         return
     differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))

@@ -25,9 +25,10 @@ from calibration.statistics import Part, Statistics
 from quantcli.errors import PlanError, UsageError, check_kind
 from quantcli.files import path_or_none, staged
 from quantcli.known import holders, known_of, poolable
-from quantcli.masks import possible, scores, unresolvable, with_masks
+from quantcli.masks import possible, unresolvable
 from quantcli.placement import place
 from quantcli.probe import with_highest, with_outputs
+from quantcli.scores import scores
 from quantcli.tune.smooth import columns_needed
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ class Observation:
         """Calibrate, in more than one pass where a first one shows that the plan stands elsewhere."""
         names = self.first_needed()
         hook = self.hook(names)
-        dataset = self.data.opened(with_masks(hook.inputs, self.folded), self.recipe)
+        dataset = self.data.opened(self.source.inputs, self.recipe)
         indices = select(len(dataset), self.recipe.calibration.selection)
         batch, lanes, checks = self.batch(hook, names, dataset, indices)
         work, part = self.work(hook, dataset, indices, batch, lanes, checks)

@@ -20,9 +20,9 @@ from quantcli.integer.verify import Verification, random_inputs
 from quantcli.integer.verify import verify as compare_integers
 from quantcli.integer.weights import verify_weights as compare_weights
 from quantcli.load import load
-from quantcli.masks import with_masks
 from quantcli.progress import Progress, silent
 from quantcli.recipe import Recipe, checked_recipe, checked_selection
+from quantcli.scores import inputs_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -87,7 +87,7 @@ def verify(
     held, runner = Held.of_file(model), Runner(model, what=model.name)
     if data is None:
         return compare_integers(held, document, [random_feeds(document, runner, random_batch(runner, batch), seed)])
-    inputs = with_masks(runner.inputs, held.model)
+    inputs = inputs_of(held.model, model.name)
     drawn = drawn_from(path_of(data, "data"), inputs, recipe, labels, split, selection, batch, progress)
     return compare_integers(held, document, drawn)
 
@@ -192,10 +192,11 @@ def verify_c(
     check_progress(progress)
     description = read_description(folder)
     document = sidecar_file.read(folder / f"{description.name}.json")
-    runner = Runner(load(folder / document.model.name).runnable, what=document.model.name)
+    loaded = load(folder / document.model.name)
+    runner = Runner(loaded.runnable, what=loaded.name)
     drawn: Iterable[dict[str, NDArray[Any]]]
     if data is None:
         drawn = [random_inputs(document, compiled_inputs(runner, description), random_batch(runner), seed)]
     else:
-        drawn = drawn_from(path_of(data, "data"), runner.inputs, recipe, labels, split, selection, None, progress)
+        drawn = drawn_from(path_of(data, "data"), loaded.inputs, recipe, labels, split, selection, None, progress)
     return verify_source(folder, description, document, drawn, compiler, FLAGS if flags is None else flags)

@@ -44,6 +44,7 @@ ORDER = [
         "quantcli.factors",
         "quantcli.recurrent",
         "quantcli.shapes",
+        "quantcli.scores",
         "quantcli.randomness",
         "quantcli.precision",
         "quantcli.probe",

@@ -28,7 +28,6 @@ from quantcli.evaluation.latency import Latency, measure
 from quantcli.evaluation.metrics import LABEL_METRICS, METRICS, Asked, Comparison, TopK, function_of, scores_of
 from quantcli.files import path_of, path_or_none
 from quantcli.load import LoadedModel, Opening, load
-from quantcli.masks import with_masks
 from quantcli.progress import Progress, silent
 from quantcli.randomness import check_repeatable
 from quantcli.recipe import Recipe, checked_recipe, checked_selection
@@ -141,9 +140,8 @@ def evaluate(
     known = candidate or source
     if known is not None:
         check_repeatable(known.graph)
-    looked_at = source or candidate  # a program that convert wrote has no graph
-    inputs = with_masks(runner.inputs, looked_at.graph) if looked_at is not None else runner.inputs
-    dataset = open_dataset(data, inputs, recipe.preprocess, path_or_none(labels, "labels"), split)
+    looked_at = source or candidate or runner  # a program that convert wrote has no graph
+    dataset = open_dataset(data, looked_at.inputs, recipe.preprocess, path_or_none(labels, "labels"), split)
     if source is not None and float_runner is not None and float_runner.outputs != runner.outputs:
         theirs, ours = ", ".join(float_runner.outputs), ", ".join(runner.outputs)
         what = f"{source.name} has the outputs {theirs}, {quantized.name} has {ours}"
@@ -236,6 +234,7 @@ def opened(quantized: Path, source: LoadedModel | None) -> tuple[LoadedModel | N
     if quantized.suffix == ".pt2" and quantized.is_file():
         from calibration.hooks.torch import ProgramRunner
         from quantcli.load.torch import is_quantized, program_at
+        from quantcli.scores import masks_in
 
         program = program_at(quantized)
         if is_quantized(program):
@@ -243,7 +242,7 @@ def opened(quantized: Path, source: LoadedModel | None) -> tuple[LoadedModel | N
             names = (
                 [[str(v.name) for v in values] for values in (graph.inputs, graph.outputs)] if graph else [None, None]
             )
-            return None, ProgramRunner(program, quantized.name, *names)
+            return None, ProgramRunner(program, quantized.name, names[0], names[1], masks=masks_in(quantized))
     candidate = load(quantized)
     return candidate, Runner(candidate.runnable, what=candidate.name)
 
