@@ -18,7 +18,7 @@ from calibration.statistics import Statistics
 from quantcli.arithmetic.affine import IntegerType
 from quantcli.errors import PlanError, StrictError, UsageError
 from quantcli.fold import constant
-from quantcli.masks import unresolvable, with_masks
+from quantcli.masks import unresolvable
 from quantcli.modes import plan_without_data
 from quantcli.observation import Run, check_counted, observe, preprocess_of
 from quantcli.placement import place
@@ -55,12 +55,6 @@ logger = logging.getLogger(__name__)
 
 # How many samples the self-check runs where nothing was calibrated.
 CHECKED = 4
-# Operators that draw random numbers; Dropout does in training mode alone.
-RANDOM = frozenset(
-    {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
-)
-# So many of them are named.
-NAMED = 4
 # Sizes of free axes that they are tried with where models do not run with those of 1.
 LARGER = (32, 64, 8, 128)
 # The widest grid of a weight that can be written.
@@ -319,7 +313,7 @@ def unobserved(source: LoadedModel, data: Data | None, recipe: Recipe) -> Statis
     given = data or Data()
     if not given.path and not given.function:
         given = replace(given, synthetic=batch or CHECKED)
-    dataset = given.opened(with_masks(runner.inputs, source.graph), recipe)
+    dataset = given.opened(source.inputs, recipe)
     size = batch or min(CHECKED, len(dataset))
     spans = boundaries(dataset, np.arange(len(dataset), dtype=np.intp), size, batch > 0)
     if not spans:
@@ -387,8 +381,7 @@ def check_preprocessed(statistics: Statistics, source: LoadedModel, data: Data, 
     before, now = statistics.preprocess, preprocess_of(recipe)
     if before == now:
         return
-    inputs = with_masks(Runner(source.runnable, what=source.name).inputs, source.graph)
-    dataset = data.opened(inputs, recipe)
+    dataset = data.opened(source.inputs, recipe)
     if dataset.digest != statistics.data_sha256:
         return
     differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
@@ -396,34 +389,6 @@ def check_preprocessed(statistics: Statistics, source: LoadedModel, data: Data, 
         f"the statistics were made of this data, preprocessed in another way ({', '.join(differing)})",
         "give the same options for pixels (or one recipe for all commands), or calibrate again",
     )
-
-
-def check_repeatable(folded: ir.Model, strict: bool = False) -> None:
-    """Warn of operators that draw random numbers.
-
-    Raises:
-        StrictError: If there are some, where that is forbidden.
-    """
-    found = [f"{node.op_type} '{node.name}'" for node in folded.graph.all_nodes() if draws(node)]
-    if not found:
-        return
-    shown = ", ".join(found[:NAMED]) + (f" and {len(found) - NAMED} more" if len(found) > NAMED else "")
-    if strict:
-        raise StrictError(f"random numbers are drawn by {shown}", "make them an input of the model")
-    logger.warning(
-        "random numbers are drawn by %s: neither calibration nor evaluation can be repeated, and the same command may not "
-        "give the same bytes",
-        shown,
-    )
-
-
-def draws(node: ir.Node) -> bool:
-    """Tell whether an operator draws random numbers."""
-    if node.op_type != "Dropout":
-        return node.op_type in RANDOM
-    training = node.inputs[2] if len(node.inputs) > 2 else None
-    held = constant(training)
-    return training is not None and (held is None or bool(held.any()))
 
 
 def check_strict(plan: Plan, statistics: Statistics, mode: str) -> None:

@@ -19,6 +19,8 @@ A missed threshold (exit code 4) is a verdict, not an error: what was to be writ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, ClassVar
 
 from calibration.errors import ReportedError
@@ -79,6 +81,40 @@ def check_kind(given: object, kind: type, what: str, remedy: str) -> None:
     """
     if given is not None and not isinstance(given, kind):
         raise UsageError(f"the {what} is {kind_of(given)}", remedy)
+
+
+def check_count(given: object, what: str, least: int = 1) -> None:
+    """Check that a number is a whole one and large enough, where it was given.
+
+    Raises:
+        UsageError: If not.
+    """
+    if given is None:
+        return
+    if isinstance(given, bool) or not isinstance(given, Integral):
+        raise UsageError(f"the {what} is {kind_of(given)}, not a whole number", f"give one of at least {least}")
+    if given < least:
+        raise UsageError(f"the {what} is {given}", f"give a number of at least {least}")
+
+
+def check_texts(given: object, what: str) -> None:
+    """Check that something is several texts, not a single one.
+
+    Raises:
+        UsageError: If not.
+    """
+    if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(one, str) for one in given):
+        raise UsageError(f"the {what} are {kind_of(given)}, not texts", "give a list of them")
+
+
+def check_progress(given: object) -> None:
+    """Check that progress can be told.
+
+    Raises:
+        UsageError: If what it is told to cannot be called.
+    """
+    if not callable(given):
+        raise UsageError(f"the progress is {kind_of(given)}", "give a function of (stage, done, total)")
 
 
 def check_named(function: object, what: str) -> None:

@@ -7,7 +7,6 @@ was masked through. So the sum stays float, and what comes of it, up to the soft
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,13 +14,13 @@ import numpy as np
 from quantcli.fold import constant
 from quantcli.recipe import resolve_target
 from quantcli.rules import FILLING
+from quantcli.scores import MOVING, TOGETHER, operands_of, scores
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
     import onnx_ir as ir
 
-    from calibration.datasets import InputSpec
     from calibration.observers import TensorStatistics
     from quantcli.recipe import Recipe
 
@@ -31,68 +30,6 @@ LOWEST_DATA = -1e20
 HIGHEST_DATA = 1e35
 # A mask reaches so many times as far as the scores that it is added to.
 FAR = 32
-SOFTMAXES = frozenset({"Softmax", "LogSoftmax"})
-# Operators that put masks and scores together, those that move values, and the others that both pass through.
-TOGETHER = frozenset({"Add", "Sub", "Where"})
-MOVING = frozenset(
-    {
-        "Cast",
-        "Expand",
-        "Flatten",
-        "Gather",
-        "Identity",
-        "Reshape",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "Tile",
-        "Transpose",
-        "Unsqueeze",
-    }
-)
-PASSING = MOVING | {"Clip", "Concat", "Div", "Max", "Min", "Mul"}
-# Of those, the operators that keep −infinity, or bound it; a product with zero is no number.
-KEEPING = PASSING - {"Div", "Mul"}
-
-
-def scores(model: ir.Model) -> frozenset[ir.Value]:
-    """Return what softmaxes read, and what that is put together from by sums, fills, scales and moves: scores and masks."""
-    waiting = [node.inputs[0] for node in model.graph if node.op_type in SOFTMAXES]
-    found: set[ir.Value] = set()
-    while waiting:
-        value = waiting.pop()
-        if value is None or value in found:
-            continue
-        found.add(value)
-        producer = value.producer()
-        if producer is not None and producer.op_type in TOGETHER | PASSING:
-            waiting += operands_of(producer)
-    return frozenset(found)
-
-
-def with_masks(inputs: Iterable[InputSpec], model: ir.Model) -> tuple[InputSpec, ...]:
-    """Return a model's inputs, those marked that only ever mask scores."""
-    within = scores(model)
-    masks = {value.name for value in model.graph.inputs if only_masks(value, within)}
-    return tuple(replace(spec, masks=spec.name in masks) for spec in inputs)
-
-
-def only_masks(value: ir.Value, within: frozenset[ir.Value]) -> bool:
-    """Tell whether whatever reads a tensor adds it to scores, or fills them with it, however it is moved there."""
-    readers = value.consumers()
-    return bool(readers) and all(
-        any(output in within for output in reader.outputs) and masks_through(value, reader, within)
-        for reader in readers
-    )
-
-
-def masks_through(value: ir.Value, reader: ir.Node, within: frozenset[ir.Value]) -> bool:
-    """Tell whether −infinity in a tensor masks what one of its readers makes, or what is made of that."""
-    if value not in operands_of(reader):
-        return False
-    if reader.op_type in TOGETHER:
-        return reader.op_type != "Sub" or value is not reader.inputs[1]
-    return reader.op_type in KEEPING and all(only_masks(output, within) for output in reader.outputs)
 
 
 def unresolvable(model: ir.Model, statistics: Mapping[str, TensorStatistics], recipe: Recipe) -> frozenset[str]:
@@ -130,13 +67,6 @@ def with_followers(model: ir.Model, barred: set[str], found: Callable[[ir.Node],
         if any(value.name in barred for value in operands_of(node)):
             barred |= {str(value.name) for value in node.outputs}
     return frozenset(barred)
-
-
-def operands_of(node: ir.Node) -> list[ir.Value]:
-    """Return the data that an operator reads: neither shapes and places, nor bounds, nor where to fill."""
-    alone = node.op_type in MOVING or node.op_type == "Clip"
-    given = node.inputs[:1] if alone else node.inputs[1:] if node.op_type == "Where" else node.inputs
-    return [value for value in given if value is not None]
 
 
 def masks_of(node: ir.Node, statistics: Mapping[str, TensorStatistics], lowest: float) -> set[str]:

@@ -8,7 +8,9 @@ import logging
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
 
 from calibration import statistics as statistics_file
 from calibration.collect import CHECK_SAMPLES, Checkpoint, Seen, Work, collect, pilot_of
@@ -21,11 +23,12 @@ from calibration.ranges import observer_for, parse_range
 from calibration.shortcut import Shortcut, computed
 from calibration.statistics import Part, Statistics
 from quantcli.errors import PlanError, UsageError, check_kind
-from quantcli.files import staged
+from quantcli.files import path_or_none, staged
 from quantcli.known import holders, known_of, poolable
-from quantcli.masks import possible, scores, unresolvable, with_masks
+from quantcli.masks import possible, unresolvable
 from quantcli.placement import place
 from quantcli.probe import with_highest, with_outputs
+from quantcli.scores import scores
 from quantcli.tune.smooth import columns_needed
 
 if TYPE_CHECKING:
@@ -76,8 +79,8 @@ class Run:
     partial: Path | None = None
     seconds: float = CHECKPOINT_SECONDS
     resume: bool = False
-    runtime: str = "onnxruntime"
-    device: str = "cpu"
+    runtime: Literal["onnxruntime", "torch"] = "onnxruntime"
+    device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 0
 
     @property
@@ -91,10 +94,19 @@ def checked_run(run: Run | None) -> Run:
     """Return how a calibration is run, or the defaults.
 
     Raises:
-        UsageError: If it is no run.
+        UsageError: If it is no run, or an entry is of the wrong kind.
     """
     check_kind(run, Run, "run", "give a quantcli.Run")
-    return run or Run()
+    if run is None:
+        return Run()
+    try:
+        msgspec.convert(asdict(replace(run, partial=None)), Run)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"the run asks for something unknown ({error})", "see quantcli.Run") from error
+    shard, shards = run.shard
+    if not 0 <= shard < shards:
+        raise UsageError(f"there is no shard {shard} of {shards}", "count the shards from 0")
+    return replace(run, partial=path_or_none(run.partial, "place of checkpoints"))
 
 
 def observer_of(recipe: Recipe) -> str:
@@ -154,7 +166,7 @@ class Observation:
         """Calibrate, in more than one pass where a first one shows that the plan stands elsewhere."""
         names = self.first_needed()
         hook = self.hook(names)
-        dataset = self.data.opened(with_masks(hook.inputs, self.folded), self.recipe)
+        dataset = self.data.opened(self.source.inputs, self.recipe)
         indices = select(len(dataset), self.recipe.calibration.selection)
         batch, lanes, checks = self.batch(hook, names, dataset, indices)
         work, part = self.work(hook, dataset, indices, batch, lanes, checks)

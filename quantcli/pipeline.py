@@ -15,9 +15,9 @@ from calibration import statistics as statistics_file
 from calibration.errors import ReportedError
 from calibration.hooks.onnxruntime import Runner
 from quantcli import sidecar as sidecar_file
-from quantcli.decision import check_repeatable, check_strict, decided, loaded_statistics, opset_for
+from quantcli.decision import check_strict, decided, loaded_statistics, opset_for
 from quantcli.delivery import beside, check_search, for_form, places_of, rendered, weights_beside, widths_for
-from quantcli.errors import UsageError, check_named
+from quantcli.errors import UsageError, check_count, check_kind, check_named, check_progress, check_texts
 from quantcli.evaluation.check import SelfCheck
 from quantcli.evaluation.evaluate import Evaluation, evaluate
 from quantcli.explain import Explanation, explain
@@ -28,6 +28,7 @@ from quantcli.memory import give_back
 from quantcli.observation import Run, check_counted, checked_run, observe
 from quantcli.progress import Progress, silent
 from quantcli.quantize import quantize
+from quantcli.randomness import check_repeatable
 from quantcli.recipe import Recipe, checked_recipe, resolve_target
 from quantcli.sources import Data
 from quantcli.verification import verify, verify_c
@@ -110,6 +111,7 @@ def calibrate(
     Raises:
         ReportedError: If anything given cannot be used; nothing is written then.
     """
+    check_progress(progress)
     recipe, run = checked_recipe(recipe), checked_run(run)
     model, given = path_of(model, "model"), data_of(data, labels, split, function, synthetic, opening)
     path = path_or_none(output, "output")
@@ -165,6 +167,7 @@ def data_of(
     if sum(given is not None for given in (data, function, synthetic)) != 1:
         raise UsageError("calibration needs data from one place", "give one of --data, --data-function, --synthetic")
     check_named(function, "data function")
+    check_count(synthetic, "number of random samples")
     described = checked_opening(opening).inputs
     return Data(path_or_none(data, "data"), path_or_none(labels, "labels"), split, function, synthetic, described)
 
@@ -220,9 +223,9 @@ def convert(
     Raises:
         ReportedError: If anything given cannot be used, or the written model does not work; nothing is written then.
     """
+    check_wishes(form, explained, until, function, synthetic, progress)
     recipe, run = for_form(checked_recipe(recipe), form), checked_run(run)
     check_places(recipe, statistics, data, function, synthetic)
-    check_named(function, "data function")
     check_search(recipe, form, run.resume, validate is not None)
     outputs = places_of(path_of(output, "output"), form, recipe, name, until)
     writer = WRITERS.get(form, WRITERS["qdq"])
@@ -308,6 +311,22 @@ def blamed_on(source: LoadedModel) -> Iterator[None]:
     except Exception:
         Runner(source.runnable, what=source.name)
         raise
+
+
+def check_wishes(
+    form: object, explained: object, until: object, function: object, synthetic: object, progress: object
+) -> None:
+    """Check that what a conversion is told in passing is of its kind.
+
+    Raises:
+        UsageError: If not.
+    """
+    check_kind(form, str, "format", "give its name")
+    check_texts(explained, "operators to explain")
+    check_texts(until, "tensors to end at")
+    check_named(function, "data function")
+    check_count(synthetic, "number of random samples")
+    check_progress(progress)
 
 
 def check_places(recipe: Recipe, statistics: object, *data: object) -> None:

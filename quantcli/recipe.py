@@ -11,7 +11,7 @@ import msgspec
 from calibration.datasets.dataset import Selection
 from calibration.datasets.preprocess import Preprocess
 from calibration.ranges import parse_range
-from quantcli.errors import RecipeError, check_kind
+from quantcli.errors import RecipeError, check_count, check_kind
 from quantcli.files import path_or_none
 from quantcli.targets import (
     DEFAULT_TARGET,
@@ -195,6 +195,19 @@ def read_recipe(path: Path | str | None, overrides: dict[str, Any] | None = None
         raise RecipeError(
             f"{place or path or 'the command line'} asks for something unknown ({error})", "see docs/recipes.md"
         ) from error
+
+
+def checked_selection(selection: Selection | None) -> Selection:
+    """Return which samples are used, or all of them.
+
+    Raises:
+        UsageError: If it is no selection, or counts by what is no whole number.
+    """
+    check_kind(selection, Selection, "selection", "give a calibration.datasets.Selection")
+    found = selection or Selection()
+    check_count(found.samples, "number of samples")
+    check_count(found.seed, "seed of the selection", 0)
+    return found
 
 
 def checked_recipe(recipe: Recipe | None) -> Recipe:

@@ -6,23 +6,23 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from calibration.datasets import Selection, batches, fitted_batch, fixes_batch, open_dataset, select
+from calibration.datasets import batches, fitted_batch, fixes_batch, open_dataset, select
 from calibration.errors import DataError, RunError
 from calibration.hooks.onnxruntime import Runner
 from quantcli import sidecar as sidecar_file
 from quantcli.embedded.check import FLAGS
 from quantcli.embedded.describe import read_description
 from quantcli.embedded.verify import verify_source
-from quantcli.errors import ModelError, UsageError
+from quantcli.errors import ModelError, UsageError, check_count, check_kind, check_progress, check_texts
 from quantcli.files import path_of, path_or_none
 from quantcli.integer.held import Held
 from quantcli.integer.verify import Verification, random_inputs
 from quantcli.integer.verify import verify as compare_integers
 from quantcli.integer.weights import verify_weights as compare_weights
 from quantcli.load import load
-from quantcli.masks import with_masks
 from quantcli.progress import Progress, silent
-from quantcli.recipe import Recipe, checked_recipe
+from quantcli.recipe import Recipe, checked_recipe, checked_selection
+from quantcli.scores import inputs_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from calibration.datasets.dataset import InputSpec
+    from calibration.datasets.dataset import InputSpec, Selection
     from quantcli.embedded.deliver import Compared
     from quantcli.embedded.describe import Description
     from quantcli.sidecar import Sidecar
@@ -70,7 +70,10 @@ def verify(
     Raises:
         ReportedError: If anything given cannot be used. Differences are no error here: they are in what is returned.
     """
-    sidecar = path_of(sidecar, "sidecar")
+    sidecar, selection = path_of(sidecar, "sidecar"), checked_selection(selection)
+    check_count(batch, "batch")
+    check_count(seed, "seed", 0)
+    check_progress(progress)
     document = sidecar_file.read(sidecar)
     model = sidecar.with_name(document.model.name)
     if model.suffix == ".pt2":
@@ -84,7 +87,7 @@ def verify(
     held, runner = Held.of_file(model), Runner(model, what=model.name)
     if data is None:
         return compare_integers(held, document, [random_feeds(document, runner, random_batch(runner, batch), seed)])
-    inputs = with_masks(runner.inputs, held.model)
+    inputs = inputs_of(held.model, model.name)
     drawn = drawn_from(path_of(data, "data"), inputs, recipe, labels, split, selection, batch, progress)
     return compare_integers(held, document, drawn)
 
@@ -133,7 +136,7 @@ def drawn_from(
     recipe: Recipe | None,
     labels: Path | str | None,
     split: str | None,
-    selection: Selection | None,
+    selection: Selection,
     batch: int | None,
     progress: Progress,
 ) -> Iterator[dict[str, NDArray[Any]]]:
@@ -143,7 +146,7 @@ def drawn_from(
         DataError: If there are too few samples for one.
     """
     dataset = open_dataset(data, inputs, checked_recipe(recipe).preprocess, path_or_none(labels, "labels"), split)
-    indices = select(len(dataset), selection or Selection())
+    indices = select(len(dataset), selection)
     size = fitted_batch(inputs, batch)
     whole = indices[: len(indices) - len(indices) % size] if fixes_batch(inputs) else indices
     if not len(whole):
@@ -182,13 +185,18 @@ def verify_c(
     Raises:
         ReportedError: If anything given cannot be used. Differences are no error here: they are in what is returned.
     """
-    folder = path_of(folder, "folder")
+    folder, selection = path_of(folder, "folder"), checked_selection(selection)
+    check_count(seed, "seed", 0)
+    check_kind(compiler, str, "compiler", "give its name or path")
+    check_texts(FLAGS if flags is None else flags, "flags")
+    check_progress(progress)
     description = read_description(folder)
     document = sidecar_file.read(folder / f"{description.name}.json")
-    runner = Runner(load(folder / document.model.name).runnable, what=document.model.name)
+    loaded = load(folder / document.model.name)
+    runner = Runner(loaded.runnable, what=loaded.name)
     drawn: Iterable[dict[str, NDArray[Any]]]
     if data is None:
         drawn = [random_inputs(document, compiled_inputs(runner, description), random_batch(runner), seed)]
     else:
-        drawn = drawn_from(path_of(data, "data"), runner.inputs, recipe, labels, split, selection, None, progress)
+        drawn = drawn_from(path_of(data, "data"), loaded.inputs, recipe, labels, split, selection, None, progress)
     return verify_source(folder, description, document, drawn, compiler, FLAGS if flags is None else flags)

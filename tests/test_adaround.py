@@ -161,8 +161,11 @@ def test_batches_are_mixtures_of_samples() -> None:
 
 def test_masks_are_not_mixed() -> None:
     masks = np.where(np.arange(6) < np.arange(1, 7)[:, None], np.float32(0), np.float32(-np.inf))
-    found = drawn({"mask": masks}, np.random.default_rng(3))["mask"]
+    found = drawn({"mask": masks}, np.random.default_rng(3), {"mask"})["mask"]
     assert {tuple(row) for row in found.tolist()} <= {tuple(row) for row in masks.tolist()}
+    wide = np.broadcast_to(np.maximum(masks, np.float32(-1e4))[:, None, None], (6, 1, 8, 6)).repeat(2, axis=3)
+    found = drawn({"mask": wide}, np.random.default_rng(3), {"mask"})["mask"]
+    assert {one.tobytes() for one in found} <= {one.tobytes() for one in wide}
 
 
 def test_an_operator_without_a_counterpart_is_named(

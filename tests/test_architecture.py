@@ -44,6 +44,8 @@ ORDER = [
         "quantcli.factors",
         "quantcli.recurrent",
         "quantcli.shapes",
+        "quantcli.scores",
+        "quantcli.randomness",
         "quantcli.precision",
         "quantcli.probe",
         "quantcli.island",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,12 @@ from calibration.hooks.onnxruntime import Runner
 from calibration.observers import TensorStatistics
 from calibration.statistics import merge
 from quantcli import Conversion, Recipe, Run, calibrate, convert, evaluate, verify
+from quantcli.errors import ModelError
 from quantcli.load import load
-from quantcli.masks import scores, unresolvable, with_masks
+from quantcli.masks import unresolvable
 from quantcli.recipe import Activation, Calibration, Tune
+from quantcli.scores import MASKS as MEMBER
+from quantcli.scores import scores
 from tests.graphs import Array, node, normal, save
 
 TOKENS, WIDTH, SAMPLES = 6, 16, 48
@@ -186,9 +191,44 @@ def test_eval_takes_a_mask_of_infinities(tmp_path: Path) -> None:
     assert evaluate(done.model, tmp_path / "d.npz", metric="tests.test_masks:finite_part").quantized == 1
 
 
+def test_eval_takes_a_mask_of_infinities_for_a_program_alone(tmp_path: Path) -> None:
+    masked_samples(tmp_path, "add", -np.inf)
+    model, data = attention(tmp_path / "m.onnx", "add"), tmp_path / "d.npz"
+    done = convert(model, tmp_path / "q.pt2", data=data)
+    assert evaluate(done.model, data, metric="tests.test_masks:finite_part").quantized == 1
+    assert evaluate(done.model, data, model, latency=False).quantized > 27
+    with zipfile.ZipFile(done.model) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(f"extra/{MEMBER}"))
+        assert archive.read(name) == b"[1]"
+    changed = tmp_path / "changed.pt2"
+    with zipfile.ZipFile(done.model) as old, zipfile.ZipFile(changed, "w") as new:
+        for info in old.infolist():
+            new.writestr(info, b"[1" if info.filename == name else old.read(info))
+    with pytest.raises(ModelError, match="does not tell its inputs apart"):
+        evaluate(changed, data, metric="tests.test_masks:finite_part")
+
+
+def test_a_mask_that_a_function_reads_is_one(tmp_path: Path) -> None:
+    masked_samples(tmp_path, "add", -np.inf)
+    proto = onnx.load(attention(tmp_path / "m.onnx", "add"))
+    opset = [onnx.helper.make_opsetid("", 17)]
+    body = [node("Add", ["scores", "hidden"], ["sum"]), node("Softmax", ["sum"], ["part"], axis=-1)]
+    proto.functions.append(onnx.helper.make_function("own", "Masked", ["scores", "hidden"], ["part"], body, opset))
+    kept = [one for one in proto.graph.node if one.output[0] not in {"m", "p"}]
+    call = onnx.helper.make_node("Masked", ["s", "mask"], ["p"], domain="own")
+    place = next(number for number, one in enumerate(kept) if "p" in one.input)
+    del proto.graph.node[:]
+    proto.graph.node.extend([*kept[:place], call, *kept[place:]])
+    proto.opset_import.append(onnx.helper.make_opsetid("own", 1))
+    onnx.save(proto, tmp_path / "m.onnx")
+    done = convert(tmp_path / "m.onnx", tmp_path / "q.onnx", data=tmp_path / "d.npz", recipe=Recipe(target="tflite"))
+    assert done.check.sqnr["y"] > 27
+    assert evaluate(done.model, tmp_path / "d.npz", tmp_path / "m.onnx", latency=False).quantized > 27
+
+
 def finite_part(outputs: dict[str, Array], _: object) -> float:
     """Return which part of what a model gives is finite: a metric that needs no float model."""
-    return float(np.isfinite(outputs["y"]).mean())
+    return float(np.isfinite(next(iter(outputs.values()))).mean())
 
 
 def test_masked_samples_are_tuned_and_checked_with_where_others_are_not_finite(
@@ -250,5 +290,6 @@ def test_an_input_is_a_mask_where_all_that_reads_it_masks(
         {"w": WEIGHTS["q"]},
         kinds={"c": onnx.TensorProto.BOOL},
     )
-    found = with_masks(Runner(path).inputs, load(path).graph)
+    found = load(path).inputs
+    assert [replace(spec, masks=False) for spec in found] == list(Runner(path).inputs)
     assert [spec.name for spec in found if spec.masks] == (["mask"] if masks else [])

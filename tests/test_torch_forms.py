@@ -210,7 +210,7 @@ def test_modules_of_half_precision_are_shown_inputs_of_theirs(tmp_path: Path, ki
     # Both sides round products and sums of both layers, each by at most half an eps of the magnitudes that are summed.
     reach = np.abs(x)
     for layer in (module[0], module[2]):
-        weight, bias = (value.detach().float().abs().numpy() for value in (layer.weight, layer.bias))
+        weight, bias = (value.detach().float().abs().numpy() for value in layer.parameters())
         reach = reach @ weight.T + bias
     bound = 2 * 4 * torch.finfo(kind).eps / 2 * reach
     for file in ("m.pt", "m.ts"):

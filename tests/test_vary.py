@@ -14,10 +14,15 @@ from numpy.typing import NDArray
 
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe, convert, verify
+from quantcli.fold import fold
+from quantcli.load import load
 from quantcli.recipe import Activation, Tune, Weight
+from quantcli.scores import scored_alone
+from quantcli.sources import Data
 from quantcli.tune import candidates, room, trying
+from quantcli.tune.data import tuning_samples
 from quantcli.tune.judge import Judge
-from quantcli.tune.vary import SHIFT, image_axes, varied, with_copies
+from quantcli.tune.vary import SHIFT, has_images, image_axes, varied, with_copies
 from tests.graphs import data_for, node, normal, residual_net, save
 
 Feeds = dict[str, Any]
@@ -56,6 +61,30 @@ def test_what_is_no_image_stays(values: NDArray[Any]) -> None:
     assert varied(values, np.random.default_rng(0)) is values
     batches = ({"x": values},)
     assert with_copies(batches, 3, 1000, seed=0) == batches
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_mask_of_four_axes_is_no_image(tmp_path: Path, scaled: bool) -> None:
+    sizes: list[int | str] = ["N", 1, 8, 8]
+    nodes = [node("MatMul", ["x", "w"], ["s"])]
+    nodes += [node("Mul", ["mask", "far"], ["bias"])] if scaled else []
+    nodes += [node("Add", ["s", "bias" if scaled else "mask"], ["m"]), node("Softmax", ["m"], ["p"], axis=-1)]
+    nodes += [node("MatMul", ["p", "w"], ["y"])]
+    constants = {"w": normal(8, 8, seed=1), "far": np.array(-1e4, np.float32)}
+    source = load(save(tmp_path / "m.onnx", nodes, {"x": sizes, "mask": sizes}, {"y": None}, constants))
+    masks = scored_alone(fold(source.graph))
+    assert masks == {"mask"}
+    hidden = np.triu(np.ones((8, 8), np.float32), 1) * (1 if scaled else -1e4)
+    feeds: Feeds = {"x": normal(4, 1, 8, 8), "mask": np.tile(hidden.astype(np.float32), (4, 1, 1, 1))}
+    assert has_images(feeds, masks)
+    assert not has_images({"mask": feeds["mask"]}, masks)
+    _, copy = with_copies([feeds], 1, 1000, seed=0, masks=masks)
+    assert (copy["mask"] == feeds["mask"]).all()
+    assert (copy["x"] != feeds["x"]).any()
+    np.savez(tmp_path / "d.npz", **{name: np.repeat(values, 12, axis=0) for name, values in feeds.items()})  # type: ignore[arg-type]
+    samples = tuning_samples(source, fold(source.graph), Data(tmp_path / "d.npz"), Recipe())
+    assert samples is not None
+    assert samples.masks == {"mask"}
 
 
 def test_copies_follow_the_samples_as_far_as_there_is_room() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from calibration.datasets.dataset import InputSpec
 from calibration.errors import RunError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     import torch
     from numpy.typing import NDArray
@@ -140,6 +141,7 @@ class ProgramRunner(TorchHook):
         inputs: What to call its inputs; None for its own names.
         outputs: What to call its outputs; None for its own names.
         device: ``cpu`` or ``cuda``.
+        masks: The numbers of the inputs that only ever mask scores.
 
     Raises:
         RunError: If it has another number of inputs or outputs than there are names.
@@ -152,6 +154,7 @@ class ProgramRunner(TorchHook):
         inputs: Sequence[str] | None = None,
         outputs: Sequence[str] | None = None,
         device: str = "cpu",
+        masks: Collection[int] = (),
     ) -> None:
         torch_on(device, what)
         self.what, self.device = what, device
@@ -163,7 +166,8 @@ class ProgramRunner(TorchHook):
                 f"{what} has {len(given)} inputs and {len(made)} outputs", "give the models that belong together"
             )
         self.specs = tuple(
-            spec_of(name, placeholders[node].meta["val"]) for name, node in zip(names, given, strict=True)
+            replace(spec_of(name, placeholders[node].meta["val"]), masks=number in masks)
+            for number, (name, node) in enumerate(zip(names, given, strict=True))
         )
         self.module, self.nesting = program.module().to(device), program.call_spec.in_spec
 

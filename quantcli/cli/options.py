@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -338,8 +338,10 @@ def run_of(options: dict[str, Any]) -> Run:
     from quantcli.errors import UsageError
     from quantcli.observation import CHECKPOINT_SECONDS, Run
 
-    device = options.get("device") or "cpu"
-    runtime = options.get("runtime") or ("torch" if device == "cuda" else "onnxruntime")
+    device: Literal["cpu", "cuda"] = options.get("device") or "cpu"
+    runtime: Literal["onnxruntime", "torch"] = options.get("runtime") or (
+        "torch" if device == "cuda" else "onnxruntime"
+    )
     if device == "cuda" and runtime != "torch":
         raise UsageError("--device cuda runs the model in torch, not in ONNX Runtime", "leave out --runtime")
     seconds = options.get("checkpoint")

@@ -20,7 +20,7 @@ from calibration.datasets import (
 from calibration.errors import DataError
 from calibration.hooks.onnxruntime import Runner
 from quantcli import sidecar as sidecar_file
-from quantcli.errors import ModelError, UsageError, check_named
+from quantcli.errors import ModelError, UsageError, check_count, check_named, check_progress
 from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs
 from quantcli.evaluation.footprint import footprint
 from quantcli.evaluation.kernels import Kernel, kernels
@@ -28,9 +28,9 @@ from quantcli.evaluation.latency import Latency, measure
 from quantcli.evaluation.metrics import LABEL_METRICS, METRICS, Asked, Comparison, TopK, function_of, scores_of
 from quantcli.files import path_of, path_or_none
 from quantcli.load import LoadedModel, Opening, load
-from quantcli.masks import with_masks
 from quantcli.progress import Progress, silent
-from quantcli.recipe import Recipe, checked_recipe
+from quantcli.randomness import check_repeatable
+from quantcli.recipe import Recipe, checked_recipe, checked_selection
 from quantcli.sources import Data
 
 if TYPE_CHECKING:
@@ -122,8 +122,11 @@ def evaluate(
     Raises:
         ReportedError: If anything given cannot be used, or the metric needs what is not there.
     """
-    recipe = checked_recipe(recipe)
+    recipe, selection = checked_recipe(recipe), checked_selection(selection)
     check_named(metric, "metric")
+    check_count(batch, "batch")
+    check_count(threads, "number of threads")
+    check_progress(progress)
     quantized, data = path_of(quantized, "quantized model"), path_of(data, "data")
     source = reference if isinstance(reference, LoadedModel) else None
     if source is None and reference is not None:
@@ -134,16 +137,18 @@ def evaluate(
         raise UsageError(
             f"{quantized.name} is a PyTorch program, and --layers and --kernels look into ONNX", "leave them out"
         )
-    looked_at = source or candidate  # a program that convert wrote has no graph
-    inputs = with_masks(runner.inputs, looked_at.graph) if looked_at is not None else runner.inputs
-    dataset = open_dataset(data, inputs, recipe.preprocess, path_or_none(labels, "labels"), split)
+    known = candidate or source
+    if known is not None:
+        check_repeatable(known.graph)
+    looked_at = source or candidate or runner  # a program that convert wrote has no graph
+    dataset = open_dataset(data, looked_at.inputs, recipe.preprocess, path_or_none(labels, "labels"), split)
     if source is not None and float_runner is not None and float_runner.outputs != runner.outputs:
         theirs, ours = ", ".join(float_runner.outputs), ", ".join(runner.outputs)
         what = f"{source.name} has the outputs {theirs}, {quantized.name} has {ours}"
         raise ModelError(what, "give the float model that it came from")
     metric = metric or ("top1" if dataset.labels is not None else "sqnr")
     check_metric(metric, dataset, source)
-    indices = select(len(dataset), selection or Selection())
+    indices = select(len(dataset), selection)
     batch = fitted_batch(runner.inputs, batch)
     measuring = Measuring(metric)
     first: dict[str, NDArray[Any]] = {}
@@ -229,6 +234,7 @@ def opened(quantized: Path, source: LoadedModel | None) -> tuple[LoadedModel | N
     if quantized.suffix == ".pt2" and quantized.is_file():
         from calibration.hooks.torch import ProgramRunner
         from quantcli.load.torch import is_quantized, program_at
+        from quantcli.scores import masks_in
 
         program = program_at(quantized)
         if is_quantized(program):
@@ -236,7 +242,7 @@ def opened(quantized: Path, source: LoadedModel | None) -> tuple[LoadedModel | N
             names = (
                 [[str(v.name) for v in values] for values in (graph.inputs, graph.outputs)] if graph else [None, None]
             )
-            return None, ProgramRunner(program, quantized.name, *names)
+            return None, ProgramRunner(program, quantized.name, names[0], names[1], masks=masks_in(quantized))
     candidate = load(quantized)
     return candidate, Runner(candidate.runnable, what=candidate.name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from dataclasses import dataclass, field, replace
@@ -71,6 +72,13 @@ class LoadedModel:
     program: Any = field(default=None, repr=False)
     aliases: dict[str, str] = field(default_factory=dict)
     learned: Learned | None = None
+
+    @functools.cached_property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """What the model is fed with, those inputs marked that only ever mask scores."""
+        from quantcli.scores import inputs_of
+
+        return inputs_of(self.graph, self.name)
 
 
 def checked_opening(opening: Opening | None) -> Opening:

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibration.datasets import fitted_batch, fixes_batch, open_dataset, select
-from calibration.hooks.onnxruntime import Runner
 from quantcli import sidecar as sidecar_file
 from quantcli.errors import ModelError
 from quantcli.evaluation.evaluate import evaluate
 from quantcli.load import load
-from quantcli.masks import with_masks
 from quantcli.progress import Progress, silent
 from quantcli.report.figures import Figures, figures
 from quantcli.sources import Data
@@ -80,11 +78,9 @@ def made(
         threads=threads,
         progress=progress,
     )
-    runner = Runner(source.runnable, what=source.name)
-    inputs = with_masks(runner.inputs, source.graph)
-    dataset = open_dataset(data, inputs, recipe.preprocess, Path(labels) if labels else None, split)
+    dataset = open_dataset(data, source.inputs, recipe.preprocess, Path(labels) if labels else None, split)
     indices = select(len(dataset), selection)
-    size = fitted_batch(runner.inputs, batch) if fixes_batch(runner.inputs) else min(DRAWN, len(indices))
+    size = fitted_batch(source.inputs, batch) if fixes_batch(source.inputs) else min(DRAWN, len(indices))
     first = [index for index in indices if dataset.shape_of(int(index)) == dataset.shape_of(int(indices[0]))][:size]
     feeds = dataset.read(np.array(first, dtype=np.intp))
     return figures(sidecar_file.read(quantized.with_suffix(".json")), found, source, feeds)

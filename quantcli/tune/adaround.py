@@ -26,12 +26,13 @@ from quantcli.placement import place
 from quantcli.plan import make_plan
 from quantcli.recipe import resolve_target
 from quantcli.rules import Arithmetic, Operand
+from quantcli.scores import scored_alone
 from quantcli.tune.vary import varied
 from quantcli.write.torch_call import Stored
 from quantcli.write.torch_operators import computed, operators
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -290,7 +291,8 @@ def train(
     generator = np.random.default_rng(recipe.calibration.seed)
     teacher, pupil = Twin(float_model, None, {}, {}), Twin(model, plan, learned, biases)
     aside = np.random.default_rng([recipe.calibration.seed, 1])
-    parts = [drawn(whole, aside) for _ in range(PROBED // BATCH)]
+    masks = scored_alone(float_model)
+    parts = [drawn(whole, aside, masks) for _ in range(PROBED // BATCH)]
     probe = {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in whole}
     with torch.no_grad():
         first = teacher.run(probe)
@@ -317,7 +319,7 @@ def train(
                 least, best = found, [one.detach().clone() for one in moved]
         if step == steps:
             break
-        feeds = {name: torch.from_numpy(values) for name, values in drawn(whole, generator).items()}
+        feeds = {name: torch.from_numpy(values) for name, values in drawn(whole, generator, masks).items()}
         with torch.no_grad():
             expected = teacher.run(feeds)
         optimizer.zero_grad()
@@ -343,7 +345,9 @@ def begun(tensor: TensorPlan, weight: NDArray[Any]) -> Learned:
     return Learned((low, low + (tensor.integer.qmax - tensor.integer.qmin)), start, real, log, scale)
 
 
-def drawn(whole: Mapping[str, NDArray[Any]], generator: np.random.Generator) -> dict[str, NDArray[Any]]:
+def drawn(
+    whole: Mapping[str, NDArray[Any]], generator: np.random.Generator, masks: Collection[str] = ()
+) -> dict[str, NDArray[Any]]:
     """Return a batch: samples drawn at random, images shifted and mirrored, reals but masks mixed in pairs."""
     count = len(next(iter(whole.values())))
     size = min(BATCH, count)
@@ -353,7 +357,7 @@ def drawn(whole: Mapping[str, NDArray[Any]], generator: np.random.Generator) -> 
     found = {}
     for name, values in whole.items():
         one, other = values[ours], values[others]
-        if values.dtype != np.float32 or np.isneginf(one).any() or np.isneginf(other).any():  # a mask is no image
+        if values.dtype != np.float32 or name in masks:
             found[name] = one
             continue
         shaped = part.reshape(-1, *[1] * (values.ndim - 1))

@@ -55,10 +55,17 @@ DB_PER_BIT = 20 * math.log10(2)
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Calibration samples in batches: those that sweeps run, and those that judge."""
+    """Calibration samples in batches.
+
+    Attributes:
+        swept: Those that sweeps run.
+        judging: Those that judge.
+        masks: The inputs that are masks: no images, whatever their shape.
+    """
 
     swept: tuple[Feeds, ...]
     judging: tuple[Feeds, ...]
+    masks: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)

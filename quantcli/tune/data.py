@@ -12,7 +12,7 @@ from calibration.errors import DataError
 from calibration.hooks.onnxruntime import Runner
 from quantcli.evaluation.evaluate import run_padded
 from quantcli.evaluation.metrics import LABEL_METRICS, TopK, scores_of
-from quantcli.masks import with_masks
+from quantcli.scores import scored_alone
 from quantcli.tune.candidates import Samples
 from quantcli.tune.outputs import is_distribution
 from quantcli.tune.room import JUDGES, wanted_samples
@@ -41,7 +41,7 @@ HELD_BACK = 3
 
 def tuning_samples(source: LoadedModel, folded: ir.Model, data: Data, recipe: Recipe) -> Samples | None:
     """Return calibration samples for tuning, drawn evenly: some for sweeps and others to judge; None where there are too few."""
-    inputs = with_masks(Runner(source.runnable, what=source.name).inputs, source.graph)
+    inputs = source.inputs
     dataset = data.opened(inputs, recipe)
     indices = select(len(dataset), recipe.calibration.selection)
     fixed = fixes_batch(inputs)
@@ -57,7 +57,7 @@ def tuning_samples(source: LoadedModel, folded: ir.Model, data: Data, recipe: Re
     for chosen in (drawn[~judging], drawn[judging]):
         spans = boundaries(dataset, chosen, size, fixed)
         parts.append(tuple(dataset.read(chosen[start:stop]) for start, stop in spans))
-    return Samples(*parts) if all(parts) else None
+    return Samples(parts[0], parts[1], scored_alone(folded)) if all(parts) else None
 
 
 def finite_of(dataset: Dataset, indices: NDArray[np.intp], inputs: Sequence[InputSpec]) -> NDArray[np.intp]:
@@ -83,7 +83,7 @@ def scorer(source: LoadedModel, data: Data, recipe: Recipe) -> tuple[Callable[[b
         DataError: If the data has no labels, or too few samples for the drop that is asked for.
     """
     runner = Runner(source.runnable, what=source.name)
-    dataset = data.opened(with_masks(runner.inputs, source.graph), recipe)
+    dataset = data.opened(source.inputs, recipe)
     if dataset.labels is None:
         raise DataError("--max-drop needs labels and the data has none", "give --validate with labelled data")
     held = np.arange(len(dataset)) % HELD_BACK == HELD_BACK - 1

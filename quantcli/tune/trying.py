@@ -132,7 +132,7 @@ class Trying:
     @property
     def images(self) -> bool:
         """Whether there is something to shift and to mirror."""
-        return has_images(self.samples.swept[0])
+        return has_images(self.samples.swept[0], self.samples.masks)
 
     @property
     def best(self) -> Choice:
@@ -196,7 +196,8 @@ class Trying:
             base = replace(base, tuning=replace(base.tuning, ranges=self.learned[choice.equalize]))
             steps = replace(steps, ranges=False)
         if choice.vary:
-            batches = with_copies(batches, COPIES, room_for(self.judge.model, VARIED_ROOM), steps.seed)
+            room = room_for(self.judge.model, VARIED_ROOM)
+            batches = with_copies(batches, COPIES, room, steps.seed, self.samples.masks)
         candidate, gains = swept(base, self.recipe, target, steps, tuple(batches), progress, known)
         return candidate, {**earlier, **gains}
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from numpy.typing import NDArray
 
@@ -47,12 +47,14 @@ def varied(values: NDArray[np.float32], generator: np.random.Generator) -> NDArr
     return found
 
 
-def has_images(feeds: Feeds) -> bool:
-    """Tell whether a batch holds something to shift and to mirror."""
-    return any(image_axes(values) is not None for values in feeds.values())
+def has_images(feeds: Feeds, masks: Collection[str] = ()) -> bool:
+    """Tell whether a batch holds something to shift and to mirror, which no mask is."""
+    return any(image_axes(values) is not None for name, values in feeds.items() if name not in masks)
 
 
-def with_copies(batches: Sequence[Feeds], rounds: int, most: int, seed: int) -> tuple[Feeds, ...]:
+def with_copies(
+    batches: Sequence[Feeds], rounds: int, most: int, seed: int, masks: Collection[str] = ()
+) -> tuple[Feeds, ...]:
     """Return batches, and varied copies of them.
 
     Args:
@@ -60,15 +62,16 @@ def with_copies(batches: Sequence[Feeds], rounds: int, most: int, seed: int) -> 
         rounds: How many copies of each.
         most: How many samples there may be; no copies of those beyond.
         seed: Of the variations.
+        masks: The inputs that stay as they are, whatever their shape.
     """
     found = list(batches)
     total = sum(len(next(iter(feeds.values()))) for feeds in found)
-    if not any(map(has_images, batches)):
+    if not any(has_images(feeds, masks) for feeds in batches):
         return tuple(found)
     generator = np.random.default_rng(seed)
     for feeds in list(batches) * rounds:
         total += len(next(iter(feeds.values())))
         if total > most:
             break
-        found.append({name: varied(values, generator) for name, values in feeds.items()})
+        found.append({n: values if n in masks else varied(values, generator) for n, values in feeds.items()})
     return tuple(found)

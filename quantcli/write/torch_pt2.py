@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import json
 import re
 import zipfile
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from calibration.hooks.torch import register_operators
 from quantcli.errors import OutputError
 from quantcli.load.exporter import quiet, reason
 from quantcli.load.torch import ROWS
+from quantcli.scores import MASKS, inputs_of
 from quantcli.write.torch_call import Stored
 from quantcli.write.torch_operators import computed, operators
 
@@ -166,17 +168,18 @@ def write(model: ir.Model, source: Any = None) -> bytes:
         raise OutputError(
             f"the quantized model cannot be traced in PyTorch ({reason(error)})", "write .onnx instead"
         ) from error
-    return saved(program)
+    masks = [number for number, spec in enumerate(inputs_of(model, "the quantized model")) if spec.masks]
+    return saved(program, {MASKS: json.dumps(masks)} if masks else {})
 
 
-def saved(program: Any) -> bytes:
+def saved(program: Any, beside: dict[str, str] | None = None) -> bytes:
     """Return a program as bytes: the same for the same program, and without what its tracing leaves of this machine."""
     for node in program.graph.nodes:
         for trace in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn"):
             node.meta.pop(trace, None)
     buffer, packed = io.BytesIO(), io.BytesIO()
     with quiet():
-        torch.export.save(program, buffer)
+        torch.export.save(program, buffer, extra_files=beside)
     # torch stores everything as it is; the graph and the tables of weights, which are text, would outweigh the int8 weights.
     with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(packed, "w") as new:
         for member in old.infolist():
