@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from calibration.hooks.onnxruntime import Runner
-from quantcli import Recipe, calibrate, convert, verify
+from quantcli import Recipe, calibrate, convert, evaluate, verify
 from quantcli.fold import fold
 from quantcli.load import load
 from quantcli.probe import with_outputs
@@ -91,6 +91,22 @@ def test_what_makes_the_tensor_takes_the_factors_over(tmp_path: Path, kind: str)
     derived = statistics.tensors["h_smoothed"]
     ends = float(found["h_smoothed"].min()), float(found["h_smoothed"].max())
     assert np.allclose((derived.minimum, derived.maximum), ends, rtol=2.0**-18)
+
+
+def test_layers_are_compared_under_the_names_that_the_float_model_has(tmp_path: Path) -> None:
+    path, samples = gated(tmp_path / "m.onnx"), data(tmp_path / "d.npz")
+    done = convert(path, tmp_path / "q.onnx", data=samples)
+    assert [layer.outputs for layer in done.plan.layers] == [("g",), ("u_smoothed",), ("y",)]
+    found = evaluate(done.model, samples, path, layers=True, latency=False).layers
+    assert [layer.output for layer in found] == ["g", "y"]
+    assert min(layer.sqnr for layer in found) > 30
+
+
+def test_integer_layers_behind_each_other_are_left_to_equalization(tmp_path: Path) -> None:
+    nodes = [node("MatMul", ["x", "up"], ["u"]), node("Relu", ["u"], ["h"]), node("MatMul", ["h", "down"], ["y"])]
+    constants = {"up": normal(WIDTH, WIDTH, seed=2, scale=0.3) * OUTLIERS, "down": normal(WIDTH, WIDTH, seed=3)}
+    path = save(tmp_path / "m.onnx", nodes, {"x": ["N", ROWS, WIDTH]}, {"y": None}, constants)
+    assert smooth(fold(load(path).graph), calibrate(path, data(tmp_path / "d.npz")), Recipe())[2] == ()
 
 
 def test_who_else_reads_the_tensor_keeps_it(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ class LayerSqnr:
 def layer_sqnrs(
     model: ir.Model, quantized: ir.Model, sidecar: Sidecar, batches: Iterable[dict[str, NDArray[Any]]]
 ) -> list[LayerSqnr]:
-    """Return the SQNR of every layer's first output, in graph order.
+    """Return the SQNR of every layer's first output, in graph order; not of those that tuning has put in the place of others.
 
     Args:
         model: The float model as it was loaded.
@@ -77,6 +77,8 @@ def layer_sqnrs(
             differences[name].update(expected[name], dequantize(found[tensor.integers], scale, zero_point, None))
     layers = []
     for layer in sidecar.layers:
+        if layer.outputs[0] not in differences:
+            continue
         sqnr = differences[layer.outputs[0]].sqnr
         before = min((differences[name].sqnr for name in layer.inputs if name in differences), default=sqnr)
         layers.append(LayerSqnr(layer.name, layer.operator, layer.outputs[0], sqnr, max(0.0, before - sqnr)))

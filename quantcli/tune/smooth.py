@@ -99,11 +99,16 @@ def is_normalised(value: ir.Value) -> bool:
 
 
 def keeping_grids(placement: Placement) -> frozenset[ir.Node]:
-    """Return the integer layers that multiply by no constant matrix: their operands lie on grids that factors would change."""
+    """Return the integer layers but those that multiply by a constant and give reals: factors would change grids of theirs.
+
+    Of layers that give integers to each other, equalization evens the channels.
+    """
     return frozenset(
         layer.node
         for layer in placement.layers
-        if layer.rule.arithmetic is not Arithmetic.ACCUMULATE or constant(layer.node.inputs[1]) is None
+        if not layer.real
+        or layer.rule.arithmetic is not Arithmetic.ACCUMULATE
+        or constant(layer.node.inputs[1]) is None
     )
 
 
@@ -246,6 +251,9 @@ def apply(
         assert old is not None  # noqa: S101 - it is a constant
         array = np.asarray(constant(old), dtype=np.float32) * factor
         node.replace_input_with(position, add_constant(graph, f"{old.name}{SUFFIX}", array))
+        made = node.outputs[0]
+        if made is not value:  # another tensor than the float model's of this name
+            made.name = free_name(graph, f"{made.name}{SUFFIX}")
     if over:
         value.name = name
         return name, True
