@@ -50,7 +50,7 @@ RECIPES = {
     "pow2": Recipe(target="npu-pow2"),
     "pow2-best": Recipe(target="npu-pow2", tune=Tune(effort="best")),
 }
-STEPS = ("ranges", "compensation", "scales", "rounding", "bias", "equalize")
+STEPS = ("ranges", "compensation", "scales", "rounding", "bias", "gain", "equalize")
 
 
 @dataclass(frozen=True)

@@ -105,9 +105,10 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     or off by itself: ``ranges`` by the error that they leave (``outputs``: at the model's outputs, not at their readers),
     ``equalize`` channels so that rounding costs least, ``centre`` what is never negative on symmetric grids, ``align`` tensors with
     grids of powers of two, ``compensation`` of what the layers before have changed, weight ``scales`` and ``rounding`` by output
-    error, ``cross_validation`` of how strongly weights should follow the samples, ``bias`` correction, regard to what
-    ``activations`` cut, and ``adaround``: rounding learned by all layers at once. ``vary`` lets sweeps run shifted and mirrored
-    copies of images, too, and ``refit`` sweeps what is kept once more, over the samples that judged it as well.
+    error, ``cross_validation`` of how strongly weights should follow the samples, correction of ``bias`` and of the last
+    layers' ``gain``, regard to what ``activations`` cut, and ``adaround``: rounding learned by all layers at once. ``vary`` lets
+    sweeps run shifted and mirrored copies of images, too, and ``refit`` sweeps what is kept once more, over the samples that judged
+    it as well.
 
     With ``max_drop`` widths are searched that keep ``metric`` within so many points of float's (`quantcli.tune.search`), those of
     the least ``cost``: the bytes of the weights, where it is None, or the time of a run on this machine.
@@ -130,6 +131,7 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scales: bool | None = None
     rounding: bool | None = None
     bias: bool | None = None
+    gain: bool | None = None
     cross_validation: bool | None = None
     activations: bool | None = None
     adaround: bool | None = None

@@ -417,7 +417,7 @@ def test_the_same_data_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_each_step_can_be_left_out(tmp_path: Path) -> None:
     model, data = residual_net(tmp_path / "net.onnx"), data_for(tmp_path / "d.npz", samples=24)
-    wishes = Tune(ranges=False, scales=False, rounding=False, compensation=False, equalize=False, bias=True)
+    wishes = Tune(ranges=False, scales=False, rounding=False, compensation=False, equalize=False, gain=False)
     done = convert(model, tmp_path / "a.onnx", data=data, recipe=Recipe(tune=wishes))
     assert [one.name for one in done.tuned.tries] == ["as calibrated", "bias"]
     stored = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(done.model).graph.initializer}

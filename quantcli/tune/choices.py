@@ -53,7 +53,7 @@ class Choice:
         parts += ["centring"] if self.centre else []
         parts += ["alignment"] if self.align else []
         parts += ["ranges by outputs" if self.steps.outputs else "ranges"] if self.steps.ranges else []
-        parts += [step for step in ("compensation", "scales", "rounding", "bias") if getattr(self.steps, step)]
+        parts += [step for step in ("compensation", "scales", "rounding", "bias", "gain") if getattr(self.steps, step)]
         parts += ["activations"] if self.steps.activations else []
         parts += ["varied samples"] if self.vary else []
         return ", ".join(parts) or "nothing"
@@ -79,6 +79,7 @@ def first_choices(recipe: Recipe, equalizing: Sequence[bool], outputs: int, imag
         scales=wishes.scales is not False,
         rounding=wishes.rounding is not False,
         bias=wishes.bias is not False,
+        gain=wishes.gain is not False,
         cross_validation=cross_validated(wishes.cross_validation, target),
         activations=wishes.activations is True,
         seed=recipe.calibration.seed,

@@ -19,6 +19,7 @@ class Steps:
         rounding: Round weights by second moments, not to nearest.
         compensation: Let weights make up for what the layers before have changed.
         bias: Correct biases.
+        gain: Correct the gain of the last layers.
         cross_validation: Of weights of so many bits, choose how strongly they follow the samples by fitting to one half of them
             and looking at the other.
         activations: Errors that the activation behind a layer cuts count for less, in rounding and in biases.
@@ -32,7 +33,11 @@ class Steps:
     rounding: bool = True
     compensation: bool = True
     bias: bool = True
+    gain: bool = True
     cross_validation: range = range(0)
     activations: bool = False
     inputs: int = MOST_INPUTS
     seed: int = 0
+
+
+NOTHING = Steps(ranges=False, scales=False, rounding=False, compensation=False, bias=False, gain=False)

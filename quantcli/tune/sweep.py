@@ -31,6 +31,7 @@ from quantcli.plan import activation_bounds, activation_parameters, bias_of, wei
 from quantcli.probe import runnable
 from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.bias import BIASED, biased, corrected, within
+from quantcli.tune.gain import SCALED, gain_of
 from quantcli.tune.moments import drawn_rows, matrix_of, moments_of, together, weighted_moments
 from quantcli.tune.outputs import OLDEST_OPSET, RANKED, Ahead, Channels, Expected, range_for_outputs
 from quantcli.tune.ranges import ENOUGH, ENOUGH_COARSE, Grid, best_range, look
@@ -332,6 +333,8 @@ class Sweep:
             self.tune_weight(layer, weight, operands)
             operands[1 if node.inputs[1] is weight else 0] = self.rounded_weights[str(weight.name)]
         made = run(self.made, operands)
+        if weight is not None and self.steps.gain:
+            self.correct_gain(layer, weight, real[0], made[0])
         if weight is not None and self.steps.bias:
             made[0] = self.correct_bias(layer, real[0], made[0])
         outputs = [value for value in node.outputs if value.name]
@@ -368,6 +371,27 @@ class Sweep:
             return None
         low, high = zip(*(activation_bounds(node) for node in layer.absorbed), strict=True)
         return max(low), min(high)
+
+    def correct_gain(self, layer: PlacedLayer, weight: ir.Value, real: Batches, made: Batches) -> None:
+        """Correct the gain of a layer behind which nothing accumulates and that no activation cuts, and its outputs in place."""
+        node, name = layer.node, str(weight.name)
+        usable = node.op_type in SCALED and name in self.scales and not self.target.weight.power_of_two
+        last = not layer.absorbed and not any(self.accumulated(value) for value in layer.outputs)
+        if not usable or not last or not all(array.size for array in real):
+            return
+        axis = 1 if node.op_type in BIASED else real[0].ndim - 1
+        bias = bias_of(layer)
+        gain, before, after = gain_of(real, made, axis, self.steps.bias and node.op_type in BIASED)
+        scales = self.final_scales(layer, self.scales[name] * gain)
+        if gain == 1 or not np.array_equal(scales, self.scales[name] * gain):
+            return
+        self.gains.count("gain", before, after)
+        self.scales[name] = scales
+        self.rounded_weights[name] = self.rounded_weights[name] * gain
+        weight.const_value = ir.tensor(self.rounded_weights[name], name=name)
+        fixed = np.float32(0) if bias is None else (1 - gain) * along_axis(bias, real[0].ndim, axis)
+        for array in made:
+            np.add(np.multiply(array, gain, out=array), fixed, out=array)
 
     def correct_bias(self, layer: PlacedLayer, real: Batches, made: Batches) -> Batches:
         """Correct a layer's bias, and return its outputs with the new one, in the same arrays."""

@@ -17,7 +17,7 @@ from quantcli.tune.candidates import Candidate, Gained, Observe, Samples, aligne
 from quantcli.tune.choices import Choice, freed, is_coarse
 from quantcli.tune.equalize import Looked
 from quantcli.tune.room import VARIED_ROOM, room_for, work_ahead
-from quantcli.tune.steps import Steps
+from quantcli.tune.steps import NOTHING
 from quantcli.tune.vary import has_images, with_copies
 
 if TYPE_CHECKING:
@@ -277,7 +277,8 @@ class Trying:
 
         The ranges are those of grids of any scale and zero point, which is what the two let others have.
         """
-        steps = Steps(choice.steps.ranges, choice.steps.outputs, False, False, False, False, seed=choice.steps.seed)
+        chosen = choice.steps
+        steps = replace(NOTHING, ranges=chosen.ranges, outputs=chosen.outputs, seed=chosen.seed)
         key = replace(choice, steps=steps)
         if key not in self.prepared:
             free = freed(target, power_of_two=False, **({"symmetric": False} if choice.centre else {}))
