@@ -112,6 +112,7 @@ class Placement:
         stored: Those of them whose weights are stored as integers, as layers that read nothing else on a grid.
         owner: For every quantized activation the one whose parameters it has; itself, where it has its own.
         fixed: The outputs whose range their operator fixes.
+        shares: The outputs of softmaxes that have a range of their own: 1/scale is a whole number.
     """
 
     layers: tuple[PlacedLayer, ...]
@@ -119,6 +120,7 @@ class Placement:
     stored: tuple[PlacedLayer, ...]
     owner: dict[str, str]
     fixed: dict[str, tuple[float, float]]
+    shares: frozenset[str] = frozenset()
 
     def observed(self) -> tuple[str, ...]:
         """Return the names of the activations whose ranges have to be observed."""
@@ -154,7 +156,9 @@ def place(model: ir.Model, recipe: Recipe, barred: frozenset[str] = frozenset())
         raise PlanError(f"the model has nothing to quantize{detail}", "see docs/operators.md for what can be quantized")
     floats = tuple(FloatLayer(str(node.name), node.op_type, reasons[node]) for node in nodes if node in reasons)
     owner, fixed = owners(layers)
-    return Placement(tuple(layers), floats, stored, owner, fixed)
+    shares = frozenset() if "Softmax" in target.activation.fixed else within(layers, owner)
+    fixed = {name: ends for name, ends in fixed.items() if name not in shares}
+    return Placement(tuple(layers), floats, stored, owner, fixed, shares)
 
 
 def stored_by(target: Target, nodes: list[ir.Node], reasons: dict[ir.Node, str]) -> tuple[PlacedLayer, ...]:
@@ -474,3 +478,14 @@ def owners(layers: list[PlacedLayer]) -> tuple[dict[str, str], dict[str, tuple[f
         if layer.rule.output is Operand.FIXED and layer.rule.fixed is not None:
             fixed[str(layer.output.name)] = layer.rule.fixed
     return owner, fixed
+
+
+def within(layers: list[PlacedLayer], owner: dict[str, str]) -> frozenset[str]:
+    """Return what softmaxes make that the model does not give out, in this shape or another.
+
+    Attention spreads over many tokens: its probabilities reach a small part of the way to 1, of which 8 bits leave them few steps.
+    """
+    made = {value for layer in layers if not layer.real for value in layer.outputs}
+    given_out = {owner[str(value.name)] for value in made if value.is_graph_output()}
+    softmaxes = (layer for layer in layers if layer.rule.arithmetic is Arithmetic.SOFTMAX)
+    return frozenset(str(layer.output.name) for layer in softmaxes) - given_out

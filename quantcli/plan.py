@@ -19,6 +19,7 @@ from quantcli.arithmetic.affine import (
     scales_wide_enough_for_bias,
     symmetric_parameters,
     symmetric_scales,
+    whole_reciprocal,
 )
 from quantcli.arithmetic.fixed_point import headroom_multipliers, headroom_of, signed_fixed_point, summed_fixed_point
 from quantcli.errors import PlanError
@@ -230,7 +231,7 @@ def plan_activations(
                     f"the statistics hold nothing about tensor '{name}'",
                     "calibrate again with this recipe (--everywhere for C source), or check that the data reaches that part",
                 )
-            scale, zero_point = activation_parameters(lo, hi, target, integer)
+            scale, zero_point = activation_parameters(lo, hi, target, integer, name in placement.shares)
         tensors[name] = TensorPlan(name, role, integer, (float(scale),), (zero_point,), None, (lo,), (hi,), samples)
     for name, source in placement.owner.items():
         if name != source:
@@ -251,15 +252,23 @@ def plan_activations(
 
 
 def activation_parameters(
-    lo: float, hi: float, target: Target, integer: IntegerType | None = None
+    lo: float, hi: float, target: Target, integer: IntegerType | None = None, share: bool = False
 ) -> tuple[np.float32, int]:
-    """Return scale and zero point of an activation that is to cover [lo, hi] on a grid; None for the target's."""
+    """Return scale and zero point of an activation that is to cover [lo, hi].
+
+    Args:
+        lo: The lowest value.
+        hi: The highest.
+        target: What the runtime can do.
+        integer: The grid; None for the target's.
+        share: Whether a softmax makes it, of which 1/scale is a whole number.
+    """
     integer = integer or IntegerType(target.activation.grid)
     parameters = symmetric_parameters if target.activation.symmetric else affine_parameters
     scale, zero_point = parameters(lo, hi, integer)
     if target.activation.power_of_two:
-        return to_power_of_two(scale, lo, integer, target.activation.symmetric)
-    return scale, zero_point
+        scale, zero_point = to_power_of_two(scale, lo, integer, target.activation.symmetric)
+    return whole_reciprocal(scale) if share else scale, zero_point
 
 
 def seen_of(value: ir.Value | None, statistics: Statistics) -> TensorStatistics | None:

@@ -27,7 +27,8 @@ standard error; an error is one line. What an option asks for can stand in a rec
 OPERATORS_PREFACE = """\
 Every operator that quantcli turns into an integer layer, from its rule table (`quantcli/rules.py`). An operand or output is *own*
 (parameters from its own range), *weight* (constant, zero point 0, per channel), *bias* (int32 at S_x·S_w), *same* (shares the first
-operand's parameters) or *fixed* (the operator fixes its range). A Relu or Clip behind an operator marked ✓ becomes its clamp.
+operand's parameters) or *fixed* (the operator fixes its range; a softmax's where the
+model gives it out or the target prescribes it, else it has its own). A Relu or Clip behind an operator marked ✓ becomes its clamp.
 Operators that only move or combine values become integer layers where their data is in integers already, or comes from the model's
 inputs and goes on to an integer layer. Attention masks far below the scores (−10⁴, −infinity) stay float, up to the softmax.
 Anything else stays float, too, with its reason in the sidecar. What the integers do:

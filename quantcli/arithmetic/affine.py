@@ -7,6 +7,7 @@ multipliers, integers) is computed in float64 from the float32 value.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # The product of two scales must stay a normal float32 (2^-126), so no scale is smaller than its square root.
 SMALLEST_SCALE = np.float32(2.0**-63)
+# So many steps a softmax's 1 has at most: float32 tells the reciprocals of whole numbers up to here apart by rounding.
+MOST_STEPS = 1 << 22
 # |bias| stays below 2^30, so that bias and products together stay inside int32 (docs/arithmetic.md, equation 9).
 LARGEST_BIAS = 2**30
 
@@ -250,6 +253,20 @@ def along_axis(per_channel: NDArray[Any], ndim: int, axis: int | None) -> NDArra
     shape = [1] * ndim
     shape[axis] = -1
     return per_channel.reshape(shape)
+
+
+def whole_reciprocal(scale: np.float32) -> np.float32:
+    """Return the scale of a softmax's output within the graph: no finer, and the reciprocal of a whole number (equation 7a).
+
+    It is the largest float32 whose reciprocal in float32 is no less than that number: kernels round it down (ONNX Runtime's
+    QLinearSoftmax) or to nearest.
+
+    Args:
+        scale: The scale of a range within [0, 1].
+    """
+    steps = min(max(math.floor((1 + 2.0**-23) / float(scale)), 1), MOST_STEPS)
+    found = np.float32(1 / steps)
+    return found if np.float32(1) / found >= steps else np.nextafter(found, np.float32(0))
 
 
 def fixed_parameters(lo: float, hi: float, integer: IntegerType, symmetric: bool) -> tuple[np.float32, int]:

@@ -124,20 +124,25 @@ def of_function(layer: Layer, q: NDArray[np.int64]) -> Exact:
     """Return an element-wise function or a softmax of real inputs, in float64."""
     x = layer.tensors[layer.entry.inputs[0]]
     reals = x.scale[0] * (q - x.zero_point[0]).astype(np.float64)
+    error: float | NDArray[np.float64] = FUNCTION_ERROR
+    integer = 2.0**-12 if layer.entry.table is not None else 2.0**-6
     if layer.entry.arithmetic == "softmax":
         axis = int(layer.attributes.get("axis", -1))
         exponentials = np.exp(reals - reals.max(axis=axis, keepdims=True))
-        values = exponentials / exponentials.sum(axis=axis, keepdims=True)
+        total = exponentials.sum(axis=axis, keepdims=True)
+        values = exponentials / total
+        # Of a quotient e / Σe both err: each e by as much as the function, and so Σe by as much per term.
+        error = FUNCTION_ERROR * np.minimum((1 + values * reals.shape[axis]) / total, 1.0)
     else:
         values = FUNCTIONS[layer.entry.operator](reals, function_parameters(layer))
     steps = values / layer.output.scale[0]
-    # The executor's exponentials are whole multiples of 2^-30 and its tables are exact; gemmlowp's softmax rounds some twenty
-    # products of 31 bits, and once more to 12 integer bits in its sum. Floats err as their functions do.
-    error = (np.abs(steps) + 1) * FLOAT32_ERROR + FUNCTION_ERROR / layer.output.scale[0]
+    # The executor's exponentials are whole multiples of 2^-30, a softmax's 1/S_y is a whole number but for 2^-23 of it, and tables
+    # are exact; gemmlowp's softmax rounds some twenty products of 31 bits, and once more to 12 integer bits in its sum. Floats err
+    # as their functions do.
     return Exact(
         steps + layer.zero_point(layer.entry.outputs[0]),
-        np.full(steps.shape, 2.0**-12 if layer.entry.table is not None else 2.0**-6),
-        error,
+        integer + np.abs(steps) * 2.0**-23,
+        (np.abs(steps) + 1) * FLOAT32_ERROR + error / layer.output.scale[0],
     )
 
 

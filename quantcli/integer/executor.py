@@ -52,7 +52,13 @@ class Executor:
         self.sessions: dict[tuple[str, tuple[str, ...]], Any] = {}
         absorbed = {name for entry in self.sidecar.layers for name in entry.absorbed}
         self.order = [node for node in self.model.graph if node.op_type not in EDGES and str(node.name) not in absorbed]
-        self.order = [node for node in self.order if not is_edge(node)]
+        self.order = [node for node in self.order if not is_edge(node) and not self.rounds_a_layer(node)]
+
+    def rounds_a_layer(self, node: ir.Node) -> bool:
+        """Tell whether a node stands between a layer and its integers: a fence, which keeps the layer's kernel a float one."""
+        producer = node.inputs[0].producer() if is_fence(node) and node.inputs[0] is not None else None
+        entry = self.entries.get(str(producer.name)) if producer is not None else None
+        return entry is not None and entry.accumulator_scale is None
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Return the model's outputs; see `run_all` for the integers between.

@@ -220,7 +220,7 @@ def look_up(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[Any
 
 
 def softmax(layer: Layer, operands: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
-    """Equation 17: y = table[max − x] / (S_y · Σ table[max − x]), rounded half up; S_y is a power of two.
+    """Equation 17: y = table[max − x] / (S_y · Σ table[max − x]), rounded half up; 1/S_y is a whole number.
 
     Without a table, equation 18: gemmlowp's fixed-point softmax, to 8 bits.
     """

@@ -24,7 +24,9 @@ class ActivationFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``bits`` is the width of the grid, where that is less than the type's: a Clip stands before its QuantizeLinear then. ``widest``
     is 16 where the runtime takes int16 activations beside those of 8 bits: tuning may raise single ones to it.
-    ``same_scale`` lists the operators (of AveragePool, GlobalAveragePool, ReduceMean) whose output has the parameters of its input.
+    ``same_scale`` lists the operators (of AveragePool, GlobalAveragePool, ReduceMean) whose output has the parameters of its input,
+    ``fixed`` those (of Softmax) whose output has the grid of the operator's whole range everywhere, as TFLite's has 1/256: without
+    it, a softmax within the graph has a range of its own.
     """
 
     dtype: ActivationType
@@ -33,6 +35,7 @@ class ActivationFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bits: Annotated[int, msgspec.Meta(ge=2, le=16)] | None = None
     widest: Literal[8, 16] = 8
     same_scale: tuple[Literal["AveragePool", "GlobalAveragePool", "ReduceMean"], ...] = ()
+    fixed: tuple[Literal["Softmax"], ...] = ()
 
     @property
     def grid(self) -> str:

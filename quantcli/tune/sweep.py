@@ -195,14 +195,12 @@ class Sweep:
         """Return the grid of an activation; its range is chosen where that has not been done."""
         owner = self.placement.owner[name]
         if owner not in self.grids:
-            integer = self.integer_of(owner)
             if owner in self.placement.fixed:
-                lo, hi = self.placement.fixed[owner]
-                scale, zero_point = fixed_parameters(lo, hi, integer, self.target.activation.symmetric)
+                integer, ends = self.integer_of(owner), self.placement.fixed[owner]
+                self.grids[owner] = Grid(*fixed_parameters(*ends, integer, self.target.activation.symmetric), integer)
             else:
-                lo, hi = self.range_of(owner, value if owner == name else None)
-                scale, zero_point = activation_parameters(lo, hi, self.target, integer)
-            self.grids[owner] = Grid(scale, zero_point, integer)
+                ends = self.range_of(owner, value if owner == name else None)
+                self.grids[owner] = self.grid_of(owner, *ends)
         return self.grids[owner]
 
     def range_of(self, name: str, value: ir.Value | None) -> tuple[float, float]:
@@ -218,7 +216,7 @@ class Sweep:
         real, made = self.real[value], self.made[value]
         if made[0].dtype != np.float32 or not all(array.size for array in made):
             return lo, hi
-        grid_of = functools.partial(self.grid_of, self.integer_of(name))
+        grid_of = functools.partial(self.grid_of, name)
         found = self.by_outputs(value, (lo, hi), grid_of) if self.expected else None
         if found is None:
             weights, axis = self.importance(value)
@@ -257,9 +255,10 @@ class Sweep:
         """Return the integers of an activation."""
         return IntegerType(self.target.activation.grid_of(self.widths.get(owner, self.target.activation.width)))
 
-    def grid_of(self, integer: IntegerType, low: float, high: float) -> Grid:
-        """Return the grid for an activation's range."""
-        scale, zero_point = activation_parameters(low, high, self.target, integer)
+    def grid_of(self, name: str, low: float, high: float) -> Grid:
+        """Return the grid of an activation for a range."""
+        integer, share = self.integer_of(name), name in self.placement.shares
+        scale, zero_point = activation_parameters(low, high, self.target, integer, share)
         return Grid(scale, zero_point, integer)
 
     def accumulated(self, value: ir.Value) -> bool:

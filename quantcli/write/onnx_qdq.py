@@ -38,6 +38,8 @@ ON_GRID = "_on_grid"
 ENDS = ("_lowest", "_highest")
 # What ends the name of a weight's integers as floats (`quantcli.write.onnx_stored`).
 UNSCALED = "_unscaled"
+# The finest steps of a softmax's output that ONNX Runtime's integer kernel can do, per value that it spreads over; below e^5.
+SHARES_PER_VALUE = 128
 SUFFIXES = (
     "_quantized",
     "_dequantized",
@@ -248,7 +250,7 @@ class Writer:
                     node.replace_input_with(position, to_real.outputs[0])
         nodes = [*([] if onto is None else [onto]), to_integer, to_real]
         producer = value.producer()
-        if producer is not None and self.may_be_fused(producer):
+        if producer is not None and (self.may_be_fused(producer) or (for_all and wraps_around(producer, tensor))):
             producer = self.fence(producer, value, first)
         if producer is None:
             self.graph.insert_before(self.graph[0], nodes)
@@ -337,6 +339,18 @@ class Writer:
         if tensor.integer.bits == 4:
             array = array.astype(ml_dtypes.uint4)
         return scale, add_constant(self.graph, f"{tensor.name}_zero_point{self.mark}", array)
+
+
+def wraps_around(node: ir.Node, tensor: TensorPlan) -> bool:
+    """Tell whether ONNX Runtime's integer kernel of a softmax would give nonsense on a grid, so that its float one is to be kept.
+
+    QLinearSoftmax multiplies exponentials by 1/S_y in 32 bits. Those of 8-bit integers reach 2^32 / (e^5 · length) (1.31).
+    """
+    if node.op_type != "Softmax" or tensor.integer.dtype.itemsize > 1:
+        return False
+    shape = node.outputs[0].shape
+    length = shape[node.attributes.get_int("axis", -1)] if shape is not None else None
+    return 1 / tensor.scale[0] > SHARES_PER_VALUE * (length if isinstance(length, int) else 1)
 
 
 def is_narrow(tensor: TensorPlan) -> bool:

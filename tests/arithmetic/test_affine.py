@@ -174,6 +174,18 @@ def test_fixed_outputs(
     assert (float(scale), zero_point) == expected
 
 
+@given(st.integers(0, 40), st.floats(0.5, 1.0, width=32))
+def test_a_softmaxs_steps_are_a_whole_number_of_which_kernels_find_the_same(exponent: int, part: float) -> None:
+    scale = np.float32(part * 2.0**-exponent)
+    found = affine.whole_reciprocal(scale)
+    steps = round(1 / float(found))
+    assert steps == math.floor(np.float32(1) / found)  # rounded to nearest, or down in float32
+    assert 1 <= steps <= 1 << 22
+    assert abs(float(found) * steps - 1) <= 2.0**-23
+    if steps < 1 << 22:  # no finer than asked for, and as fine as that allows
+        assert 1 / (steps + 1) < float(scale) <= float(found) * (1 + 2.0**-22)
+
+
 def test_channels_are_independent() -> None:
     generator = np.random.default_rng(0)
     values = generator.normal(size=(3, 4, 5))
