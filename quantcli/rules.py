@@ -41,9 +41,7 @@ class Arithmetic(Enum):
     MEAN = "mean"  # y = (Σ x) / count, at the input's parameters
     RESCALE = "rescale"  # y = M_i·(x−z_i) + z_y, M_i = S_i/S_y (a mean divides by its count first; PRelu has slopes below z_i)
     TABLE = "table"  # y = table[x]
-    SOFTMAX = (
-        "softmax"  # y = softmax over an axis, output fixed where the target prescribes it or the model gives it out
-    )
+    SOFTMAX = "softmax"  # y = softmax over an axis, output fixed where that is prescribed or given out
     MOVE = "move"  # y = x, elsewhere
     LOOKUP = "lookup"  # rows of a stored table, given as reals
     DYNAMIC = "dynamic"  # y = S_x·S_w·Σ(x−z_x)·w, S_x and z_x found while the model runs

@@ -188,7 +188,7 @@ def test_small_models_are_judged_at_their_outputs_and_the_bytes_are_the_same_twi
     for number in range(2):
         done = convert(model, tmp_path / f"{number}.onnx", data=data)
         names = [one.name for one in done.tuned.tries]
-        assert names[:2] == ["as calibrated", "ranges by outputs, scales, rounding, bias"]
+        assert names[:2] == ["as calibrated", "ranges by outputs, scales, rounding, bias, gain"]
         written.append((tmp_path / f"{number}.onnx").read_bytes())
     assert written[0] == written[1]
 

@@ -242,4 +242,4 @@ def swept(
     tuning = sweep.run(progress)
     gains = {step: (sweep.gains.layers[step], sweep.gains.mean(step)) for step in sweep.gains.layers}
     tuning = replace(tuning, ranges={**base.tuning.ranges, **tuning.ranges}, moved=base.tuning.moved)
-    return replace(base, model=changed, tuning=tuning, regularization=sweep.regularization), gains
+    return replace(base, model=changed, tuning=tuning, regularization=sweep.weights.regularization), gains

@@ -1,8 +1,11 @@
-"""Steps: what a sweep does."""
+"""Steps: what a sweep does, and what each gained."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
 
 # A layer of more inputs has second moments that take too long to be worth it.
 MOST_INPUTS = 2304
@@ -41,3 +44,27 @@ class Steps:
 
 
 NOTHING = Steps(ranges=False, scales=False, rounding=False, compensation=False, bias=False, gain=False)
+
+
+@dataclass
+class Gains:
+    """By how much each step lowered the error of the layers that it changed: sums of the logarithms of the ratios.
+
+    Attributes:
+        layers: How many layers or tensors a step looked at, by step.
+        ratios: Σ 10·log10(error before / error after), by step.
+    """
+
+    layers: Counter[str] = field(default_factory=Counter)
+    ratios: dict[str, float] = field(default_factory=dict)
+
+    def count(self, step: str, before: float, after: float) -> None:
+        """Count one layer."""
+        if before <= 0 or after <= 0:
+            return
+        self.layers[step] += 1
+        self.ratios[step] = self.ratios.get(step, 0.0) + 10 * float(np.log10(before / after))
+
+    def mean(self, step: str) -> float:
+        """Return a step's mean gain in dB; 0 where it looked at nothing."""
+        return self.ratios.get(step, 0.0) / max(self.layers[step], 1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,25 +16,18 @@ import onnx_ir as ir
 
 from calibration.errors import RunError
 from calibration.hooks.onnxruntime import Runner
-from quantcli.arithmetic.affine import (
-    IntegerType,
-    along_axis,
-    fixed_parameters,
-    lowest_integers,
-    scales_wide_enough_for_bias,
-)
-from quantcli.arithmetic.affine import power_of_two as to_power_of_two
+from quantcli.arithmetic.affine import IntegerType, fixed_parameters
 from quantcli.fold import constant
 from quantcli.island import captured, single_node
-from quantcli.plan import activation_bounds, activation_parameters, bias_of, weight_grid, widest_scales
+from quantcli.plan import activation_bounds, activation_parameters
 from quantcli.probe import runnable
 from quantcli.rules import Arithmetic, Operand
-from quantcli.tune.bias import BIASED, biased, corrected, within
-from quantcli.tune.gain import SCALED, gain_of
-from quantcli.tune.moments import drawn_rows, matrix_of, moments_of, together, weighted_moments
+from quantcli.tune.bias import BIASED, biased, corrected
+from quantcli.tune.moments import matrix_of
 from quantcli.tune.outputs import OLDEST_OPSET, RANKED, Ahead, Channels, Expected, range_for_outputs
 from quantcli.tune.ranges import ENOUGH, ENOUGH_COARSE, Grid, best_range, look
-from quantcli.tune.weights import Met, ScaleForm, fitted
+from quantcli.tune.steps import Gains, Steps
+from quantcli.tune.sweep_weights import SweepWeights, cut_by
 from quantcli.tuning import Tuning
 
 if TYPE_CHECKING:
@@ -45,40 +37,11 @@ if TYPE_CHECKING:
 
     from quantcli.placement import PlacedLayer, Placement
     from quantcli.targets import Target
-    from quantcli.tune.moments import Matrix
-    from quantcli.tune.steps import Steps
     from quantcli.tune.weights import Regularization
 
     Batches = list[NDArray[Any]]
 
 logger = logging.getLogger(__name__)
-
-# Second moments by output are not worth it where they are more than so many numbers together.
-MOST_WEIGHTED = 1 << 24
-
-
-@dataclass
-class Gains:
-    """By how much each step lowered the error of the layers that it changed: sums of the logarithms of the ratios.
-
-    Attributes:
-        layers: How many layers or tensors a step looked at, by step.
-        ratios: Σ 10·log10(error before / error after), by step.
-    """
-
-    layers: Counter[str] = field(default_factory=Counter)
-    ratios: dict[str, float] = field(default_factory=dict)
-
-    def count(self, step: str, before: float, after: float) -> None:
-        """Count one layer."""
-        if before <= 0 or after <= 0:
-            return
-        self.layers[step] += 1
-        self.ratios[step] = self.ratios.get(step, 0.0) + 10 * float(np.log10(before / after))
-
-    def mean(self, step: str) -> float:
-        """Return a step's mean gain in dB; 0 where it looked at nothing."""
-        return self.ratios.get(step, 0.0) / max(self.layers[step], 1)
 
 
 class Sweep:
@@ -116,12 +79,11 @@ class Sweep:
         self.made: dict[ir.Value, Batches] = {}
         self.grids: dict[str, Grid] = {}
         self.integers: set[str] = set()
-        self.rounded_weights: dict[str, NDArray[np.float32]] = {}
         self.chosen: dict[str, tuple[float, float]] = {}
-        self.scales: dict[str, NDArray[np.float32]] = {}
-        self.lowest: dict[str, NDArray[np.int64]] = {}
-        self.regularization: dict[str, Regularization] = dict(known or {})
         self.gains = Gains()
+        self.weights = SweepWeights(
+            placement, target, steps, bits, self.gains, known or {}, lambda name: self.grid(name, None).scale
+        )
         self.done: set[ir.Node] = set()
         self.expected: list[Expected] = []
         self.protos: dict[ir.Node, Any] = {}
@@ -151,7 +113,7 @@ class Sweep:
             if progress is not None:
                 progress(number + 1, len(nodes))
 
-        return Tuning(self.chosen, self.scales, self.lowest, self.bits, self.widths)
+        return Tuning(self.chosen, self.weights.scales, self.weights.lowest, self.bits, self.widths)
 
     def release(self, value: ir.Value) -> None:
         """Let a tensor go once its last reader is through."""
@@ -329,11 +291,11 @@ class Sweep:
         real = run(self.real, {})
         weight = next((value for value, kind in kinds.values() if kind is Operand.WEIGHT), None)
         if weight is not None:
-            self.tune_weight(layer, weight, operands)
-            operands[1 if node.inputs[1] is weight else 0] = self.rounded_weights[str(weight.name)]
+            self.weights.choose(layer, weight, self.real, operands)
+            operands[1 if node.inputs[1] is weight else 0] = self.weights.rounded[str(weight.name)]
         made = run(self.made, operands)
-        if weight is not None and self.steps.gain:
-            self.correct_gain(layer, weight, real[0], made[0])
+        if weight is not None and self.steps.gain and self.is_last(layer):
+            self.weights.correct_gain(layer, weight, real[0], made[0])
         if weight is not None and self.steps.bias:
             made[0] = self.correct_bias(layer, real[0], made[0])
         outputs = [value for value in node.outputs if value.name]
@@ -364,33 +326,9 @@ class Sweep:
                 np.clip(array, low, high, out=array)  # much faster than `numpy.maximum` with one number
             side[after] = side[before]
 
-    def bounds(self, layer: PlacedLayer) -> tuple[float, float] | None:
-        """Return what a layer's activation cuts; None where it has none, or that is to be left out."""
-        if not self.steps.activations or not layer.absorbed:
-            return None
-        low, high = zip(*(activation_bounds(node) for node in layer.absorbed), strict=True)
-        return max(low), min(high)
-
-    def correct_gain(self, layer: PlacedLayer, weight: ir.Value, real: Batches, made: Batches) -> None:
-        """Correct the gain of a layer behind which nothing accumulates and that no activation cuts, and its outputs in place."""
-        node, name = layer.node, str(weight.name)
-        usable = node.op_type in SCALED and name in self.scales and not self.target.weight.power_of_two
-        last = not layer.absorbed and not any(self.accumulated(value) for value in layer.outputs)
-        if not usable or not last or not all(array.size for array in real):
-            return
-        axis = 1 if node.op_type in BIASED else real[0].ndim - 1
-        bias = bias_of(layer)
-        gain, before, after = gain_of(real, made, axis, self.steps.bias and node.op_type in BIASED)
-        scales = self.final_scales(layer, self.scales[name] * gain)
-        if gain == 1 or not np.array_equal(scales, self.scales[name] * gain):
-            return
-        self.gains.count("gain", before, after)
-        self.scales[name] = scales
-        self.rounded_weights[name] = self.rounded_weights[name] * gain
-        weight.const_value = ir.tensor(self.rounded_weights[name], name=name)
-        fixed = np.float32(0) if bias is None else (1 - gain) * along_axis(bias, real[0].ndim, axis)
-        for array in made:
-            np.add(np.multiply(array, gain, out=array), fixed, out=array)
+    def is_last(self, layer: PlacedLayer) -> bool:
+        """Tell whether nothing accumulates behind a layer, and no activation cuts what it gives."""
+        return not layer.absorbed and not any(self.accumulated(value) for value in layer.outputs)
 
     def correct_bias(self, layer: PlacedLayer, real: Batches, made: Batches) -> Batches:
         """Correct a layer's bias, and return its outputs with the new one, in the same arrays."""
@@ -398,7 +336,7 @@ class Sweep:
         bias = biased(node, real[0].shape[1], self.model.graph) if node.op_type in BIASED else None
         if bias is None or not all(array.size for array in real):
             return made
-        found = corrected(bias, real, made, self.bounds(layer))
+        found = corrected(bias, real, made, cut_by(layer, self.steps))
         change = (found - bias).reshape(-1, *[1] * (real[0].ndim - 2))
         before = squared(made[0], real[0])
         for array in made:
@@ -409,126 +347,6 @@ class Sweep:
         value.const_value = ir.tensor(found, name=value.name)
         value.shape = ir.Shape(found.shape)
         return made
-
-    def tune_weight(self, layer: PlacedLayer, value: ir.Value, operands: dict[int, Batches | NDArray[Any]]) -> None:
-        """Choose a weight's scales and integers; the weight in the model becomes what they stand for."""
-        name = str(value.name)
-        if name in self.rounded_weights:  # another layer has it as well
-            return
-        node, weight = layer.node, np.asarray(constant(value), dtype=np.float32)
-        integer = weight_grid(self.target, self.bits.get(name))
-        axes = {other.rule.weight_axis(other.node) for other in self.placement.layers if value in other.node.inputs}
-        axis = axes.pop() if len(axes) == 1 and self.target.weight.per_channel else None
-        channels = (
-            weight.reshape(1, -1) if axis is None else np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)
-        )
-        extent = channels.min(axis=1), channels.max(axis=1)
-        matrix = matrix_of(node, weight)
-        inputs = operands.get(0)
-        usable = matrix is not None and isinstance(inputs, list) and all(array.size for array in inputs)
-        alone = len(value.uses()) == 1
-        if matrix is None or not usable or not alone or matrix.split(weight).shape[2] > self.steps.inputs:
-            self.keep_weight(layer, value, weight, extent, axis, integer)
-            return
-        widest = widest_scales(*extent, integer, symmetric=True)
-        if self.target.weight.power_of_two:
-            widest = to_power_of_two(widest)
-        real = self.real[node.inputs[0]]  # type: ignore[index]
-        self.solve(layer, value, weight, widest, integer, matrix, real, inputs)  # type: ignore[arg-type]
-
-    def keep_weight(
-        self,
-        layer: PlacedLayer,
-        value: ir.Value,
-        weight: NDArray[np.float32],
-        extent: tuple[NDArray[np.float32], NDArray[np.float32]],
-        axis: int | None,
-        integer: IntegerType,
-    ) -> None:
-        """Round a weight to nearest on its widest scales, as the plan does by itself."""
-        symmetric = self.target.weight.is_symmetric(integer.bits)
-        scales = self.final_scales(layer, widest_scales(*extent, integer, symmetric))
-        ends: tuple[NDArray[Any] | int, NDArray[Any] | int] = integer.ends
-        if not symmetric:
-            steps = integer.qmax - integer.qmin
-            lowest = along_axis(lowest_integers(*extent, scales, steps), weight.ndim, axis)
-            ends = lowest, lowest + steps
-        shaped = along_axis(scales, weight.ndim, axis)
-        self.rounded_weights[str(value.name)] = (np.clip(np.rint(weight / shaped), *ends) * shaped).astype(np.float32)
-
-    def final_scales(self, layer: PlacedLayer, scales: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return weight scales as the plan will have them: wide enough for the bias, and powers of two where asked."""
-        bias = bias_of(layer)
-        if bias is not None:
-            x = str(layer.node.inputs[0].name)  # type: ignore[union-attr]
-            scales = scales_wide_enough_for_bias(scales, bias, self.grid(x, None).scale)
-        return to_power_of_two(scales) if self.target.weight.power_of_two else scales
-
-    def solve(
-        self,
-        layer: PlacedLayer,
-        value: ir.Value,
-        weight: NDArray[np.float32],
-        widest: NDArray[np.float32],
-        integer: IntegerType,
-        matrix: Matrix,
-        real: Batches,
-        made: Batches,
-    ) -> None:
-        """Choose scales and integers by second moments."""
-        node, steps, name = layer.node, self.steps, str(value.name)
-        original = matrix.split(weight)
-        differs = steps.compensation and any(a is not b for a, b in zip(real, made, strict=True))
-        known = self.regularization.get(name)
-        apart = integer.bits in steps.cross_validation and known is None
-        versions = [made, real] if differs else [made]
-        rows, middle = drawn_rows(node, matrix, versions, original.shape[2], steps.seed, apart, integer.bits < 8)
-        met = self.met(layer, original, rows, middle)
-        del rows
-        form = ScaleForm(
-            len(widest) == 1,
-            self.target.weight.power_of_two,
-            self.target.weight.is_symmetric(integer.bits),
-            lambda scales: self.final_scales(layer, scales),
-        )
-        found = fitted(met, widest, integer, steps, form, known)
-        for step, before, after in found.gains:
-            self.gains.count(step, before, after)
-        held = matrix.join((found.integers * found.spread[..., None]).astype(np.float32))
-        value.const_value = ir.tensor(held, name=value.name)
-        self.rounded_weights[name] = held
-        self.scales[name], self.regularization[name] = found.scales, found.regularization
-        if found.lowest is not None:
-            self.lowest[name] = found.lowest
-
-    def met(
-        self, layer: PlacedLayer, weights: NDArray[np.float64], rows: Sequence[NDArray[np.float32]], middle: int
-    ) -> Met:
-        """Return a layer's weights with what they meet: rows of the quantized model, and of the float one where that differs.
-
-        Args:
-            layer: The layer.
-            weights: Its weights, (groups, outputs, inputs).
-            rows: As `drawn_rows` gives them.
-            middle: Where the second half of the samples begins; at the end where the halves are not apart.
-        """
-        made, real = rows[0], rows[1] if len(rows) > 1 else None
-        centred = self.steps.bias and layer.node.op_type in {"Conv", "Gemm"}
-        bounds = self.bounds(layer)
-        if bounds is not None and weights.size * weights.shape[2] <= MOST_WEIGHTED:
-            results = (made if real is None else real) @ weights.transpose(0, 2, 1).astype(np.float32)
-            bias = bias_of(layer)
-            if bias is not None:
-                results += bias.reshape(weights.shape[0], 1, -1)
-            by_output = results.transpose(1, 0, 2).reshape(results.shape[1], -1)
-            counts = within(by_output, bounds).reshape(results.shape[1], *weights.shape[:2]).transpose(1, 0, 2)
-            moments = weighted_moments(real, made, counts, centred)
-            return Met(weights.reshape(-1, 1, weights.shape[2]), moments, made.shape[1])
-        if not 0 < middle < made.shape[1]:
-            return Met(weights, moments_of(real, made, centred), made.shape[1])
-        parts = slice(None, middle), slice(middle, None)
-        halves = tuple(moments_of(None if real is None else real[:, part], made[:, part], centred) for part in parts)
-        return Met(weights, together(halves, (middle, made.shape[1] - middle), centred), made.shape[1], halves)
 
 
 def squared(made: NDArray[np.float32], real: NDArray[np.float32]) -> float:
