@@ -157,7 +157,8 @@ def axis_findings(layer: str, name: str, tensor: TensorEntry, node: ir.Node) -> 
     rank = len(value.shape) if value is not None and value.shape is not None else 0
     axis = node.attributes.get_int("axis", 1)
     axis += rank if axis < 0 else 0
-    if len(tensor.scale) > 1 and axis != tensor.axis:
+    behind = value is not None and value.name != tensor.integers  # what a lookup gives has other axes than its table
+    if len(tensor.scale) > 1 and axis != tensor.axis and not behind:
         yield Finding(layer, f"the axis of '{name}' is {axis} in the model and {tensor.axis} in the sidecar")
 
 
