@@ -2,7 +2,8 @@
 
 Attention adds a mask to its scores, or fills them with one: 0 where a token may be looked at, and −10⁴, the lowest float32 or
 −infinity where not. A grid of 8 bits that reaches down to it has hardly an integer for the scores, and one that does not lets what
-was masked through. So the sum stays float, and what comes of it, up to the softmax.
+was masked through. So the sum stays float, and what comes of it, up to the softmax. What a Clip leaves hardly anything of is not
+resolved either.
 """
 
 from __future__ import annotations
@@ -30,10 +31,14 @@ LOWEST_DATA = -1e20
 HIGHEST_DATA = 1e35
 # A mask reaches so many times as far as the scores that it is added to.
 FAR = 32
+# Below this part of the largest product an output lies within the rounding of float32 sums (2^-24 of their magnitudes), and one
+# step of an accumulator of products of 8 bits is 2^15 times the whole output.
+LEAST_OUTPUT = 2.0**-30
+PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 
 def unresolvable(model: ir.Model, statistics: Mapping[str, TensorStatistics], recipe: Recipe) -> frozenset[str]:
-    """Return the tensors whose range is that of a mask, not of data.
+    """Return the tensors whose range is that of a mask, not of data, or is nothing beside the products that make it.
 
     Args:
         model: The folded model.
@@ -41,8 +46,33 @@ def unresolvable(model: ir.Model, statistics: Mapping[str, TensorStatistics], re
         recipe: What the user wants: wider grids resolve more.
     """
     barred = {name for name, seen in statistics.items() if seen.minimum < LOWEST_DATA or seen.maximum > HIGHEST_DATA}
+    barred |= crushed(model, statistics)
     lowest = -FILLING * max(1.0, 2.0 ** (resolve_target(recipe).activation.width - 11))
     return with_followers(model, barred, lambda node: masks_of(node, statistics, lowest))
+
+
+def crushed(model: ir.Model, statistics: Mapping[str, TensorStatistics]) -> set[str]:
+    """Return the outputs of products that Relu and Clip leave too little of, as far as is known.
+
+    No multiplier would reach from such an accumulator to the grid of what is left.
+    """
+    found: set[str] = set()
+    for node in model.graph:
+        if node.op_type not in PRODUCTS or node.domain:
+            continue
+        made = [node.outputs[0]]
+        while made[-1].name not in statistics and len(users := made[-1].uses()) == 1:
+            (user, _), *_ = users
+            if user.op_type not in {"Relu", "Clip"}:
+                break
+            made.append(user.outputs[0])
+        extents = [
+            max(-low, high)
+            for low, high in (range_of(value, statistics) for value in (*operands_of(node)[:2], made[-1]))
+        ]
+        if len(extents) == 3 and 0 < extents[2] < extents[0] * extents[1] * LEAST_OUTPUT:
+            found.add(str(made[0].name))  # who reads what is left has a grid of its own for it
+    return found
 
 
 def possible(model: ir.Model) -> frozenset[str]:

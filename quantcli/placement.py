@@ -146,7 +146,10 @@ def place(model: ir.Model, recipe: Recipe, barred: frozenset[str] = frozenset())
     target = resolve_target(recipe)
     for node in nodes:
         if masked := next((v for v in (*node.inputs, *node.outputs) if v is not None and v.name in barred), None):
-            excluded.setdefault(node, f"'{masked.name}' spans a range that no integer grid resolves, as a mask's does")
+            excluded.setdefault(
+                node,
+                f"'{masked.name}' spans a range that no integer grid resolves: a mask's, or one far below what makes it",
+            )
     reasons = {node: reason for node in nodes if (reason := why_float(node, excluded)) is not None}
     stored = stored_by(target, [node for node in nodes if node not in reasons and node not in forced], reasons)
     layers = Placing(nodes, reasons, target, forced).layers()

@@ -15,6 +15,7 @@ from quantcli.arithmetic.affine import (
     fixed_parameters,
     lowest_integers,
     power_of_two,
+    power_of_two_parameters,
     quantize,
     scales_wide_enough_for_bias,
     symmetric_parameters,
@@ -267,7 +268,7 @@ def activation_parameters(
     parameters = symmetric_parameters if target.activation.symmetric else affine_parameters
     scale, zero_point = parameters(lo, hi, integer)
     if target.activation.power_of_two:
-        scale, zero_point = to_power_of_two(scale, lo, integer, target.activation.symmetric)
+        scale, zero_point = power_of_two_parameters(scale, lo, integer, target.activation.symmetric)
     return whole_reciprocal(scale) if share else scale, zero_point
 
 
@@ -286,15 +287,6 @@ def range_spec(statistics: Statistics, recipe: Recipe) -> RangeSpec:
     """Return how ranges are computed: as the recipe says, or as the observer of the statistics is meant for."""
     meant = "minmax" if statistics.observer == "all" else statistics.observer
     return parse_range(recipe.activation.range or meant)
-
-
-def to_power_of_two(scale: np.float32, lo: float, integer: IntegerType, symmetric: bool) -> tuple[np.float32, int]:
-    """Return the next power of two above a scale, and the zero point that goes with it."""
-    wide = np.float32(power_of_two(np.array(scale, dtype=np.float32)).item())
-    if symmetric:
-        return wide, 0
-    zero_point = round(integer.qmin - min(lo, 0.0) / float(wide))
-    return wide, min(max(zero_point, integer.qmin), integer.qmax)
 
 
 def plan_weights(

@@ -20,10 +20,10 @@ from quantcli import Conversion, Recipe, Run, calibrate, convert, evaluate, veri
 from quantcli.errors import ModelError
 from quantcli.load import load
 from quantcli.masks import unresolvable
-from quantcli.recipe import Activation, Calibration, Tune
+from quantcli.recipe import Activation, Calibration, Layers, Tune
 from quantcli.scores import MASKS as MEMBER
 from quantcli.scores import scores
-from tests.graphs import Array, node, normal, save
+from tests.graphs import Array, data_for, node, normal, save
 
 TOKENS, WIDTH, SAMPLES = 6, 16, 48
 WEIGHTS: dict[str, Array] = {name: normal(WIDTH, WIDTH, seed=seed, scale=0.35) for seed, name in enumerate("qkvo", 1)}
@@ -293,3 +293,21 @@ def test_an_input_is_a_mask_where_all_that_reads_it_masks(
     found = load(path).inputs
     assert [replace(spec, masks=False) for spec in found] == list(Runner(path).inputs)
     assert [spec.name for spec in found if spec.masks] == (["mask"] if masks else [])
+
+
+@pytest.mark.parametrize(("highest", "layers"), [(1e-18, ["d_node"]), (1e-6, ["c_node", "d_node"])])
+def test_a_layer_whose_clip_leaves_next_to_nothing_stays_float(
+    tmp_path: Path, highest: float, layers: list[str]
+) -> None:
+    nodes = [
+        node("Conv", ["x", "w"], ["c"]),
+        node("Clip", ["c", "lo", "hi"], ["k"]),
+        node("Conv", ["k", "v"], ["d"]),
+        node("Relu", ["d"], ["y"]),
+    ]
+    constants = {"w": normal(4, 3, 3, 3), "v": normal(4, 4, 3, 3), "lo": np.array(0, np.float32)}
+    constants["hi"] = np.array(highest, np.float32)
+    model = save(tmp_path / "m.onnx", nodes, {"x": ["N", 3, 8, 8]}, {"y": None}, constants)
+    recipe = Recipe(tune=Tune(effort="fast"), layers=Layers(everywhere=True))
+    done = convert(model, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz"), recipe=recipe, verified=True)
+    assert [layer.name for layer in done.plan.layers] == layers

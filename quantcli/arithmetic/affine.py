@@ -204,6 +204,17 @@ def power_of_two(scale: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.ldexp(1.0, np.where(fraction == 0.5, exponent - 1, exponent)).astype(np.float32)
 
 
+def power_of_two_parameters(
+    scale: np.float32, lo: float, integer: IntegerType, symmetric: bool
+) -> tuple[np.float32, int]:
+    """Return the next power of two above a scale, and the zero point that goes with it (equation 4a)."""
+    wide = np.float32(power_of_two(np.array(scale, dtype=np.float32)).item())
+    if symmetric:
+        return wide, 0
+    zero_point = round(integer.qmin - min(lo, 0.0) / float(wide))
+    return wide, min(max(zero_point, integer.qmin), integer.qmax)
+
+
 def quantize(
     values: NDArray[Any],
     scale: NDArray[np.float32],

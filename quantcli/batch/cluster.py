@@ -196,12 +196,13 @@ def on_node(encoded: bytes, places: list[Place], shards: int, *given: Any) -> tu
                 laid, statistics=str(merged([files[SHARD] for _, files in given[:shards]], top))
             )
         ended = run_one(laid, top / "made")
-        reason = ended.reason
+        texts = [ended.reason, *ended.warnings]
         for new, old in renamed.items():
-            reason = reason.replace(new, old)
+            texts = [text.replace(new, old) for text in texts]
+        warned = [text for part, _ in given[:shards] for text in part.warnings]
         made = top / "made"
         files = {str(file.relative_to(made)): file.read_bytes() for file in made.rglob("*") if file.is_file()}
-        return replace(ended, reason=reason), files
+        return replace(ended, reason=texts[0], warnings=tuple(dict.fromkeys([*warned, *texts[1:]]))), files
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(top)

@@ -6,6 +6,8 @@ import ast
 import contextlib
 import hashlib
 import json
+import os
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +15,7 @@ from typing import Annotated
 import msgspec
 
 from calibration.errors import ReportedError
+from quantcli.documents import encodable
 from quantcli.recipe import Recipe
 
 Number = Annotated[float, msgspec.Meta(ge=0)]
@@ -130,6 +133,11 @@ class Entry(msgspec.Struct, frozen=True):
         """Return the file of a module beside the manifest, or the folder of its package; None where there is none."""
         found = module_in(Path(self.folder), module) if module else None
         return str(found) if found else None
+
+    def shown(self, text: str) -> str:
+        """Return a message with paths as the manifest has them, so that it is the same wherever the zoo stands."""
+        folder = re.escape(encodable(os.path.join(self.folder, "")))  # noqa: PTH118 - it is to end with a separator
+        return re.sub(rf"(?<![\w/.-]){folder}(?=[^/\s])", "", encodable(text))
 
     def key(self, digests: dict[Path, str]) -> str:
         """Return what the entry's output and figures follow from, as a digest: contents, recipe, versions.

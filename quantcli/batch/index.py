@@ -35,6 +35,7 @@ def row_of(outcome: Outcome) -> dict[str, Any]:
         "name": outcome.entry.name,
         "status": outcome.status,
         "reason": outcome.reason,
+        "warnings": outcome.record.warnings,
         "link": f"entries/{outcome.entry.name}/" + (shown if done else "log.txt"),
         "metric": metric,
         "bytes": f"{figures['bytes']:,}" if done else "",

@@ -47,6 +47,7 @@ class Ended:
         figures: What was found.
         seconds: How long it took.
         passing: Whether the failure may pass by itself (a full disk): it says nothing about the entry.
+        warnings: What was warned of.
     """
 
     status: str
@@ -54,6 +55,7 @@ class Ended:
     figures: dict[str, Any]
     seconds: float
     passing: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 def run_local(
@@ -109,7 +111,9 @@ def run_one(entry: Entry, folder: Path, stopped: threading.Event | None = None) 
     with contextlib.suppress(OSError, msgspec.DecodeError):
         result = msgspec.json.decode((folder / RESULT).read_bytes())
         (folder / RESULT).unlink()
-        return Ended(result["status"], result["reason"], result["figures"], seconds, result["passing"])
+        # The folder that it writes to is not where the files will stand.
+        reason, *warnings = (text.replace(f"{place}/", "") for text in (result["reason"], *result["warnings"]))
+        return Ended(result["status"], reason, result["figures"], seconds, result["passing"], tuple(warnings))
     return Ended("crashed", died(process.returncode), {}, seconds)
 
 

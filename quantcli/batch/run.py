@@ -19,7 +19,7 @@ import msgspec
 
 from quantcli.batch.entry import files_of
 from quantcli.batch.local import LOG, Ended, run_local
-from quantcli.documents import as_json, encodable
+from quantcli.documents import as_json
 from quantcli.errors import OutputError, UsageError
 from quantcli.evaluation.junit import Case, junit
 from quantcli.evaluation.metrics import UNBOUNDED
@@ -55,6 +55,7 @@ class Record(msgspec.Struct, frozen=True):
         timeout: The seconds that it was allowed; 0 for no limit.
         memory: The bytes that it was allowed; 0 for no limit.
         passing: Whether the failure may pass by itself.
+        warnings: What was warned of.
     """
 
     key: str
@@ -66,6 +67,7 @@ class Record(msgspec.Struct, frozen=True):
     timeout: float = 0.0
     memory: int = 0
     passing: bool = False
+    warnings: tuple[str, ...] = ()
 
     def stands(self, entry: Entry) -> bool:
         """Return whether the same entry would end the same way: not where more is allowed now than it was ended by."""
@@ -187,12 +189,13 @@ def outcomes_of(
         record = Record(
             keys[entry.name],
             ended.status,
-            encodable(ended.reason),
+            entry.shown(ended.reason),
             ended.figures,
             ended.seconds,
             timeout=entry.timeout,
             memory=entry.memory,
             passing=ended.passing,
+            warnings=tuple(map(entry.shown, ended.warnings)),
         )
         keep(output, entry, record, folder)
         note(judged(entry, record, cached=False))
@@ -289,6 +292,7 @@ def document(outcomes: Sequence[Outcome]) -> dict[str, Any]:
                 "name": outcome.entry.name,
                 "status": outcome.status,
                 "reason": untimed(outcome),
+                "warnings": list(outcome.record.warnings),
                 "checks": [
                     {"name": check.name, "limit": check.limit, "met": check.met}
                     | ({} if check.name == "min-speedup" else {"value": check.value})

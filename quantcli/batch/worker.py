@@ -6,6 +6,7 @@ Everything goes through files: the entry comes as JSON, and ``result.json`` appe
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import sys
@@ -29,6 +30,21 @@ REPORT = "report.html"
 SHARD = "part.stats"
 # What the system says where it lacks something for now: room, memory, open files.
 PASSING = {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+
+
+class Warnings(logging.Handler):
+    """Keeps what the library warns of, each text once, and lets the log have it too."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one warning."""
+        text = encodable(record.getMessage())
+        if text not in self.texts:
+            self.texts.append(text)
+            print(f"warning: {text}", file=sys.stderr)
 
 
 def die_with_parent(parent: int) -> None:
@@ -141,6 +157,9 @@ def main(arguments: list[str]) -> int:
     sys.path.append(str(Path.cwd()))  # at the end: nothing beside the manifest takes the place of what is installed
     entry = Entry.decoded(Path(arguments[0]).read_bytes())
     folder = Path(arguments[1])
+    warnings = Warnings()
+    for name in ("calibration", "quantcli"):
+        logging.getLogger(name).addHandler(warnings)
     began = time.perf_counter()
     result: dict[str, Any] = {"status": "done", "reason": "", "figures": {}, "passing": False}
     try:
@@ -152,7 +171,7 @@ def main(arguments: list[str]) -> int:
     except Exception as error:  # noqa: BLE001 - whatever it is, it is this entry's
         print(traceback.format_exc(), file=sys.stderr)
         result |= {"status": "crashed", "reason": f"{type(error).__name__}: {error}", "passing": passes(error)}
-    result["reason"] = encodable(result["reason"])
+    result["reason"], result["warnings"] = encodable(result["reason"]), warnings.texts
     result["seconds"] = time.perf_counter() - began
     temporary = folder / f".{RESULT}"
     temporary.write_bytes(msgspec.json.encode(result))

@@ -106,6 +106,8 @@ def show(terminal: Terminal, outcomes: list[Outcome], output: Path) -> None:
         [cells(outcome) for outcome in outcomes],
     )
     for outcome in outcomes:
+        for text in outcome.record.warnings:
+            terminal.warn(f"{outcome.entry.name}: {text}")
         if outcome.status != "met":
             terminal.warn(f"{outcome.entry.name}: {outcome.status}: {outcome.reason}")
     ran = sum(not outcome.cached for outcome in outcomes)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json as json_module
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -127,11 +128,13 @@ class MessageRelay(logging.Handler):
 
 @functools.cache
 def console(stderr: bool = False) -> Console:
-    """Return the console of a stream; lines are as wide as the terminal, or 120 columns without one."""
+    """Return the console of a stream; lines are as wide as the terminal, without one as COLUMNS says, else 120 columns."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else 120)
+    told = os.environ.get("COLUMNS", "")
+    wide = int(told) if told.isdecimal() and int(told) else 120
+    return Console(stderr=stderr, width=None if stream.isatty() else wide)
 
 
 def samples(count: int) -> str:

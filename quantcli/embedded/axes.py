@@ -27,6 +27,19 @@ def output_fields(low: Lowering, entry: LayerEntry) -> dict[str, Any]:
     }
 
 
+def check_window(value: Value, entry: LayerEntry) -> None:
+    """Raise EmbeddedError where a window does not slide over one or two axes of one sample."""
+    if len(value.shape) in (3, 4) and value.shape[0] == 1:
+        return
+    several = len(value.shape) in (3, 4)
+    raise EmbeddedError(
+        f"C source has no kernel for {entry.operator} '{entry.name}' of shape {list(value.shape)}",
+        "export the model for one sample, or any number of them"
+        if several
+        else "its kernels slide over one or two axes",
+    )
+
+
 def scalar(low: Lowering, entry: LayerEntry, multiplier: MultiplierEntry, largest: int) -> dict[str, Any]:
     """Return one multiplier and its shift as fields."""
     shift = low.rescaling(multiplier.multiplier, multiplier.shift, entry.rounding, largest, entry.name)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantcli.embedded.axes import grouped, mean_multiplier, output_fields
+from quantcli.embedded.axes import check_window, grouped, mean_multiplier, output_fields
 from quantcli.embedded.program import Step, Value, channels_last, whole
 from quantcli.errors import EmbeddedError
 from quantcli.integer.kernels import window_of
@@ -30,11 +30,7 @@ def pooled(low: Lowering, layer: Layer, entry: LayerEntry, kernel: str) -> None:
         EmbeddedError: If it has three.
     """
     value = low.operand(entry.inputs[0])
-    if len(value.shape) not in (3, 4) or value.shape[0] != 1:
-        raise EmbeddedError(
-            f"C source has no kernel for {entry.operator} '{entry.name}' of shape {list(value.shape)}",
-            "it pools one sample, over one or two axes",
-        )
+    check_window(value, entry)
     value = low.laid(value, channels_last(value.shape), layer=entry.name)
     spatial = value.shape[2:]
     window = window_of(layer.attributes, layer.attributes["kernel_shape"], spatial)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantcli.embedded.axes import output_fields, scalar
+from quantcli.embedded.axes import check_window, output_fields, scalar
 from quantcli.embedded.program import Array, Step, Value, channels_last
 from quantcli.errors import EmbeddedError
 from quantcli.integer.kernels import transposed_pads, window_of
@@ -141,11 +141,7 @@ def convolution(low: Lowering, layer: Layer, entry: LayerEntry) -> None:
     """
     value, transposed = low.operand(entry.inputs[0]), entry.operator == "ConvTranspose"
     shape = low.integers[entry.outputs[0]].shape
-    if len(value.shape) not in (3, 4) or value.shape[0] != 1:
-        raise EmbeddedError(
-            f"C source has no kernel for {entry.operator} '{entry.name}' of shape {list(value.shape)}",
-            "it convolves one sample, over one or two axes",
-        )
+    check_window(value, entry)
     w = low.stored(entry.inputs[1])
     groups = int(layer.attributes.get("group", 1))
     kernel, spatial = w.shape[2:], value.shape[2:]

@@ -7,7 +7,6 @@ integers that ONNX Runtime gives, layer by layer from identical integers.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,13 +14,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.hooks.onnxruntime import Runner
-from quantcli.arithmetic.affine import IntegerType, along_axis, quantize
+from quantcli.arithmetic.affine import IntegerType, quantize
 from quantcli.arithmetic.fixed_point import headroom_multipliers, headroom_of, signed_fixed_point, summed_fixed_point
 from quantcli.arithmetic.tables import exponentials, table
 from quantcli.integer.exact import FLOAT32_ERROR, exact, function_parameters
 from quantcli.integer.executor import Executor, is_fence, quantized
 from quantcli.integer.layer import IntegerError, Layer, multiplier_bits
 from quantcli.integer.layers import centred_magnitudes, real_output, run_layer, terms_of
+from quantcli.integer.stated import (
+    Finding,
+    differences,
+    digest_findings,
+    order_findings,
+    reader_of,
+    tensor_findings,
+    unknown_tensors,
+)
 from quantcli.probe import with_outputs
 
 if TYPE_CHECKING:
@@ -33,22 +41,6 @@ if TYPE_CHECKING:
     from calibration.datasets.dataset import InputSpec
     from quantcli.integer.held import Held
     from quantcli.sidecar import LayerEntry, MultiplierEntry, Sidecar, TensorEntry
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that is not as the sidecar states it.
-
-    Attributes:
-        layer: The layer it belongs to; empty for the files themselves.
-        what: What differs, with index and both values where there are any.
-    """
-
-    layer: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"layer '{self.layer}': {self.what}" if self.layer else self.what
 
 
 @dataclass
@@ -83,6 +75,9 @@ def verify(held: Held, sidecar: Sidecar, batches: Iterable[dict[str, NDArray[Any
     executor = Executor(graph, sidecar)
     result.findings.extend(tensor_findings(executor))
     result.findings.extend(layer_findings(executor))
+    result.findings.extend(order_findings(executor))
+    if unknown_tensors(executor):
+        return result
     for entry in sidecar.layers:
         if entry.arithmetic == "stored":
             result.layers += 1
@@ -97,13 +92,6 @@ def verify(held: Held, sidecar: Sidecar, batches: Iterable[dict[str, NDArray[Any
     return result
 
 
-def digest_findings(held: Held, sidecar: Sidecar) -> Iterator[Finding]:
-    """Compare a model's digest with the one that its sidecar states."""
-    if held.sha256 != sidecar.model.sha256:
-        stated = sidecar.model.sha256
-        yield Finding("", f"the model's sha256 is {held.sha256[:12]}…, the sidecar states {stated[:12]}…")
-
-
 def reals_of(sidecar: Sidecar) -> list[str]:
     """Return the real tensors that are compared: what layers give as reals, and what is quantized only for some that read it."""
     made = {name for entry in sidecar.layers if entry.accumulator_scale is None for name in entry.outputs}
@@ -115,81 +103,6 @@ def reals_of(sidecar: Sidecar) -> list[str]:
         for name in entry.outputs
     ]
     return list(dict.fromkeys([*rounded, *given]))
-
-
-def reader_of(sidecar: Sidecar, tensor: str) -> str:
-    """Return the name of a layer that a tensor belongs to: one that reads it, else one that makes it."""
-    readers = [layer.name for layer in sidecar.layers if tensor in layer.inputs]
-    makers = [layer.name for layer in sidecar.layers if tensor in layer.outputs]
-    return next(iter([*readers, *makers]), "")
-
-
-def tensor_findings(executor: Executor) -> Iterator[Finding]:
-    """Compare scales, zero points and constants with those that the model holds."""
-    sidecar = executor.sidecar
-    dequantizers: dict[tuple[str, str], list[ir.Node]] = {}
-    quantizers: dict[str, list[ir.Node]] = {}
-    tables = looked_up(executor)
-    for node in executor.model.graph:
-        if node.op_type == "DequantizeLinear" and node.inputs[0] is not None:
-            names = str(node.inputs[0].name), str(node.outputs[0].name)
-            dequantizers.setdefault(tables.get(names[0], names), []).append(node)
-        elif node.op_type == "QuantizeLinear":
-            quantizers.setdefault(str(node.outputs[0].name), []).append(node)
-    for name, tensor in sidecar.tensors.items():
-        layer = reader_of(sidecar, name)
-        found = dequantizers.get((tensor.integers, tensor.reals), [])
-        if not found:
-            yield Finding(layer, f"the model does not dequantize tensor '{name}' from '{tensor.integers}'")
-        makers = [entry.name for entry in sidecar.layers if name in entry.outputs]
-        for node in (*found, *quantizers.get(tensor.integers, ())):
-            at = makers[0] if node.op_type == "QuantizeLinear" and makers else layer
-            held = [None if value is None else executor.stored.get(str(value.name)) for value in node.inputs[1:3]]
-            scales, zero_points = (*held, None, None)[:2]
-            yield from differences(at, f"scale of '{name}'", scales, tensor.scale)
-            if zero_points is None:
-                zero_points = np.zeros(len(tensor.zero_point), dtype=np.int32)
-            yield from differences(at, f"zero point of '{name}'", zero_points, tensor.zero_point)
-        if tensor.sha256 is not None:
-            constant = executor.stored.get(tensor.integers)
-            digest = "" if constant is None else hashlib.sha256(np.ascontiguousarray(constant).tobytes()).hexdigest()
-            if digest != tensor.sha256:
-                yield Finding(layer, f"the integers of '{name}' are not those that the sidecar was written for")
-            elif constant is not None and tensor.role == "weight" and not lies_on_grid(tensor, constant):
-                yield Finding(layer, f"the integers of '{name}' leave their grid")
-
-
-def lies_on_grid(tensor: TensorEntry, integers: NDArray[Any]) -> bool:
-    """Tell whether a weight's integers lie on the grid that its entry gives each of them."""
-    lowest: NDArray[np.int64] | int = tensor.qmin
-    highest: NDArray[np.int64] | int = tensor.qmax
-    if tensor.grids is not None:
-        lowest = along_axis(np.array(tensor.grids.lowest), integers.ndim, tensor.axis)
-        highest = lowest + (1 << tensor.grids.bits) - 1
-    return bool(np.all((integers >= lowest) & (integers <= highest)))
-
-
-def looked_up(executor: Executor) -> dict[str, tuple[str, str]]:
-    """Return for what every lookup gives the names of its table's integers and reals: it is dequantized behind the lookup."""
-    found = {}
-    for entry in executor.sidecar.layers:
-        node = executor.nodes.get(entry.name)
-        if entry.arithmetic == "lookup" and node is not None:
-            tensor = executor.sidecar.tensors[entry.inputs[0]]
-            found[str(node.outputs[0].name)] = tensor.integers, tensor.reals
-    return found
-
-
-def differences(layer: str, what: str, held: NDArray[Any] | None, stated: list[float] | list[int]) -> Iterator[Finding]:
-    """Compare numbers of the model with numbers of the sidecar, by ==."""
-    values = [] if held is None else held.reshape(-1).tolist()
-    if len(values) != len(stated):
-        yield Finding(layer, f"the {what} has {len(values)} values in the model and {len(stated)} in the sidecar")
-        return
-    for index, (value, other) in enumerate(zip(values, stated, strict=True)):
-        if value != other:
-            yield Finding(layer, f"the {what}, index {index}, is {value} in the model and {other} in the sidecar")
-            return
 
 
 def layer_findings(executor: Executor) -> Iterator[Finding]:

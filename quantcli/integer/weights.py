@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantcli.integer.expand import put_dequantizers
-from quantcli.integer.verify import Finding, Verification, differences, digest_findings, reader_of
+from quantcli.integer.stated import Finding, differences, digest_findings, reader_of
+from quantcli.integer.verify import Verification
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

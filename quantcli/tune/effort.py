@@ -5,8 +5,8 @@ plan is always one of them, so that tuning never makes a model worse by that mea
 
 ======== ================================================================================================================
 fast     nothing: ranges as calibration gives them, weights rounded to nearest
-default  one sweep over 64 samples, 256 for coarse weights: ranges and weight scales by error, rounding by second moments, bias, gain;
-         compensation where weights have less than 8 bits or one scale per tensor, and, unless activations have less, what is
+default  one sweep over 64 samples, 256 for coarse weights: ranges and weight scales by error, rounding by second moments, bias,
+         gain; compensation where weights have less than 8 bits or one scale per tensor, and, unless activations have less, what is
          kept swept once more over all samples; on the equalized model where that is predicted to pay, and on both with one
          scale per tensor, unless much is predicted; with scales of powers of two on the centred and aligned one, and there the
          best one with compensation, too; without ranges by error, where that was no better than nothing. The error of a range

@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 
 from quantcli.batch import local
-from quantcli.batch.entry import Entry
+from quantcli.batch.entry import Entry, Wishes
 from quantcli.batch.local import Ended
 from quantcli.batch.manifest import read_zoo
 from quantcli.batch.run import run_batch
 from quantcli.cli import run
 from quantcli.errors import OutputError
-from tests.graphs import normal, residual_net
+from quantcli.recipe import Recipe
+from tests.graphs import node, normal, residual_net, save
 from tests.pages import CHROMIUM, Charts, figures, looked_at
 
 if TYPE_CHECKING:
@@ -239,6 +240,32 @@ def test_a_worker_whose_parent_is_gone_does_nothing(zoo: Path) -> None:
         assert (ended.returncode == 0, (zoo / "elsewhere" / "result.json").is_file()) == (made, made)
 
 
+def test_reasons_and_warnings_name_files_as_the_manifest_does(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    random = [node("RandomNormalLike", ["x"], ["r"]), node("MatMul", ["x", "w"], ["p"]), node("Add", ["p", "r"], ["y"])]
+    save(zoo / "random.onnx", random, {"x": ["n", 8]}, {"y": ["n", 8]}, {"w": normal(8, 8)})
+    np.savez(zoo / "rows.npz", x=normal(8, 8))
+    (zoo / "elsewhere" / "zoo.toml").write_text(
+        '[defaults]\ndata = "../rows.npz"\nrecipe = "../fast.toml"\n[[models]]\npath = "../corrupt.onnx"\n'
+        '[[models]]\npath = "absent.onnx"\n[[models]]\npath = "../random.onnx"\n'
+    )
+    assert run(["batch", str(zoo / "elsewhere" / "zoo.toml"), "-o", "out", "-q"]) == 4
+    results = (Path("out") / "results.json").read_text()
+    corrupt, absent, drawing = json.loads(results)["entries"]
+    assert corrupt["reason"].startswith("../corrupt.onnx is not an ONNX model")
+    assert absent["reason"].startswith("there is no model at absent.onnx;")
+    (warning,) = drawing["warnings"]
+    assert warning.startswith("random numbers are drawn by RandomNormalLike 'r_node'")
+    assert f"random/default: {warning}" in capsys.readouterr().err
+    assert "random numbers are drawn by" in (Path("out") / "index.html").read_text()
+    assert str(zoo) not in results
+
+
+def test_a_message_is_shown_without_the_manifests_folder() -> None:
+    entry = Entry("a/b", "/zoo/a.onnx", Recipe(), Wishes(), "/zoo")
+    assert entry.shown("/zoo/a.onnx is wrong, '/zoo/../b' too, (/zoo/x y)") == "a.onnx is wrong, '../b' too, (x y)"
+    assert entry.shown("/other/zoo/a, /zoology/a, /zoo itself") == "/other/zoo/a, /zoology/a, /zoo itself"
+
+
 def test_folders_may_have_names_that_are_no_utf8(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path(os.fsdecode(os.fsencode(zoo) + b"/\xff"))
     try:
@@ -250,7 +277,7 @@ def test_folders_may_have_names_that_are_no_utf8(zoo: Path, capsys: pytest.Captu
     assert run(["batch", str(folder / "zoo.toml"), "-o", str(folder / "out")]) == 4
     results = json.loads((folder / "out" / "results.json").read_text())
     assert statuses(results) == {"a/default": "met", "failing/default": "failed"}
-    assert "\\udcff" in results["entries"][1]["reason"]
+    assert results["entries"][1]["reason"].startswith("there is no data at data.npz;")
     capsys.readouterr()
     made = folder / "out" / "entries" / "a" / "default" / "model.onnx"
     command = ["eval", made, "--float", folder / "a.onnx", "--data", zoo / "labelled.npz", "--memory", "--json"]

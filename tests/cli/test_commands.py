@@ -17,6 +17,7 @@ import quantcli
 from calibration import statistics
 from quantcli import calibrate, convert, demo, read_recipe
 from quantcli.cli import run
+from quantcli.cli.terminal import console
 from tests import graphs
 from tests.cli.commands import (
     COMMANDS,
@@ -281,6 +282,18 @@ def test_only_what_is_needed_is_loaded(here: Path, command: list[str], absent: s
     assert code == "0"
     assert "click" in modules
     assert absent & set(modules) == set()
+
+
+@pytest.mark.parametrize(("columns", "most"), [("60", 60), ("200", 200), ("0", 120), ("", 120)])
+def test_tables_in_a_file_are_as_wide_as_columns_says(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: str, most: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    console.cache_clear()
+    assert run(["targets"]) == 0
+    console.cache_clear()
+    widest = max(map(len, capsys.readouterr().out.splitlines()))
+    assert widest == most if most < 200 else 120 < widest <= most
 
 
 def test_progress_is_drawn_where_someone_is_watching(here: Path) -> None:

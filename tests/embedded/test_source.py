@@ -268,6 +268,21 @@ def test_an_executor_and_a_kernel_that_differ_stop_a_conversion(
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize(
+    ("operator", "attributes"), [("Conv", {"pads": [1] * 4}), ("MaxPool", {"kernel_shape": [2, 2]})]
+)
+def test_a_window_over_several_samples_is_refused_with_a_way_out(
+    tmp_path: Path, operator: str, attributes: dict[str, Any]
+) -> None:
+    last = node(operator, ["r", "w"] if operator == "Conv" else ["r"], ["y"], **attributes)
+    nodes = [node("MatMul", ["x", "m"], ["r"]), last]
+    constants = {"m": normal(8, 8), "w": normal(3, 3, 3, 3)}
+    held = {name: value for name, value in constants.items() if name == "m" or operator == "Conv"}
+    model = save(tmp_path / "m.onnx", nodes, {"x": [4, 3, 8, 8]}, {"y": None}, held)
+    with pytest.raises(EmbeddedError, match=r"of shape \[4, 3, 8, 8\]; export the model for one sample, or any number"):
+        convert(model, tmp_path / "c", data=data_for(tmp_path / "d.npz"), recipe=FAST, form="c")
+
+
 def test_without_a_compiler_it_is_written_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
