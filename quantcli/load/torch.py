@@ -84,7 +84,9 @@ def load_torch(path: Path, opening: Opening, example: Example | None) -> Opened:
         return opened(path, program, names)
     module, sources = module_at(path, opening)
     from quantcli.torch.floats import floated, is_prepared
+    from quantcli.torch.given import bare
 
+    module = bare(module)
     layers: tuple[LearnedLayer, ...] = ()
     if is_prepared(module):
         module, layers = floated(module)

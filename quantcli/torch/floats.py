@@ -10,6 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from quantcli.errors import PlanError
 from quantcli.load.learned import WHOLE, LearnedLayer, LearnedOperand
+from quantcli.torch.given import check_weight
 from quantcli.torch.layers import (
     TWINS,
     Clamped,
@@ -44,13 +45,14 @@ def floated(model: nn.Module) -> tuple[nn.Module, tuple[LearnedLayer, ...]]:
         model: A prepared model, frozen or not; it stays as it is.
 
     Raises:
-        ModelError: If the model cannot be copied.
+        ModelError: If the model cannot be copied, or a prepared layer is not float32.
         PlanError: If a quantizer has no range.
     """
     made, learned = copied(model).eval(), []
     for layer, names in names_of(made).items():
         name = names[0]
         if isinstance(layer, Quantizing):
+            check_weight(layer, name)
             quantizer: Any = layer.activation_quantizer
             operand = learned_operand(name, quantizer)
             bounds = clamp_of(quantizer)

@@ -247,6 +247,6 @@ class DorefaWeight(WeightQuantizer):
             return weight
         squashed = torch.tanh(weight)
         largest = squashed.detach().abs().max()
-        if largest == 0:
-            return squashed
-        return 2.0 * rounded((squashed / (2.0 * largest) + 0.5) * self.steps) / self.steps - 1.0
+        empty = largest == 0  # no branch on it: torch.compile cannot follow one
+        parts = squashed / (2.0 * torch.where(empty, 1.0, largest)) + 0.5
+        return torch.where(empty, squashed, 2.0 * rounded(parts * self.steps) / self.steps - 1.0)
