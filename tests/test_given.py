@@ -73,7 +73,8 @@ def test_that_a_wrapper_was_taken_off_is_told(caplog: pytest.LogCaptureFixture) 
     assert caplog.messages == ["the module inside DataParallel is prepared: wrap what prepare returns"]
 
 
-SCRIPTED = torch.jit.script(nn.Sequential(nn.Linear(8, 8)))  # type: ignore[no-untyped-call]
+JIT: Any = torch.jit
+SCRIPTED = JIT.script(nn.Sequential(nn.Linear(8, 8)))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -81,7 +82,7 @@ SCRIPTED = torch.jit.script(nn.Sequential(nn.Linear(8, 8)))  # type: ignore[no-u
     ("build", "message"),
     [
         (lambda: SCRIPTED, r"the model is TorchScript, .*give the module that .*torch\.jit\.save"),
-        (lambda: torch.jit.trace(Pair(), BATCHES[0]), r"the model is TorchScript, .*torch\.jit\.save"),
+        (lambda: JIT.trace(Pair(), BATCHES[0]), r"the model is TorchScript, .*torch\.jit\.save"),
         (lambda: nn.Sequential(nn.Linear(8, 8), SCRIPTED), r"'1' is TorchScript, .*the module that it was made from$"),
         (
             lambda: torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 8))),  # type: ignore[no-untyped-call]

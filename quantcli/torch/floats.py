@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from quantcli.errors import PlanError
 from quantcli.load.learned import WHOLE, LearnedLayer, LearnedOperand
@@ -67,7 +66,7 @@ def floated(model: nn.Module) -> tuple[nn.Module, tuple[LearnedLayer, ...]]:
             spare = isinstance(layer, QuantFunctional)
             operands = tuple(learned_operand(name, quantizer, spare) for quantizer in both)
             learned.append(LearnedLayer(name, operands, spare=spare))
-        elif type(layer) in TWINS or (is_parametrized(layer) and isinstance(layer, tuple(TWINS))):
+        elif isinstance(layer, tuple(TWINS)):
             learned.append(LearnedLayer(name, (), prepared=False))
     return made, tuple(learned)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.swa_utils import AveragedModel
@@ -30,7 +31,7 @@ def checked(model: Any, recipe: Any = None, loader: Any = ()) -> nn.Module:
     """Return the module that a user gives, without its wrappers.
 
     Raises:
-        ModelError: If torch has scripted or quantized a part of it.
+        ModelError: If torch has scripted or quantized a part of it, or it is lazy and was never run.
         UsageError: If an argument is not of the type that it is to be of.
     """
     if not isinstance(model, nn.Module):
@@ -38,8 +39,8 @@ def checked(model: Any, recipe: Any = None, loader: Any = ()) -> nn.Module:
     checked_recipe(recipe)
     if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
         raise UsageError(f"the loader is {kind_of(loader)}", "give something that yields batches: a DataLoader, a list")
-    model = bare(model)
-    for name, module in model.named_modules():
+    inner = bare(model)
+    for name, module in inner.named_modules():
         place = f"'{name}'" if name else "the model"
         if isinstance(module, torch.jit.ScriptModule):
             remedy = "give the module that it was made from"
@@ -48,7 +49,9 @@ def checked(model: Any, recipe: Any = None, loader: Any = ()) -> nn.Module:
             raise ModelError(f"{place} is TorchScript, which is no live module", remedy)
         if hasattr(module, "_packed_params"):
             raise ModelError(f"{place} ({type(module).__name__}) was quantized by torch", "give the float model")
-    return model
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+            raise ModelError(f"{place} ({type(module).__name__}) has no weights yet", "run the model on a batch first")
+    return inner
 
 
 def check_weight(layer: nn.Module, name: str) -> None:

@@ -33,7 +33,9 @@ from quantcli.torch.layers import (
     channel_axis,
     copied,
     names_of,
+    passed_over,
     put,
+    swapped_as,
     twin_of,
 )
 from quantcli.torch.quantizers import (
@@ -121,6 +123,11 @@ def check_prepared(model: nn.Module) -> None:
         )
 
 
+def parametrized(module: nn.Module) -> bool:
+    """Tell whether a module is a layer that computes its parameters."""
+    return isinstance(module, tuple(TWINS)) and is_parametrized(module)
+
+
 class Making:
     """How twins are made."""
 
@@ -147,35 +154,38 @@ class Making:
         Raises:
             UsageError: If a pattern matches none.
         """
-        kinds = (*TWINS, *addition_modules())
+        kinds = addition_modules()
         names = [
             name
             for name, module in model.named_modules()
-            if name and (type(module) in kinds or (isinstance(module, kinds) and is_parametrized(module)))
+            if name and (type(module) in kinds or swapped_as(module) or parametrized(module))
         ]
-        if not names and type(model) in kinds:
+        if not names and (type(model) in kinds or swapped_as(model)):
             raise UsageError(
                 "the model is a single layer, which has no place to put its twin", "wrap it in nn.Sequential"
             )
-
-        places = names_of(model)
+        others = [name for name, module in model.named_modules() if passed_over(module)]
+        known, places = names + others, names_of(model)
 
         def matches(name: str, pattern: str) -> bool:
             module, kind = model.get_submodule(name), pattern.removeprefix("op:")
             if kind != pattern:
-                return type(module).__name__ == kind
+                return kind in {type(module).__name__, getattr(swapped_as(module), "__name__", None)}
             return any(fnmatch.fnmatchcase(other, pattern) for other in places[module])
 
         def matching(pattern: str) -> list[str]:
-            found = [name for name in names if matches(name, pattern)]
+            found = [name for name in known if matches(name, pattern)]
             if not found:
-                raise UsageError(f"the pattern '{pattern}' matches no layer", f"layers: {', '.join(names[:8])}")
+                raise UsageError(f"the pattern '{pattern}' matches no layer", f"layers: {', '.join(known[:8])}")
             return found
 
         layers = self.recipe.layers
-        included = {name for pattern in layers.include for name in matching(pattern)} if layers.include else set(names)
-        excluded = {name for pattern in layers.exclude for name in matching(pattern)}
-        return [name for name in names if name in included - excluded]
+        included = {name for pattern in layers.include for name in matching(pattern)} if layers.include else set(known)
+        wanted = included - {name for pattern in layers.exclude for name in matching(pattern)}
+        if left := [f"'{name}' ({type(model.get_submodule(name)).__name__})" for name in others if name in wanted]:
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            logger.warning("not prepared, for they compute in their own way: %s%s", ", ".join(left[:3]), more)
+        return [name for name in names if name in wanted]
 
     def twin(self, layer: nn.Module) -> nn.Module:
         """Return the twin of a layer."""
