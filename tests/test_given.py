@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import quantcli.torch as qt
 from quantcli.errors import ModelError
+from quantcli.load import Opening, load
 from quantcli.sidecar import Sidecar
 from quantcli.torch.given import bare
 
@@ -103,3 +104,14 @@ def test_modules_of_half_precision_convert_from_data_of_float32(tmp_path: Path, 
     done = qt.convert(model.to(kind), tmp_path / "q.onnx", [X.repeat(4, 1)])
     assert [layer.operator for layer in done.plan.layers] == ["Gemm", "Gemm"]
     assert np.isfinite(list(done.check.sqnr.values())).all()
+
+
+def test_a_factory_may_give_a_wrapped_model(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    torch.save(nn.DataParallel(model).state_dict(), tmp_path / "weights.pt")
+    (tmp_path / "built.py").write_text(
+        "from torch import nn\n\n\ndef build():\n    return nn.DataParallel(nn.Sequential(nn.Linear(8, 4)))\n"
+    )
+    opening = Opening(factory=f"{tmp_path / 'built.py'}:build")
+    found = load(tmp_path / "weights.pt", opening, lambda names: {names[0]: X.numpy()})
+    assert torch.equal(found.program.module()(X), model(X))
