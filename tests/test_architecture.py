@@ -14,7 +14,7 @@ SOURCES = sorted(file for package in ("quantcli", "calibration") for file in (RO
 
 # A module may import from modules of its own line and of lines above it.
 ORDER = [
-    {"calibration.errors"},
+    {"calibration.errors", "calibration.imports"},
     {"calibration.datasets"},
     {"calibration.hooks", "calibration.histogram", "calibration.lanes", "calibration.layout"},
     {"calibration.observers"},
@@ -36,6 +36,7 @@ ORDER = [
         "quantcli.load",
         "quantcli.torch.quantizers",
         "quantcli.torch.layers",
+        "quantcli.torch.given",
         "quantcli.torch.prepare",
         "quantcli.torch.floats",
         "quantcli.fold",

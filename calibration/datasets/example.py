@@ -11,7 +11,7 @@ from calibration.datasets.arrays import LABEL_NAMES, first_line, read_array
 from calibration.datasets.dataset import InputSpec
 from calibration.datasets.images import open_images
 from calibration.datasets.preprocess import Preprocess, normalized
-from calibration.datasets.samples import as_array, called, failing_clearly, is_tensor
+from calibration.datasets.samples import as_array, by_name, called, failing_clearly, is_tensor
 from calibration.datasets.stored import npz_members, safetensors_members
 from calibration.datasets.tensors import load_tensors
 from calibration.datasets.testsets import numbered, read_tensor, test_set_folders
@@ -47,7 +47,7 @@ def first_samples(
     if path is not None and path.is_dir() and not test_set_folders(path):
         return {names[0]: image_rows(path, preprocess or Preprocess())}
     try:
-        found = stored_rows(path, names) if path is not None else yielded(str(function))
+        found = stored_rows(path, names) if path is not None else yielded(str(function), names)
     except ReportedError:
         raise
     except Exception as error:
@@ -81,14 +81,14 @@ def stored_rows(path: Path, names: Sequence[str]) -> Any:
         return array[np.arange(min(2, len(array)))]
     if suffix in {".pt", ".pth"}:
         held = load_tensors(path)
-        entry = held[0] if isinstance(held, (list, tuple)) else held
+        entry = by_name(held[0], names) if isinstance(held, (list, tuple)) else held
         if isinstance(entry, dict):
             return {name: as_array(value, str(path))[:2] for name, value in entry.items() if is_tensor(value)}
         return as_array(entry, str(path))[:2]
     raise DataError(f"{path.name} does not say what the model takes: it is text", REMEDY)
 
 
-def yielded(function: str) -> Any:
+def yielded(function: str, names: Sequence[str]) -> Any:
     """Return the first batch that a Python function yields."""
     import sys
 
@@ -101,6 +101,7 @@ def yielded(function: str) -> Any:
             sys.path.remove(here)
     if entry is None:
         raise DataError(f"{function} yields nothing", "yield batches")
+    entry = by_name(entry, names)
     if isinstance(entry, dict):
         return {name: as_array(value, function) for name, value in entry.items()}
     return as_array(entry, function)

@@ -5,7 +5,6 @@ What cannot be read again by number is spooled to a temporary file first, so tha
 
 from __future__ import annotations
 
-import importlib
 import sys
 from array import array
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.datasets.arrays import (
+    LABEL_NAMES,
     Arrays,
     Reading,
     Stored,
@@ -27,9 +27,10 @@ from calibration.datasets.arrays import (
 from calibration.datasets.stored import Spool, StoredArray
 from calibration.datasets.tensors import load_tensors
 from calibration.errors import DataError
+from calibration.imports import imported
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -141,28 +142,51 @@ def split_batches(source: str, entries: Iterable[Any], reading: Reading) -> Iter
     """Yield the samples of batches; an entry with one axis less than the model's input is a sample itself.
 
     Raises:
-        DataError: If an entry is neither arrays by input name nor an array for the only input, or does not fit the inputs.
+        DataError: If an entry is none of arrays by input name, a tuple of them in their order or an array for the only input, or
+            does not fit the inputs.
     """
     ranks = {spec.name: len(spec.shape) for spec in reading.inputs}
     for number, entry in enumerate(entries):
         where = f"{source}, entry {number}"
-        found = entry if isinstance(entry, dict) else {single_input(source, reading.inputs): entry}
+        found = by_name(entry, list(ranks))
+        found = found if isinstance(found, dict) else {single_input(source, reading.inputs): found}
         arrays = {str(name): as_array(value, where) for name, value in found.items()}
+        labels = taken_labels(arrays, ranks)
         if other := next((name for name in arrays if name not in ranks), None):
             raise DataError(f"{where}, holds '{other}', which is no input", f"inputs: {', '.join(ranks)}")
         if other := next((name for name, values in arrays.items() if values.dtype.kind not in "biuf"), None):
             raise DataError(f"{where}, holds {arrays[other].dtype} for '{other}'", "give numbers")
         if all(values.ndim == ranks[name] - 1 for name, values in arrays.items()):
             check_entry(arrays, reading, where)
-            yield arrays, None
+            yield arrays, None if labels is None else int(labels)
             continue
         counts = {len(values) if values.ndim else -1 for values in arrays.values()}
+        if labels is not None:
+            counts.add(len(labels) if labels.ndim else -1)
         if len(counts) != 1 or -1 in counts:
             raise DataError(f"{where}, holds arrays of different lengths", "the first axis is the sample")
         for row in range(counts.pop()):
             sample = {name: values[row] for name, values in arrays.items()}
             check_entry(sample, reading, where)
-            yield sample, None
+            yield sample, None if labels is None else int(labels[row])
+
+
+def by_name(entry: Any, names: Sequence[str]) -> Any:
+    """Return what a loader yields, the inputs in order and perhaps labels behind them, by name; anything else as it is."""
+    if not isinstance(entry, (tuple, list)):
+        return entry
+    ranks = [getattr(value, "ndim", 0) for value in entry]
+    labelled = len(entry) == len(names) + 1 and ranks[-1] <= 1 and ranks[-1] < min(ranks[:-1])
+    if labelled or (len(entry) == len(names) > 1 and min(ranks) > 0):
+        return dict(zip([*names, LABEL_NAMES[0]], entry, strict=False))
+    return entry
+
+
+def taken_labels(arrays: Sample, inputs: Collection[str]) -> NDArray[Any] | None:
+    """Take the labels out of arrays, and return them; None where there are none, or they are no classes."""
+    name = next((name for name in LABEL_NAMES if name in arrays and name not in inputs), None)
+    found = arrays.pop(name) if name is not None and len(arrays) > 1 else None
+    return found if found is not None and found.ndim <= 1 and found.dtype.kind in "iu" else None
 
 
 def open_function(name: str, reading: Reading) -> Arrays:
@@ -173,7 +197,7 @@ def open_function(name: str, reading: Reading) -> Arrays:
     """
     module, colon, attribute = name.partition(":")
     if not colon or not module or not attribute:
-        raise DataError(f"'{name}' names no function", "write module:function")
+        raise DataError(f"'{name}' names no function", "write module:function or file.py:function")
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:  # a generator runs, and imports, while it is drawn from
@@ -191,7 +215,7 @@ def called(name: str) -> Iterator[Any]:
     """
     module, _, attribute = name.partition(":")
     try:
-        entries: Iterator[Any] = iter(getattr(importlib.import_module(module), attribute)())
+        entries: Iterator[Any] = iter(getattr(imported(module), attribute)())
         return entries
     except (Exception, SystemExit) as error:
         raise DataError(f"{name} cannot be called ({type(error).__name__}: {first_line(error)})", "mend it") from error

@@ -197,7 +197,8 @@ data_options = together(
         "--data-function",
         "function",
         metavar="MODULE:FUNCTION",
-        help="Call this Python function instead: it yields batches, dicts of arrays by input name.",
+        help="Call this Python function (or FILE.py:FUNCTION) instead: it yields batches, dicts of arrays by input name, or tuples "
+        "of them in the inputs' order, labels behind, as a DataLoader does.",
     ),
     click.option(
         "--synthetic",

@@ -177,10 +177,12 @@ def where(error: BaseException) -> str:
     import torch
 
     ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
+    standard = str(Path(contextlib.__file__).parent)
     for cause in reversed(list(causes(error))):
         frames = traceback.extract_tb(cause.__traceback__)
         for frame in reversed(frames):
-            if not frame.filename.startswith((*ours, "<")) and "importlib" not in frame.filename:
+            library = frame.filename.startswith(standard) and "-packages" not in frame.filename
+            if not library and not frame.filename.startswith((*ours, "<")):
                 return f", at {Path(frame.filename).name}, line {frame.lineno}, in {frame.name}: {frame.line}"
     return ""
 

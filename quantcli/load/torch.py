@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
 import inspect
 import logging
 import pickle
@@ -19,6 +17,7 @@ import onnx_ir as ir
 
 from calibration.errors import ReportedError
 from calibration.hooks.torch import register_operators
+from calibration.imports import imported
 from quantcli.errors import ModelError, UsageError
 from quantcli.load import Opening, trust
 from quantcli.load.exporter import causes, expressed, quiet, reason, remedy_for, where
@@ -201,11 +200,13 @@ def module_at(path: Path, opening: Opening) -> tuple[Any, tuple[Path, ...]]:
     """
     import torch
 
+    from quantcli.torch.given import bare
+
     found = stored_in(path, opening.trusted)
     if isinstance(found, torch.nn.Module):
         if opening.factory:
             raise UsageError(f"{path} holds a whole module", "leave out --factory")
-        return found.eval(), ()
+        return bare(found).eval(), ()
     state = state_of(found)
     if state is None:
         raise without_state(found, path)
@@ -215,6 +216,7 @@ def module_at(path: Path, opening: Opening) -> tuple[Any, tuple[Path, ...]]:
             "name what builds it: --factory module:callable, or file.py:callable",
         )
     module, source = built(opening.factory)
+    module = bare(module)
     load_state(module, state, path)
     return module.eval(), source
 
@@ -352,7 +354,7 @@ def built(factory: str) -> tuple[Any, tuple[Path, ...]]:
         raise UsageError(f"there is no {file}", "write module:callable or file.py:callable")
     try:
         with importing(file.resolve().parent if file.suffix == ".py" else Path.cwd()):
-            source = imported(file) if file.suffix == ".py" else importlib.import_module(place)
+            source = imported(place)
             module = getattr(source, name)()
     except (Exception, SystemExit) as error:
         raise ModelError(f"the factory {factory} fails ({type(error).__name__}: {reason(error)})", "mend it") from error
@@ -360,16 +362,6 @@ def built(factory: str) -> tuple[Any, tuple[Path, ...]]:
         raise ModelError(f"the factory {factory} gives {type(module).__name__}", "return a torch.nn.Module")
     where = getattr(source, "__file__", None)
     return module, (Path(where),) if where else ()
-
-
-def imported(file: Path) -> Any:
-    """Import a file under its own name."""
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None  # noqa: S101, PT018 - a .py file has a loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @contextlib.contextmanager

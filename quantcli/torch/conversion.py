@@ -15,13 +15,14 @@ import torch
 from calibration.errors import DataError
 from quantcli.errors import kind_of
 from quantcli.files import path_of
-from quantcli.load import LoadedModel
+from quantcli.load import LoadedModel, in_known_types
 from quantcli.load.exporter import EXPORTING
 from quantcli.load.learned import learned_of
 from quantcli.load.torch import exported, opened
 from quantcli.pipeline import convert as convert_file
 from quantcli.torch.floats import floated
-from quantcli.torch.prepare import check_types, taken_of
+from quantcli.torch.given import checked
+from quantcli.torch.prepare import taken_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -52,7 +53,7 @@ def convert(
     Raises:
         ReportedError: If the model cannot be exported or converted; nothing is written then.
     """
-    check_types(model, recipe, loader)
+    model = checked(model, recipe, loader)
     output = path_of(output, "output")
     samples = samples_of(model, loader)
     kind = type(model).__name__
@@ -62,8 +63,8 @@ def convert(
         made = opened(Path(kind), program)
     digest = hashlib.sha256(made.exported).hexdigest()
     learned = learned_of(made.graph.graph, layers) if any(layer.prepared for layer in layers) else None
-    source = LoadedModel(
-        made.graph, made.exported, digest, len(made.exported), kind, (), program, made.aliases, learned
+    source = in_known_types(
+        LoadedModel(made.graph, made.exported, digest, len(made.exported), kind, (), program, made.aliases, learned)
     )
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "samples.npz"
@@ -86,6 +87,7 @@ def to_sidecar(model: nn.Module, loader: Iterable[Any], recipe: Recipe | None = 
     Raises:
         ReportedError: If the model cannot be exported or converted.
     """
+    model = checked(model, recipe, loader)
     with tempfile.TemporaryDirectory() as folder:
         return convert(model, Path(folder) / f"{type(model).__name__}.onnx", loader, recipe, **options).sidecar
 

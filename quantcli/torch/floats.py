@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from quantcli.errors import PlanError
 from quantcli.load.learned import WHOLE, LearnedLayer, LearnedOperand
+from quantcli.torch.given import check_weight
 from quantcli.torch.layers import (
     TWINS,
     Clamped,
@@ -44,13 +44,14 @@ def floated(model: nn.Module) -> tuple[nn.Module, tuple[LearnedLayer, ...]]:
         model: A prepared model, frozen or not; it stays as it is.
 
     Raises:
-        ModelError: If the model cannot be copied.
+        ModelError: If the model cannot be copied, or a prepared layer is not float32.
         PlanError: If a quantizer has no range.
     """
     made, learned = copied(model).eval(), []
     for layer, names in names_of(made).items():
         name = names[0]
         if isinstance(layer, Quantizing):
+            check_weight(layer, name)
             quantizer: Any = layer.activation_quantizer
             operand = learned_operand(name, quantizer)
             bounds = clamp_of(quantizer)
@@ -65,7 +66,7 @@ def floated(model: nn.Module) -> tuple[nn.Module, tuple[LearnedLayer, ...]]:
             spare = isinstance(layer, QuantFunctional)
             operands = tuple(learned_operand(name, quantizer, spare) for quantizer in both)
             learned.append(LearnedLayer(name, operands, spare=spare))
-        elif type(layer) in TWINS or (is_parametrized(layer) and isinstance(layer, tuple(TWINS))):
+        elif isinstance(layer, tuple(TWINS)):
             learned.append(LearnedLayer(name, (), prepared=False))
     return made, tuple(learned)
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import is_parametrized
 
 from quantcli.errors import ModelError
 
@@ -182,6 +184,27 @@ TWINS: dict[type[nn.Module], type[Quantizing]] = {
     nn.ConvTranspose3d: QuantConvTranspose3d,
 }
 FLOATS = {twin: layer for layer, twin in TWINS.items()}
+# What a subclass may define and still compute what its base computes.
+MAKING = frozenset({"__init__", "reset_parameters", "extra_repr", "__repr__", "__annotate__", "__annotate_func__"})
+
+
+def swapped_as(module: nn.Module) -> type[nn.Module] | None:
+    """Return the kind of layer that a module is swapped as: its class, or the base that its class only makes otherwise."""
+    for kind in type(module).__mro__:
+        if kind is NonDynamicallyQuantizableLinear:  # MultiheadAttention reads its weight past its forward
+            return None
+        if kind in TWINS:
+            return kind
+        if any(hasattr(value, "__get__") and name not in MAKING for name, value in vars(kind).items()):
+            return None
+    return None
+
+
+def passed_over(module: nn.Module) -> bool:
+    """Tell whether a module has weights as a layer has, and computes with them in its own way."""
+    if isinstance(module, (Quantizing, NonDynamicallyQuantizableLinear)) or is_parametrized(module):
+        return False
+    return isinstance(module, (*TWINS, nn.MultiheadAttention)) and swapped_as(module) is None
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -217,14 +240,15 @@ def put(model: nn.Module, names: Sequence[str], module: nn.Module) -> None:
 
 def channel_axis(layer: nn.Module) -> int | None:
     """Return the axis of a weight's output channels; None where groups put them apart."""
-    if isinstance(layer, Transposed) or type(layer) in {nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d}:
+    if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         return 1 if layer.groups == 1 else None
     return 0
 
 
 def twin_of(layer: nn.Module, activation: nn.Module, weight: nn.Module) -> Quantizing:
     """Return the twin of a layer, with the layer's own parameters."""
-    made = TWINS[type(layer)].__new__(TWINS[type(layer)])
+    twin = TWINS[swapped_as(layer) or type(layer)]
+    made = twin.__new__(twin)
     made.__dict__ = {**layer.__dict__, "_modules": dict(layer.__dict__["_modules"])}
     made.activation_quantizer, made.weight_quantizer = activation, weight
     return made

@@ -18,10 +18,11 @@ from calibration.errors import DataError, ReportedError
 from calibration.observers import Counting, TensorStatistics
 from calibration.ranges import Grid, observer_for, parse_range, range_of
 from quantcli.arithmetic.affine import IntegerType
-from quantcli.errors import ModelError, PlanError, UsageError, kind_of
+from quantcli.errors import PlanError, UsageError
 from quantcli.load.exporter import reason, where
-from quantcli.recipe import Recipe, checked_recipe, resolve_target
+from quantcli.recipe import Recipe, resolve_target
 from quantcli.torch.floats import is_prepared
+from quantcli.torch.given import check_weight, checked
 from quantcli.torch.layers import (
     TWINS,
     Add,
@@ -32,7 +33,9 @@ from quantcli.torch.layers import (
     channel_axis,
     copied,
     names_of,
+    passed_over,
     put,
+    swapped_as,
     twin_of,
 )
 from quantcli.torch.quantizers import (
@@ -86,7 +89,9 @@ def prepare(
         ModelError: If a layer computes its weight (weight_norm, spectral_norm, pruning), or the model cannot be copied.
         UsageError: If a width, the scheme or a pattern has no meaning, or nothing is left to swap.
     """
-    check_types(model, recipe)
+    model, given = checked(model, recipe), model
+    if model is not given:
+        logger.warning("the module inside %s is prepared: wrap what prepare returns", type(given).__name__)
     if scheme not in SCHEMES:
         raise UsageError(f"there is no scheme '{scheme}'", f"known: {', '.join(SCHEMES)}")
     making = Making(recipe or Recipe(), weight_bits, activation_bits, scheme, quant_inference)
@@ -106,19 +111,6 @@ def prepare(
     return prepared
 
 
-def check_types(model: Any, recipe: Any = None, loader: Any = ()) -> None:
-    """Check that arguments are of the types that they are to be of.
-
-    Raises:
-        UsageError: If one is not.
-    """
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"the model is {kind_of(model)}", "give a torch.nn.Module; quantcli.convert takes files")
-    checked_recipe(recipe)
-    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
-        raise UsageError(f"the loader is {kind_of(loader)}", "give something that yields batches: a DataLoader, a list")
-
-
 def check_prepared(model: nn.Module) -> None:
     """Check that a model holds twins.
 
@@ -131,23 +123,9 @@ def check_prepared(model: nn.Module) -> None:
         )
 
 
-def check_weight(layer: nn.Module, name: str) -> None:
-    """Check that a layer's parameters are its own, and float32.
-
-    Raises:
-        ModelError: If they are computed from others, or are not float32.
-    """
-    own = dict(layer.named_parameters(recurse=False))
-    for parameter in own.values():
-        if parameter.dtype != torch.float32:
-            kind = str(parameter.dtype).removeprefix("torch.")
-            raise ModelError(f"'{name}' is {kind}, and what is prepared is float32", "call model.float() first")
-    if is_parametrized(layer) or (isinstance(layer, tuple(TWINS)) and "weight" not in own):
-        raise ModelError(
-            f"'{name}' computes its parameters from others (weight_norm, spectral_norm, pruning or another parametrization)",
-            "remove that first: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), remove_weight_norm, "
-            "remove_spectral_norm or prune.remove; or exclude the layer",
-        )
+def parametrized(module: nn.Module) -> bool:
+    """Tell whether a module is a layer that computes its parameters."""
+    return isinstance(module, tuple(TWINS)) and is_parametrized(module)
 
 
 class Making:
@@ -176,35 +154,38 @@ class Making:
         Raises:
             UsageError: If a pattern matches none.
         """
-        kinds = (*TWINS, *addition_modules())
+        kinds = addition_modules()
         names = [
             name
             for name, module in model.named_modules()
-            if name and (type(module) in kinds or (isinstance(module, kinds) and is_parametrized(module)))
+            if name and (type(module) in kinds or swapped_as(module) or parametrized(module))
         ]
-        if not names and type(model) in kinds:
+        if not names and (type(model) in kinds or swapped_as(model)):
             raise UsageError(
                 "the model is a single layer, which has no place to put its twin", "wrap it in nn.Sequential"
             )
-
-        places = names_of(model)
+        others = [name for name, module in model.named_modules() if passed_over(module)]
+        known, places = names + others, names_of(model)
 
         def matches(name: str, pattern: str) -> bool:
             module, kind = model.get_submodule(name), pattern.removeprefix("op:")
             if kind != pattern:
-                return type(module).__name__ == kind
+                return kind in {type(module).__name__, getattr(swapped_as(module), "__name__", None)}
             return any(fnmatch.fnmatchcase(other, pattern) for other in places[module])
 
         def matching(pattern: str) -> list[str]:
-            found = [name for name in names if matches(name, pattern)]
+            found = [name for name in known if matches(name, pattern)]
             if not found:
-                raise UsageError(f"the pattern '{pattern}' matches no layer", f"layers: {', '.join(names[:8])}")
+                raise UsageError(f"the pattern '{pattern}' matches no layer", f"layers: {', '.join(known[:8])}")
             return found
 
         layers = self.recipe.layers
-        included = {name for pattern in layers.include for name in matching(pattern)} if layers.include else set(names)
-        excluded = {name for pattern in layers.exclude for name in matching(pattern)}
-        return [name for name in names if name in included - excluded]
+        included = {name for pattern in layers.include for name in matching(pattern)} if layers.include else set(known)
+        wanted = included - {name for pattern in layers.exclude for name in matching(pattern)}
+        if left := [f"'{name}' ({type(model.get_submodule(name)).__name__})" for name in others if name in wanted]:
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            logger.warning("not prepared, for they compute in their own way: %s%s", ", ".join(left[:3]), more)
+        return [name for name in names if name in wanted]
 
     def twin(self, layer: nn.Module) -> nn.Module:
         """Return the twin of a layer."""
@@ -260,7 +241,7 @@ def calibrate(model: nn.Module, loader: Iterable[Any], recipe: Recipe | None = N
         PlanError: If a quantizer is not reached.
         UsageError: If the model is not prepared, or something is of another type.
     """
-    check_types(model, recipe, loader)
+    whole, model = model, checked(model, recipe, loader)
     check_prepared(model)
     recipe = recipe or Recipe()
     spec = parse_range(recipe.activation.range or recipe.calibration.observer or "minmax")
@@ -304,7 +285,7 @@ def calibrate(model: nn.Module, loader: Iterable[Any], recipe: Recipe | None = N
         with torch.no_grad():
             module.lo.fill_(float(np.float32(lo)))
             module.hi.fill_(float(np.float32(hi)))
-    return model
+    return whole
 
 
 class passing:  # noqa: N801 - it reads as what it does
@@ -413,7 +394,7 @@ def freeze(model: nn.Module) -> nn.Module:
         PlanError: If a quantizer has no range.
         UsageError: If the model is not prepared.
     """
-    check_types(model)
+    whole, model = model, checked(model)
     check_prepared(model)
     spare = spare_quantizers(model)
     for name, module in quantizers(model):
@@ -429,4 +410,4 @@ def freeze(model: nn.Module) -> nn.Module:
             with torch.no_grad():
                 layer.weight.copy_(layer.weight_quantizer(layer.weight))
             layer.weight_quantizer.already = True
-    return model.eval()
+    return whole.eval()

@@ -62,6 +62,11 @@ def rounded(x: Tensor) -> Tensor:
     return found
 
 
+def single(x: Tensor) -> Tensor:
+    """Return values of half precision in float32, which grids need; others as they are."""
+    return x.float() if x.dtype in {torch.float16, torch.bfloat16} else x
+
+
 def slowed(parameter: Tensor, factor: float) -> Tensor:
     """Return a parameter whose gradient is a part of what it would be."""
     part = parameter * factor
@@ -137,8 +142,8 @@ class ActivationQuantizer(nn.Module):
         # Esser et al. 2020 (arXiv 1902.08153, section 2.2): a step that many elements share is to learn more slowly.
         factor = float((max(x.numel(), 1) * self.integer.qmax) ** -0.5)
         scale, zero_point = self.parameters_of(slowed(self.lo, factor), slowed(self.hi, factor))
-        q = torch.clamp(rounded(x / scale) + zero_point.float(), self.integer.qmin, self.integer.qmax)
-        return (q - zero_point.float()) * scale
+        q = torch.clamp(rounded(single(x) / scale) + zero_point.float(), self.integer.qmin, self.integer.qmax)
+        return ((q - zero_point.float()) * scale).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Describe the grid."""
@@ -174,7 +179,7 @@ class DorefaActivation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the nearest values of the grid."""
         steps = float(2**self.bits - 1)
-        return rounded(torch.clamp(x * self.scale, 0.0, 1.0) * steps) / steps
+        return (rounded(torch.clamp(single(x) * self.scale, 0.0, 1.0) * steps) / steps).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Describe the grid."""
@@ -219,7 +224,7 @@ class WeightQuantizer(nn.Module):
         if self.already:
             return weight
         scale = self.spread(self.scale(weight), weight)
-        return rounded(weight / scale).clamp(self.integer.qmin, self.integer.qmax) * scale
+        return (rounded(weight / scale).clamp(self.integer.qmin, self.integer.qmax) * scale).to(weight.dtype)
 
     def extra_repr(self) -> str:
         """Describe the grid."""
@@ -245,8 +250,8 @@ class DorefaWeight(WeightQuantizer):
         """Return the nearest values of the grid."""
         if self.already:
             return weight
-        squashed = torch.tanh(weight)
+        squashed = torch.tanh(single(weight))
         largest = squashed.detach().abs().max()
-        if largest == 0:
-            return squashed
-        return 2.0 * rounded((squashed / (2.0 * largest) + 0.5) * self.steps) / self.steps - 1.0
+        empty = largest == 0  # no branch on it: torch.compile cannot follow one
+        parts = squashed / (2.0 * torch.where(empty, 1.0, largest)) + 0.5
+        return torch.where(empty, squashed, 2.0 * rounded(parts * self.steps) / self.steps - 1.0).to(weight.dtype)
