@@ -7,15 +7,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer with venv and ensurepip was found; set PYTHON=/path/to/python3.11"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-.venv/installed-dev: .venv/installed
+.venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	touch .venv/installed $@
 
 demo: .venv/installed  ## set up .venv, then quantize the embedded LeNet and show the result (./quantcli-demo)
 	$(BIN)/quantcli demo
@@ -30,7 +32,7 @@ types: .venv/installed-dev  ## mypy --strict
 	$(BIN)/mypy
 
 unit: .venv/installed-dev  ## pytest alone
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 docs: .venv/installed-dev  ## write docs/cli.md, docs/operators.md and the JSON Schema anew from the code
 	$(BIN)/python -m quantcli.reference

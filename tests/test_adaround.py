@@ -26,11 +26,25 @@ def model(tmp_path: Path) -> Path:
     return residual_net(tmp_path / "net.onnx")
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    path = tmp_path / "data.npz"
+def samples(path: Path) -> Path:
     np.savez(path, x=normal(320, 3, 8, 8, seed=31) + 3 * normal(320, 3, 1, 1, seed=32))
     return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return samples(tmp_path / "data.npz")
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Conversion:
+    """The residual net with weights of 2 bits whose rounding was learned in 300 steps."""
+    folder = tmp_path_factory.mktemp("learned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adaround, "STEPS", 300)
+        return converted(
+            residual_net(folder / "net.onnx"), samples(folder / "data.npz"), folder / "q.onnx", adaround=True
+        )
 
 
 def converted(model: Path, data: Path, output: Path, target: str = "ort-x86", bits: int = 2, **tune: Any) -> Conversion:
@@ -50,12 +64,8 @@ def test_its_twin_computes_what_the_runtime_computes(tmp_path: Path, model: Path
     assert in_float == pytest.approx(Runner(model).run({"x": x})["y"], rel=0.3, abs=0.3)
 
 
-def test_it_loses_less_and_its_integers_verify(
-    tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(adaround, "STEPS", 300)
-    plain = converted(model, data, tmp_path / "a.onnx", bits=2, adaround=False)
-    done = converted(model, data, tmp_path / "b.onnx", bits=2, adaround=True)
+def test_it_loses_less_and_its_integers_verify(tmp_path: Path, model: Path, data: Path, learned: Conversion) -> None:
+    plain, done = converted(model, data, tmp_path / "a.onnx", bits=2, adaround=False), learned
     assert all("learned" not in one.name for one in plain.tuned.tries)
     last = done.tuned.tries[-1]
     assert last.name.endswith(", learned")
@@ -74,16 +84,15 @@ def test_it_loses_less_and_its_integers_verify(
 
 
 def test_it_has_to_be_worth_more_than_a_sweep_over_all_samples(
-    tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: Path, data: Path, learned: Conversion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which is still to come for what was swept, where it is wanted, and cannot be had for what was learned."""
     monkeypatch.setattr(adaround, "STEPS", 300)
-    asked = converted(model, data, tmp_path / "a.onnx", bits=2, adaround=True)
-    learned = asked.tuned.tries[-1].sqnr - max(one.sqnr for one in asked.tuned.tries[:-1])
-    monkeypatch.setattr(trying, "WORTH_LEARNING", learned + 0.5)
+    gained = learned.tuned.tries[-1].sqnr - max(one.sqnr for one in learned.tuned.tries[:-1])
+    monkeypatch.setattr(trying, "WORTH_LEARNING", gained + 0.5)
     little = converted(model, data, tmp_path / "b.onnx", bits=2, adaround=True)
     alone = converted(model, data, tmp_path / "c.onnx", bits=2, adaround=True, refit=False)
-    assert [done.tuned.tries[-1].kept for done in (asked, little, alone)] == [True, False, True]
+    assert [done.tuned.tries[-1].kept for done in (learned, little, alone)] == [True, False, True]
 
 
 def test_it_gives_the_same_bytes_with_any_number_of_threads(

@@ -93,11 +93,10 @@ def masked_samples(folder: Path, how: str, low: float) -> tuple[dict[str, Array]
 
 def converted(folder: Path, how: str, low: float, target: str) -> tuple[Conversion, dict[str, Array], Array]:
     feeds, hidden = masked_samples(folder, how, low)
+    recipe = Recipe(target=target, tune=Tune(effort="default" if target == "ort-x86" else "fast"))
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        done = convert(
-            attention(folder / "m.onnx", how), folder / "q.onnx", data=folder / "d.npz", recipe=Recipe(target=target)
-        )
+        done = convert(attention(folder / "m.onnx", how), folder / "q.onnx", data=folder / "d.npz", recipe=recipe)
     return done, feeds, hidden
 
 

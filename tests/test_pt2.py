@@ -29,8 +29,9 @@ from quantcli.pipeline import calibrate, verify
 from quantcli.recipe import Tune
 from quantcli.write.torch_operators import operators
 from quantcli.write.torch_pt2 import Network, write
+from tests.deviation import TIES, Deviation
 from tests.graphs import data_for, node, normal, save
-from tests.test_operators import CASES, RANGES, TIES, Deviation, converted, data, ran
+from tests.operators import CASES, RANGES, converted, data, ran
 from tests.test_torch_forms import Several, network
 
 FAST = Recipe(tune=Tune(effort="fast"))

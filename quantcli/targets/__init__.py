@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -184,9 +185,36 @@ def load_target(name: str) -> Target:
     Raises:
         RecipeError: If there is no such target, or the file does not describe one.
     """
-    file = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
-    if not file.is_file() or (not name.endswith(".toml") and name not in known()):
-        raise RecipeError(f"there is no target '{name}'", f"known: {', '.join(known())}; or give a .toml file")
+    if not name.endswith(".toml"):
+        return shipped(name)
+    if not Path(name).is_file():
+        raise unknown(name)
+    return read_target(Path(name))
+
+
+@functools.cache
+def shipped(name: str) -> Target:
+    """Return a target that comes with quantcli; its file is read once, since every stage of a conversion asks for it.
+
+    Raises:
+        RecipeError: If there is none of that name.
+    """
+    if name not in known():
+        raise unknown(name)
+    return read_target(FOLDER / f"{name}.toml")
+
+
+def unknown(name: str) -> RecipeError:
+    """Return what is said of a target that is not there."""
+    return RecipeError(f"there is no target '{name}'", f"known: {', '.join(known())}; or give a .toml file")
+
+
+def read_target(file: Path) -> Target:
+    """Return the target that a TOML file describes.
+
+    Raises:
+        RecipeError: If it describes none.
+    """
     try:
         target = msgspec.toml.decode(file.read_bytes(), type=Target)
     except (msgspec.DecodeError, OSError, UnicodeDecodeError) as error:

@@ -7,24 +7,39 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.batch.zoos import FAILING, METRICS, ZOO
+from quantcli.cli import run
+from tests.batch.zoos import FAILING, METRICS, ZOO, results_of
 from tests.graphs import normal, residual_net
+
+
+def filled(folder: Path) -> Path:
+    """Return a folder with models, data, metrics and manifests."""
+    (folder / "nets").mkdir()
+    for name in "ab":
+        residual_net(folder / "nets" / f"{name}.onnx")
+    (folder / "corrupt.onnx").write_text("hello")
+    x = normal(16, 3, 8, 8, seed=9)
+    np.savez(folder / "data.npz", x=x)
+    np.savez(folder / "labelled.npz", x=x, labels=np.arange(16) % 10)
+    (folder / "mine.py").write_text(METRICS)
+    (folder / "fast.toml").write_text('[tune]\neffort = "fast"\n')
+    (folder / "zoo.toml").write_text(ZOO)
+    (folder / "failing.toml").write_text(FAILING)
+    (folder / "elsewhere").mkdir()
+    return folder
 
 
 @pytest.fixture
 def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with models, data, metrics and manifests; the present folder is another one."""
-    (tmp_path / "nets").mkdir()
-    for name in "ab":
-        residual_net(tmp_path / "nets" / f"{name}.onnx")
-    (tmp_path / "corrupt.onnx").write_text("hello")
-    x = normal(16, 3, 8, 8, seed=9)
-    np.savez(tmp_path / "data.npz", x=x)
-    np.savez(tmp_path / "labelled.npz", x=x, labels=np.arange(16) % 10)
-    (tmp_path / "mine.py").write_text(METRICS)
-    (tmp_path / "fast.toml").write_text('[tune]\neffort = "fast"\n')
-    (tmp_path / "zoo.toml").write_text(ZOO)
-    (tmp_path / "failing.toml").write_text(FAILING)
-    (tmp_path / "elsewhere").mkdir()
+    filled(tmp_path)
     monkeypatch.chdir(tmp_path / "elsewhere")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The results of a zoo that nothing disturbed."""
+    folder = filled(tmp_path_factory.mktemp("zoo"))
+    assert run(["batch", str(folder / "zoo.toml"), "-o", str(folder / "out"), "--jobs", "2", "-q"]) == 4
+    return results_of(folder)

@@ -30,7 +30,7 @@ from tests.pages import CHROMIUM, Charts, figures, looked_at
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-from tests.batch.zoos import METRICS, ONE, ZOO, moved, statuses, told
+from tests.batch.zoos import METRICS, ONE, ZOO, moved, results_of, statuses, told
 
 
 def test_a_zoo_is_judged_and_nothing_is_done_twice(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +159,9 @@ def test_a_process_that_the_system_killed_tells_what_to_do(number: signal.Signal
 
 
 @pytest.mark.parametrize("after", [1, 3])
-def test_a_kill_loses_what_was_in_flight_alone(zoo: Path, capsys: pytest.CaptureFixture[str], after: int) -> None:
+def test_a_kill_loses_what_was_in_flight_alone(
+    zoo: Path, undisturbed: bytes, capsys: pytest.CaptureFixture[str], after: int
+) -> None:
     command = f"batch {zoo / 'zoo.toml'} -o {zoo / 'out'}"
     process = subprocess.Popen([sys.executable, "-m", "quantcli", *command.split(), "-q"], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
@@ -172,9 +174,7 @@ def test_a_kill_loses_what_was_in_flight_alone(zoo: Path, capsys: pytest.Capture
     assert not (zoo / "out" / "results.json").exists()
     code, document = told(capsys, f"{command} --resume --jobs 2")
     assert (code, document["ran"]) == (4, 6 - kept)
-    whole = (zoo / "out" / "results.json").read_bytes()
-    assert told(capsys, f"batch {zoo / 'zoo.toml'} -o {zoo / 'anew'} --jobs 2")[0] == 4
-    assert (zoo / "anew" / "results.json").read_bytes() == whole
+    assert results_of(zoo) == undisturbed
 
 
 def test_a_cluster_gives_the_same_bytes(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,6 +110,11 @@ def told(capsys: pytest.CaptureFixture[str], command: str) -> tuple[int, dict[st
     return code, json.loads(capsys.readouterr().out)
 
 
+def results_of(zoo: Path) -> bytes:
+    """Return what is held of a zoo's run, without the zoo's own place, which a reason for a failure names."""
+    return (zoo / "out" / "results.json").read_bytes().replace(str(zoo).encode(), b"")
+
+
 def statuses(document: dict[str, Any]) -> dict[str, str]:
     return {entry["name"]: entry["status"] for entry in document["entries"]}
 

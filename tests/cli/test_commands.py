@@ -55,8 +55,6 @@ def test_another_process_writes_the_same_bytes(here: Path) -> None:
     command = ["convert", "kit/model.onnx", "--data", "kit/cal.npz", *PIXELS, "--samples", "9", "-o", "q.onnx"]
     assert run(command) == 0
     first = pair("q.onnx")
-    assert run(command) == 0
-    assert pair("q.onnx") == first
     for seed in ("1", "2"):
         execute(["-c", "from quantcli.cli import main; main()", *command], here, PYTHONHASHSEED=seed)
         assert pair("q.onnx") == first
@@ -79,7 +77,7 @@ def test_another_process_writes_the_same_bytes(here: Path) -> None:
     ],
 )
 def test_flags_and_recipe_ask_for_the_same(here: Path, flags: str, recipe: str) -> None:
-    command = ["convert", "kit/model.onnx", "--data", "kit/data.npz", "-o", "q.onnx"]
+    command = ["convert", "kit/model.onnx", "--data", "kit/data.npz", "-o", "q.onnx", "--effort", "fast"]
     (here / "r.toml").write_text(recipe)
     assert run([*command, *flags.split()]) == 0
     by_flags = pair("q.onnx")
@@ -192,8 +190,8 @@ def test_dead_channels_are_warned_of_and_refused_by_strict(here: Path, capsys: p
     assert captured.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("folder", ["demo", "my demo/deep"])
-def test_the_demo_can_be_made_again(capsys: pytest.CaptureFixture[str], folder: str) -> None:
+def test_the_demo_can_be_made_again(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = "my demo/deep"  # which a shell wants quoted
     assert run(["demo", "-o", folder]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -221,6 +219,7 @@ def test_the_demo_can_be_made_again(capsys: pytest.CaptureFixture[str], folder: 
 def test_the_demo_speaks_json(capsys: pytest.CaptureFixture[str]) -> None:
     told = done(capsys, "demo", "-o", "demo")
     assert told == strict_json((Path("demo") / "evaluation.json").read_text())
+    assert all(command == shlex.join(shlex.split(command)) and "'" not in command for command in told["commands"])
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from quantcli.recipe import Layers, Multiplier, Recipe, Tune, Weight
 from quantcli.targets import Rounding
 from tests.fuzz.test_graphs import CHANNELS, KINDS, SIZE, graphs
 from tests.graphs import Array, normal, save
-from tests.test_operators import CASES, RANGES, data
+from tests.operators import CASES, RANGES, data
 
 STRICT = ("-std=c99", "-O2", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror")
 TARGETS = ("ort-x86", "tflite", "npu-int16", "npu-int8", "cmsis-nn", "fixed16", "npu-pow2")

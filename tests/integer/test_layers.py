@@ -215,14 +215,18 @@ CASES: dict[str, Case] = {
 }
 
 
+UNTUNED = Recipe(layers=Layers(everywhere=True), tune=Tune(effort="fast"))
 FORMS = {
     "4 bits": Recipe(layers=Layers(everywhere=True), activation=Activation(bits=4)),
-    "5 bits, symmetric": Recipe(layers=Layers(everywhere=True), activation=Activation(bits=5), target="npu-int8"),
+    "5 bits, symmetric": Recipe(
+        layers=Layers(everywhere=True), activation=Activation(bits=5), target="npu-int8", tune=Tune(effort="fast")
+    ),
     "16 bits, affine, multipliers of 8": Recipe(
         layers=Layers(everywhere=True),
         activation=Activation(symmetric=False),
         multiplier=Multiplier(bits=8, rounding="single"),
         target="npu-int16",
+        tune=Tune(effort="fast"),
     ),
     "16 bits, as TFLite adds": Recipe(
         layers=Layers(everywhere=True), activation=Activation(dtype="int16"), target="tflite", tune=Tune(effort="fast")
@@ -248,7 +252,7 @@ def without_fusion(path: Path, x: Array) -> Array:
 @pytest.mark.parametrize("offset", [0.0, 4.0, -4.0], ids=["around zero", "above zero", "below zero"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_executor_equals_onnx_runtime(tmp_path: Path, name: str, offset: float) -> None:
-    done, x = converted(tmp_path, CASES[name], offset)
+    done, x = converted(tmp_path, CASES[name], offset, EVERYWHERE if offset == 0 else UNTUNED)
     assert done.plan.floats == ()
     executor = Executor(ir.load(done.model), done.sidecar)
     found = executor.run({"x": x})["o"]

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import io
 import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
-import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,84 +15,19 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 from PIL import Image
 
-from quantcli import demo, pipeline
+from quantcli import pipeline
 from quantcli.cli import run
+from tests.cli.errors.lines import CALIBRATE, CONVERT, EVAL, contents, the_line
 
 Prepare = Callable[[], object]
 
 PIXELS = "--scale 0.00392156862745098 --mean 0.1307 --std 0.3081 --layout NCHW"
-CALIBRATE = "calibrate model.onnx --data data.npz -o new.stats"
-CONVERT = "convert model.onnx --data data.npz -o new.onnx"
-ROOT = Path(__file__).parents[2]
 TARGET = Path(pipeline.__file__).parent / "targets" / "ort-x86.toml"
 TIMED = "convert rows.onnx --optimize latency -o new.onnx"
 BAD = "convert model.onnx --data bad.npz -o new.onnx"
-EVAL = "eval q.onnx --data labelled.npz --no-latency"
-
-
-def normalized(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return ((images.astype(np.float32) / 255 - 0.1307) / 0.3081).astype(np.float32)[:, None]
-
-
-def chain(path: Path, operator: str, batch: int | str = "n", output: str = "y") -> None:
-    """Write a model of one operator over rows of four."""
-    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, 4]) for name in ("x", output)]
-    weight = [numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")] if operator == "MatMul" else []
-    nodes = [helper.make_node(operator, ["x", *(["w"] if weight else [])], [output], name="only")]
-    graph = helper.make_graph(nodes, "test", infos[:1], infos[1:], weight)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-
-
-@pytest.fixture(scope="module")
-def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with sound models, data, statistics and a converted model."""
-    kit = tmp_path_factory.mktemp("kit")
-    shutil.copyfile(demo.MODEL, kit / "model.onnx")
-    with np.load(demo.EVALUATION) as stored:
-        images, labels = stored["images"][:8], stored["labels"][:8]
-    np.savez(kit / "pixels.npz", images=images, labels=labels)
-    np.savez(kit / "data.npz", x=normalized(images))
-    np.savez(kit / "labelled.npz", x=normalized(images), labels=labels)
-    np.savez(kit / "rows.npz", x=np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32))
-    chain(kit / "rows.onnx", "MatMul")
-    chain(kit / "other.onnx", "MatMul", output="z")
-    chain(kit / "pairs.onnx", "MatMul", batch=2)
-    chain(kit / "exp.onnx", "Exp")
-    pipeline.calibrate(kit / "model.onnx", kit / "data.npz", kit / "s.stats")
-    pipeline.convert(kit / "model.onnx", kit / "q.onnx", kit / "s.stats")
-    pipeline.convert(kit / "rows.onnx", kit / "rows.int8.onnx", data=kit / "rows.npz")
-    return kit
-
-
-@pytest.fixture
-def here(kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the kit, which the test runs in."""
-    folder = tmp_path / "here"
-    shutil.copytree(kit, folder)
-    monkeypatch.chdir(folder)
-    return folder
-
-
-def contents(folder: Path) -> dict[str, str]:
-    files = (file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def without_estimate(errors: str) -> list[str]:
-    return [line for line in errors.splitlines() if not line.startswith("calibrating ")]
-
-
-def the_line(errors: str) -> str:
-    """Return the one line of standard error, after checking that it is the only one but for what calibration expects to take."""
-    lines = without_estimate(errors)
-    assert len(lines) == 1, errors
-    return lines[0]
-
-
-# ---- what may be wrong ---------------------------------------------------------------------------------------------------------
 
 
 def nothing() -> None:
@@ -440,239 +370,3 @@ def test_a_name_that_is_no_unicode_is_borne(here: Path, capsys: pytest.CaptureFi
     captured = capsys.readouterr()
     assert "internal error" not in captured.err
     assert code == 0 or the_line(captured.err).startswith("error: ")
-
-
-# ---- what may happen meanwhile -------------------------------------------------------------------------------------------------
-
-
-def after_interruption(errors: str) -> str:
-    """Return standard error without the line end that click writes behind the terminal's ^C."""
-    return errors.removeprefix("\n")
-
-
-def raising(error: BaseException, call: int = 1) -> Callable[..., Any]:
-    """Return a method in place of Path.replace that fails at its n-th call."""
-    calls = iter(range(1, 100))
-    replace = Path.replace
-
-    def replaced(self: Path, target: Path) -> Path:
-        if next(calls) == call:
-            raise error
-        return replace(self, target)
-
-    return replaced
-
-
-@pytest.mark.parametrize("existing", [False, True])
-@pytest.mark.parametrize("call", [1, 2])
-@pytest.mark.parametrize(
-    ("error", "code"), [(OSError(errno.ENOSPC, "No space left on device"), 1), (KeyboardInterrupt(), 130)]
-)
-def test_a_write_that_is_cut_off_leaves_what_was_there(
-    here: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    error: BaseException,
-    code: int,
-    call: int,
-    existing: bool,
-) -> None:
-    if existing:
-        for name in ("new.onnx", "new.json"):
-            (here / name).write_bytes(b"older")
-    before = contents(here)
-    monkeypatch.setattr(Path, "replace", raising(error, call))
-    assert run(CONVERT.split()) == code
-    assert the_line(after_interruption(capsys.readouterr().err)).startswith("error: ")
-    assert contents(here) == before
-
-
-@pytest.mark.parametrize("command", [CALIBRATE, CONVERT])
-def test_a_full_disk_is_told(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
-) -> None:
-    class Full(io.BytesIO):
-        def write(self, data: Any) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device", str(len(data)))
-
-    def opened(handle: int, mode: str) -> Full:
-        os.close(handle)
-        assert mode == "wb"
-        return Full()
-
-    before = contents(here)
-    monkeypatch.setattr("quantcli.files.os.fdopen", opened)
-    assert run(command.split()) == 1
-    assert "No space left on device" in the_line(capsys.readouterr().err)
-    assert contents(here) == before
-
-
-def test_a_disk_too_full_for_another_copy_keeps_what_was_there(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def copy(_: Path, target: Path) -> None:
-        Path(target).write_bytes(b"half a copy")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    for name in ("new.onnx", "new.json"):
-        (here / name).write_bytes(b"older")
-    before = contents(here)
-    for function in ("copy", "copy2", "copyfile"):
-        monkeypatch.setattr(shutil, function, copy)
-    code = run(CONVERT.split())
-    if code == 0:  # no copy was needed
-        assert set(contents(here)) == set(before)
-    else:
-        assert "No space left on device" in the_line(capsys.readouterr().err)
-        assert contents(here) == before
-
-
-@pytest.mark.parametrize(
-    "failing", [f"{CONVERT} --strict", f"{CONVERT} --samples 9", "convert q.onnx --data data.npz -o new.onnx"]
-)
-def test_a_failing_conversion_keeps_older_files(here: Path, failing: str) -> None:
-    for name in ("new.onnx", "new.json"):
-        (here / name).write_bytes(b"older")
-    before = contents(here)
-    assert run(failing.split()) != 0
-    assert contents(here) == before
-
-
-@pytest.mark.parametrize(("more", "left"), [("", "nothing was written"), (" --max-drop 1", "OUTPUT.search")])
-def test_an_interruption_is_told(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, more: str, left: str
-) -> None:
-    del here
-
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pipeline, "convert", interrupted)
-    assert run((CONVERT + more).split()) == 130
-    line = the_line(after_interruption(capsys.readouterr().err))
-    assert line.startswith("error: interrupted")
-    assert left in line
-
-
-@pytest.mark.parametrize("how", ["module", "command"])
-def test_an_interruption_of_imports_is_quiet(tmp_path: Path, how: str) -> None:
-    (tmp_path / "click.py").write_text("raise KeyboardInterrupt")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    module, _, function = project["scripts"]["quantcli"].partition(":")
-    script = ["-c", f"import sys; from {module} import {function}; sys.exit({function}())"]
-    started = ["-m", "quantcli"] if how == "module" else script
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT)))}
-    done = subprocess.run([sys.executable, *started, "targets"], capture_output=True, env=environment, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
-
-
-def test_a_defect_of_ours_is_one_line_too(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    del here
-
-    def broken(*_: Any, **__: Any) -> None:
-        raise RuntimeError("boom\nbang")
-
-    monkeypatch.setattr(pipeline, "convert", broken)
-    assert run(CONVERT.split()) == 1
-    assert the_line(capsys.readouterr().err).startswith(
-        "error: internal error: RuntimeError: boom bang (test_errors.py:"
-    )
-    assert run([*CONVERT.split(), "--verbose"]) == 1
-    lines = without_estimate(capsys.readouterr().err)
-    assert lines[0] == "Traceback (most recent call last):"
-    assert lines[-1].startswith("error: internal error: RuntimeError: boom bang")
-
-
-# ---- the command itself --------------------------------------------------------------------------------------------------------
-
-MAIN = [sys.executable, "-c", "from quantcli.cli import main; main()"]
-
-
-def execute(arguments: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*MAIN, *arguments], capture_output=True, text=True, timeout=120, check=False, **options)
-
-
-@pytest.mark.parametrize(
-    ("command", "code"),
-    [
-        ("convert gone.onnx --data data.npz -o new.onnx", 2),
-        (CONVERT.replace("data.npz", "pixels.npz"), 1),
-        (f"{CONVERT} --strict", 5),
-    ],
-)
-def test_the_process_ends_with_the_code(here: Path, command: str, code: int) -> None:
-    done = execute(command.split(), cwd=here)
-    assert done.returncode == code
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
-
-
-def test_a_terminal_that_knows_only_ascii_is_no_failure(here: Path) -> None:
-    done = execute(CONVERT.split(), cwd=here, env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert (done.returncode, without_estimate(done.stderr)) == (0, [])
-    assert (here / "new.onnx").is_file()
-
-
-def test_a_reader_that_leaves_gets_no_traceback(here: Path) -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
-    try:
-        done = subprocess.run(
-            [*MAIN, "-v", *CONVERT.split()], stdout=writing, stderr=subprocess.PIPE, text=True, cwd=here, check=False
-        )
-    finally:
-        os.close(writing)
-    assert without_estimate(done.stderr) == []
-    assert (here / "new.onnx").is_file()
-
-
-SPEAKING = [["targets"], ["targets", "--json"], ["--version"], [], [*EVAL.split(), "--json"]]
-
-
-def ended(command: Sequence[str], where: Path, stdout: int) -> tuple[int, str]:
-    """Run a command whose standard output leads to a descriptor, which is closed; return its exit code and what it said."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
-    try:
-        done = subprocess.run(
-            [*MAIN, *command], stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=where, check=False, env=environment
-        )
-    finally:
-        os.close(stdout)
-    return done.returncode, done.stderr
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-@pytest.mark.parametrize("command", SPEAKING)
-@pytest.mark.parametrize("encoding", ["", "ascii"])
-def test_a_full_device_is_one_line(
-    kit: Path, command: list[str], encoding: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONIOENCODING", encoding)
-    code, errors = ended(command, kit, os.open("/dev/full", os.O_WRONLY))
-    assert code == 1
-    assert the_line(errors).startswith("error: the output cannot be written (No space left on device)")
-
-
-@pytest.mark.parametrize("command", [*SPEAKING, ["targets", "--no-such", "--json"]])
-def test_a_pipe_without_reader_is_quiet(kit: Path, command: list[str]) -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
-    code, errors = ended(command, kit, writing)
-    if "--no-such" in command:
-        assert (code, "No such option" in the_line(errors)) == (2, True)
-    else:
-        assert (code, errors) == (1, "")
-
-
-@pytest.mark.parametrize(
-    ("command", "streams", "code"),
-    [(CONVERT, "<&- >&- 2>&-", 0), ("targets", ">&-", 0), ("targets --no-such", "2>/dev/full", 2)],
-)
-def test_closed_streams_end_no_work_and_stand_in_no_file(here: Path, command: str, streams: str, code: int) -> None:
-    shell = ["sh", "-c", f'"$@" {streams}', "sh", *MAIN, *command.split()]
-    assert subprocess.run(shell, cwd=here, check=False).returncode == code
-    if command == CONVERT:
-        assert (here / "new.onnx").read_bytes() == (here / "q.onnx").read_bytes()
