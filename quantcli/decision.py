@@ -17,7 +17,7 @@ from calibration.hooks.onnxruntime import Runner
 from calibration.statistics import Statistics
 from quantcli.arithmetic.affine import IntegerType
 from quantcli.errors import PlanError, StrictError, UsageError
-from quantcli.fold import constant
+from quantcli.fold import OLDEST_OPSET, constant, fold
 from quantcli.masks import unresolvable
 from quantcli.modes import plan_without_data
 from quantcli.observation import Run, check_counted, observe, preprocess_of
@@ -407,6 +407,12 @@ def check_strict(plan: Plan, statistics: Statistics, mode: str) -> None:
         raise StrictError(f"the weight '{name}' has dead channels: {', '.join(map(str, channels))}", "prune them")
 
 
-def opset_for(recipe: Recipe) -> int:
-    """Return the oldest operator set that holds what a mode writes: 21 for weights in blocks and of 4 bits."""
-    return 21 if recipe.mode == "weights" and (recipe.weight.block_size or recipe.weight.bits == 4) else 13
+def folded_for(recipe: Recipe, model: ir.Model) -> ir.Model:
+    """Return a float model folded to what a recipe's mode and target write.
+
+    Weights in blocks and of 4 bits take operator set 21. Where nothing is calibrated, dense layers stay MatMul, for which the
+    runtime has a kernel of stored weights.
+    """
+    blocks = recipe.mode == "weights" and (recipe.weight.block_size or recipe.weight.bits == 4)
+    opset = max(resolve_target(recipe).activation.opset, 21 if blocks else OLDEST_OPSET)
+    return fold(model, opset, recipe.requantize, matrices=recipe.mode == "static")

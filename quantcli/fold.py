@@ -43,13 +43,14 @@ QUANTIZED = frozenset({
 })  # fmt: skip
 
 
-def fold(model: ir.Model, opset: int = OLDEST_OPSET, requantize: bool = False) -> ir.Model:
+def fold(model: ir.Model, opset: int = OLDEST_OPSET, requantize: bool = False, matrices: bool = True) -> ir.Model:
     """Return a folded copy of a float model; the model itself is left as it is.
 
     Args:
         model: The float model.
         opset: The oldest operator set that will do.
         requantize: Whether a model that is quantized already is made a float one first.
+        matrices: Whether dense layers of three and more axes become products of matrices, which take a bias (`quantcli.dense`).
 
     Raises:
         ModelError: If the model is quantized already, or its operator set cannot be lifted.
@@ -64,7 +65,7 @@ def fold(model: ir.Model, opset: int = OLDEST_OPSET, requantize: bool = False) -
         remedy = "convert the float model" if requantize else "convert the float model, or --requantize this one"
         raise ModelError(f"the model is quantized already (it holds {quantized.op_type})", remedy)
     with quiet("onnxscript", "onnx_ir"):
-        return folded_copy(model, opset)
+        return folded_copy(model, opset, matrices)
 
 
 @contextlib.contextmanager
@@ -80,9 +81,10 @@ def quiet(*loggers: str) -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def folded_copy(model: ir.Model, opset: int) -> ir.Model:
+def folded_copy(model: ir.Model, opset: int, matrices: bool) -> ir.Model:
     """Return a copy of a float model after every rewrite."""
     from quantcli.canonical import canonical
+    from quantcli.dense import as_matrices
     from quantcli.factors import fold_factors
     from quantcli.recurrent import plain_recurrent
     from quantcli.transposes import without_transposes
@@ -107,6 +109,9 @@ def folded_copy(model: ir.Model, opset: int) -> ir.Model:
     canonical(folded)
     plain_recurrent(folded)
     fold_factors(folded)
+    if matrices:
+        as_matrices(folded)
+        join_reshapes(folded)
     own_constants(folded)
     own_biases(folded)
     passes.RemoveUnusedNodesPass()(folded)
@@ -261,6 +266,14 @@ def simplify(model: ir.Model) -> ir.Model:
         if before == [node.op_identifier() for node in model.graph.all_nodes()]:
             break
     return model
+
+
+def join_reshapes(model: ir.Model) -> None:
+    """Make one Reshape of two that follow each other."""
+    from onnxscript import rewriter
+    from onnxscript.rewriter.rules import common as rules
+
+    rewriter.rewrite(model, pattern_rewrite_rules=[rules.reshape_reshape_rule])
 
 
 def empty_pads(model: ir.Model) -> None:

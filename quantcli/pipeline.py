@@ -15,14 +15,13 @@ from calibration import statistics as statistics_file
 from calibration.errors import ReportedError
 from calibration.hooks.onnxruntime import Runner
 from quantcli import sidecar as sidecar_file
-from quantcli.decision import check_strict, decided, loaded_statistics, opset_for
+from quantcli.decision import check_strict, decided, folded_for, loaded_statistics
 from quantcli.delivery import beside, check_search, for_form, places_of, rendered, weights_beside, widths_for
 from quantcli.errors import UsageError, check_count, check_kind, check_named, check_progress, check_texts
 from quantcli.evaluation.check import SelfCheck
 from quantcli.evaluation.evaluate import Evaluation, evaluate
 from quantcli.explain import Explanation, explain
 from quantcli.files import check_output, path_of, path_or_none, staged
-from quantcli.fold import fold
 from quantcli.load import LoadedModel, Opening, checked_opening, load, shown_name
 from quantcli.memory import give_back
 from quantcli.observation import Run, check_counted, checked_run, observe
@@ -120,11 +119,11 @@ def calibrate(
     outputs = [place for place in (path, run.partial) if place is not None]
     check_each(outputs, [model, recipe.target_file, *given.files])
     check_counted(recipe)
-    target = resolve_target(recipe)
+    resolve_target(recipe)  # one that is not known is refused before anything is loaded
     source = load(model, opening, shown_by(given, recipe))
     check_each(outputs, source.files)
     with blamed_on(source):
-        folded = fold(source.graph, target.activation.opset, recipe.requantize)
+        folded = folded_for(recipe, source.graph)
         check_repeatable(folded)
         statistics = observe(source, folded, given, recipe, run, progress)
     if path is not None:
@@ -238,7 +237,7 @@ def convert(
         *(recipe.target_file, data, labels, validate),
     ]
     check_outputs(outputs, sources)
-    target = resolve_target(recipe)
+    resolve_target(recipe)  # one that is not known is refused before anything is loaded
     given = any(place is not None for place in (data, function, synthetic)) or recipe.mode != "static"
     described = checked_opening(opening).inputs
     places = Data(data, labels, split, function, synthetic, described) if given else None
@@ -249,7 +248,7 @@ def convert(
     )
     check_outputs(outputs, source.files)
     with blamed_on(source):
-        folded = fold(source.graph, max(target.activation.opset, opset_for(recipe)), recipe.requantize)
+        folded = folded_for(recipe, source.graph)
         check_repeatable(folded, strict)
         log = outputs.search if recipe.tune.max_drop is not None else None
         if log is not None and not run.resume:

@@ -270,6 +270,7 @@ CASES: dict[str, Case] = {
     "MatMul, 3-D, and Add": case(
         node("MatMul", ["x", "w"], ["t"]),
         node("Add", ["t", "b"], ["o"]),
+        layers="Reshape Gemm Reshape",
         inputs=((7, 12),),
         w=weight(12, 5),
         b=weight(5),

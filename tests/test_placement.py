@@ -48,12 +48,12 @@ def reader(done: Conversion, name: str) -> onnx.NodeProto:
 
 
 def block(folder: Path, form: str = "qdq") -> Conversion:
-    """The second half of a transformer block: x + W·LayerNorm(x) + b, normalised again."""
+    """The second half of a transformer block: x + W·LayerNorm(x) + c, normalised again; c is no bias: it differs by row."""
     constants = {
         "g": 1 + normal(WIDTH, seed=1, scale=0.1),
         "b": normal(WIDTH, seed=2, scale=0.1),
         "w": normal(WIDTH, WIDTH, seed=3, scale=0.3),
-        "c": normal(WIDTH, seed=4),
+        "c": normal(LENGTH, WIDTH, seed=4),
     }
     nodes = [
         node("LayerNormalization", ["x", "g", "b"], ["n"]),

@@ -56,7 +56,7 @@ def layer_sqnrs(
     activations = {name: tensor for name, tensor in sidecar.tensors.items() if tensor.role == "activation"}
     reals = [n for layer in sidecar.layers if layer.accumulator_scale is not None for n in layer.outputs]
     integers = [tensor.integers for tensor in activations.values()]  # which stand in every form of the model
-    folded = fold(model, requantize=True)
+    folded = fold(model, requantize=True, matrices=sidecar.mode == "static")
     held = {value.name for node in folded.graph for value in node.outputs} | {v.name for v in folded.graph.inputs}
     names = [name for name in dict.fromkeys([*activations, *reals]) if name in held]  # not what tuning has put there
     float_runner = Runner(with_outputs(folded, names))

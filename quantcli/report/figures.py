@@ -140,7 +140,7 @@ def histograms(
     sidecar: Sidecar, names: list[str], source: LoadedModel, feeds: dict[str, NDArray[Any]]
 ) -> tuple[Histogram, ...]:
     """Return how the float model's activations lie, over some samples."""
-    folded = fold(source.graph, requantize=True)
+    folded = fold(source.graph, requantize=True, matrices=sidecar.mode == "static")
     held = {str(value.name) for node in folded.graph for value in node.outputs}
     wanted = [name for name in names if name in held]  # not what tuning has put there
     values = {**feeds, **Runner(with_outputs(folded, wanted), what=source.name).run(feeds, wanted)}

@@ -40,15 +40,23 @@ def taken(value: ir.Value | None, factor: NDArray[np.float32], kept: Collection[
         return []
     if node.op_type in {"Mul", "Add"}:
         return taken_by_operands(node, factor, kept)
-    if node.op_type == "MatMul":
-        matrix = constant(node.inputs[1])
-        return [(node, 1, factor)] if matrix is not None and matrix.ndim == 2 else []
-    return taken(node.inputs[0], factor, kept) if node.op_type == "Relu" else []
+    if node.op_type in {"MatMul", "Gemm"}:
+        return taken_by_product(node, factor)
+    return taken(node.inputs[0], factor, kept) if node.op_type in {"Relu", "Reshape"} else []
 
 
 def fits(value: ir.Value, factor: NDArray[np.float32]) -> bool:
     """Tell whether a tensor has a column for every factor."""
     return value.shape is not None and len(value.shape) > 0 and value.shape[-1] == factor.size
+
+
+def taken_by_product(node: ir.Node, factor: NDArray[np.float32]) -> list[Taken]:
+    """Return what takes the factor of a product by a constant matrix, whose columns and bias do."""
+    held = [constant(value) for value in node.inputs[1:]]
+    if held[0] is None or held[0].ndim != 2 or any(array is None or array.shape != factor.shape for array in held[1:]):
+        return []
+    turned = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
+    return [(node, 1, factor[:, None] if turned else factor), *((node, 2, factor) for _ in held[1:])]
 
 
 def taken_by_operands(node: ir.Node, factor: NDArray[np.float32], kept: Collection[ir.Node]) -> list[Taken]:

@@ -24,6 +24,8 @@ from quantcli.rules import Arithmetic
 from quantcli.tune.columns import taken
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from numpy.typing import NDArray
 
     from calibration.statistics import Statistics
@@ -94,8 +96,23 @@ def candidates(placement: Placement, per_channel: bool) -> dict[ir.Value, list[i
 
 def is_normalised(value: ir.Value) -> bool:
     """Tell whether a normalisation with columns of its own makes a tensor."""
-    producer = value.producer()
+    producer = source_of(value).producer()
     return producer is not None and producer.op_type in NORMALISATIONS and normalises_columns(producer)
+
+
+def source_of(value: ir.Value) -> ir.Value:
+    """Return the tensor whose columns a tensor has: what a Reshape makes it of, if the last axis stays; else itself."""
+    producer = value.producer()
+    x = producer.inputs[0] if producer is not None and producer.op_type == "Reshape" and not producer.domain else None
+    if x is None or not x.shape or not value.shape:
+        return value
+    return x if isinstance(x.shape[-1], int) and x.shape[-1] == value.shape[-1] else value
+
+
+def read_by(value: ir.Value, readers: Collection[ir.Node]) -> bool:
+    """Tell whether nobody else reads a tensor's values; what asks for its shape alone may."""
+    found = {user for user in value.consumers() if user.op_type != "Shape"}
+    return found == set(readers) and not value.is_graph_output()
 
 
 def keeping_grids(placement: Placement) -> frozenset[ir.Node]:
@@ -234,9 +251,10 @@ def apply(
         values = np.asarray(constant(weight), dtype=np.float32)
         scaled = values * (scales if is_transposed(node) else scales[:, None])
         node.replace_input_with(1, add_constant(graph, f"{weight.name}{SUFFIX}", scaled))
-    producer, name = value.producer(), free_name(graph, f"{value.name}{SUFFIX}")
-    assert producer is not None  # noqa: S101 - a normalisation made it
-    alone = set(value.consumers()) == set(readers) and not value.is_graph_output() and len(producer.outputs) == 1
+    source, name = source_of(value), free_name(graph, f"{value.name}{SUFFIX}")
+    producer, last = source.producer(), value.producer()
+    assert producer is not None and last is not None  # noqa: S101, PT018 - a normalisation made it
+    alone = read_by(value, readers) and (source is value or read_by(source, [last])) and len(producer.outputs) == 1
     if is_normalised(value):
         own = [
             (producer, position, inverse)
@@ -261,7 +279,7 @@ def apply(
     node.meta[WHY] = "it evens the columns before they are quantized"
     made = node.outputs[0]
     made.name, made.shape, made.type = name, copy.copy(value.shape), value.type
-    graph.insert_after(producer, node)
+    graph.insert_after(last, node)
     for reader in readers:
         reader.replace_input_with(0, made)
     return name, False
