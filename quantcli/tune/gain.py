@@ -1,9 +1,10 @@
-"""Gain correction: what the last layers give too little or too much of altogether is made up for by their weights' scales.
+"""Gain correction: what the last layers give too little of altogether is made up for by their weights' scales.
 
 Ranges that cut the largest values make what a network gives smaller in proportion (of a ResNet-56 by 1 %, a tenth of all its
 noise). What a bias is for the mean, one factor is for the proportion: Σ y·ỹ / Σ ỹ², which leaves the least squared error. A batch
 normalisation whose variance is measured again behind quantized layers does that channel by channel (Hubara et al. 2020, arXiv
-2006.10518, batch-norm tuning); a single number per layer follows no sample. Integers stay as they are.
+2006.10518, batch-norm tuning); a single number per layer follows no sample. Integers stay as they are. A factor below 1 is left:
+where much is lost, it would make outputs smaller, and their error with them, without telling more.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ def gain_of(
 ) -> tuple[np.float32, float, float]:
     """Return the factor of a layer's outputs that leaves the least error, and the squared errors without it and with it.
 
+    1 and no errors, where it is no more than 1.
+
     Args:
         real: Batches of the float layer's outputs.
         made: The same of the quantized layer.
@@ -39,6 +42,6 @@ def gain_of(
     if centred:
         ours, theirs = (rows - rows.mean(axis=1, keepdims=True) for rows in (ours, theirs))
     both, mine, wanted = (float(np.vdot(a, b)) for a, b in ((ours, theirs), (ours, ours), (theirs, theirs)))
-    if not (np.isfinite([both, mine, wanted]).all() and both > 0 and mine > 0):
+    if not (np.isfinite([both, mine, wanted]).all() and both > mine > 0):
         return np.float32(1), 0.0, 0.0
     return np.float32(both / mine), mine - 2 * both + wanted, wanted - both * both / mine
