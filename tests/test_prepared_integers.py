@@ -61,8 +61,9 @@ def test_integers_keep_what_was_learned(tmp_path: Path, scheme: str, bits: int) 
         held / held.abs().amax(dim=(1, 2, 3), keepdim=True) * np.abs(stored).max(axis=(1, 2, 3), keepdims=True)
     )
     assert (stored == taught.numpy()).all()
-    # Biases are rounded to the step of the accumulator, and a value on a tie may go the other way: that is all.
-    assert float((found - expected).square().sum() / expected.square().sum()) < {8: 1e-3, 7: 1e-3}.get(bits, 0.05)
+    # DoReFa's biases are rounded in the integers alone, and a value on a tie may go the other way: that is all.
+    most = 1e-6 if scheme == "affine" else {7: 1e-3}.get(bits, 0.05)
+    assert float((found - expected).square().sum() / expected.square().sum()) < most
 
 
 def initializers(path: Path) -> dict[str, np.ndarray[Any, Any]]:

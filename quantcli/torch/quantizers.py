@@ -111,6 +111,10 @@ class ActivationQuantizer(nn.Module):
         """Return the real range of the input; of a symmetric quantizer, as it is before it is made symmetric."""
         return float(self.lo.detach()), float(self.hi.detach())
 
+    def scale(self) -> Tensor:
+        """Return the scale, float32, without a gradient."""
+        return self.parameters_of(self.lo.detach(), self.hi.detach())[0]
+
     def bounds(self) -> tuple[float, float]:
         """Return the real values at the ends of the grid."""
         with torch.no_grad():
@@ -205,11 +209,15 @@ class WeightQuantizer(nn.Module):
         """How many steps of the grid are the largest magnitude."""
         return self.integer.qmax
 
-    def scale(self, weight: Tensor) -> Tensor:
-        """Return the scales, float32, of one axis; one where they are not per channel."""
+    def largest(self, weight: Tensor) -> Tensor:
+        """Return the largest magnitude of each channel; that of all where scales are not per channel."""
         weight = weight.detach()
         values = weight.reshape(1, -1) if self.axis is None else weight.movedim(self.axis, 0).flatten(1)
-        largest = values.abs().amax(dim=1)
+        return values.abs().amax(dim=1)
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """Return the scales, float32, of one axis; one where they are not per channel."""
+        largest = self.largest(weight)
         scale = (largest.double() / self.steps).float().clamp(min=float(SMALLEST_SCALE))
         return torch.where(largest == 0, 1.0, scale)
 
