@@ -173,6 +173,16 @@ def test_what_was_not_prepared_stays_float(tmp_path: Path) -> None:
     ]
 
 
+def test_attention_that_was_not_prepared_stays_float(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.from_numpy(normal(16, 5, 8, seed=3))
+    prepared = qt.calibrate(qt.prepare(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()), [x])
+    done = qt.convert(prepared, tmp_path / "q.onnx", [x])
+    products = {"Gemm", "MatMul"}
+    assert [layer.operator for layer in done.plan.layers if layer.operator in products] == ["MatMul", "MatMul"]
+    assert len([layer for layer in done.plan.floats if layer.operator in products]) == 4
+
+
 def test_a_saved_prepared_model_converts_through_its_factory(tmp_path: Path) -> None:
     prepared = qt.calibrate(prepared_network(), BATCHES)
     torch.save(prepared.state_dict(), tmp_path / "tuned.pt")

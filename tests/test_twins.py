@@ -111,6 +111,21 @@ def test_prepared_models_compile_as_a_whole(scheme: str) -> None:
     assert torch.equal(compiled(X), prepared(X))
 
 
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_compiling_without_ranges_is_refused(fullgraph: bool) -> None:
+    prepared = qt.prepare(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    compiled = torch.compile(prepared, backend="eager", fullgraph=fullgraph)
+    with pytest.raises(Exception, match="no range yet; calibrate the prepared model first"):
+        compiled(X)
+    qt.calibrate(prepared, [X])
+    assert torch.equal(compiled(X), prepared(X))
+
+
+def test_prepared_models_are_exported() -> None:
+    prepared = qt.calibrate(qt.prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()), [X])
+    assert torch.equal(torch.export.export(prepared, (X,), strict=False).module()(X), prepared(X))
+
+
 @pytest.mark.parametrize("scheme", ["affine", "dorefa"])
 def test_training_goes_on_from_what_was_saved(tmp_path: Path, scheme: str) -> None:
     def begun() -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -69,7 +69,7 @@ def floated(model: nn.Module) -> tuple[nn.Module, tuple[LearnedLayer, ...]]:
             learned.append(LearnedLayer(name, operands, spare=spare))
         elif isinstance(layer, Folded):
             put(made, names, norm_of(layer))
-        elif isinstance(layer, tuple(TWINS)):
+        elif isinstance(layer, (*TWINS, nn.MultiheadAttention)):
             learned.append(LearnedLayer(name, (), prepared=False))
     return made, tuple(learned)
 

@@ -141,8 +141,8 @@ class ActivationQuantizer(nn.Module):
         Raises:
             PlanError: If there is no range yet.
         """
-        if not torch.compiler.is_compiling() and not self.ready:
-            raise PlanError("an activation quantizer has no range yet", "calibrate the prepared model first")
+        if not torch.compiler.is_exporting():  # which has no values to look at
+            check_ready(self)
         # Esser et al. 2020 (arXiv 1902.08153, section 2.2): a step that many elements share is to learn more slowly.
         factor = float((max(x.numel(), 1) * self.integer.qmax) ** -0.5)
         scale, zero_point = self.parameters_of(slowed(self.lo, factor), slowed(self.hi, factor))
@@ -152,6 +152,18 @@ class ActivationQuantizer(nn.Module):
     def extra_repr(self) -> str:
         """Describe the grid."""
         return f"{self.integer.name}, symmetric={self.symmetric}"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def check_ready(quantizer: ActivationQuantizer) -> bool:
+    """Check that a quantizer has a range; torch.compile asks once, while it compiles, and passes the error on in its own.
+
+    Raises:
+        PlanError: If it has none.
+    """
+    if not quantizer.ready:
+        raise PlanError("an activation quantizer has no range yet", "calibrate the prepared model first")
+    return True
 
 
 class DorefaActivation(nn.Module):
