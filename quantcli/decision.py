@@ -237,7 +237,7 @@ def stretched_scales(
     if axis is None or len(taught.largest) != values.shape[axis]:
         return taught.scale.astype(np.float32) if taught.scale.size == 1 else None
     largest = np.abs(np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)).max(axis=1)
-    stretch = np.divide(largest, taught.largest, out=np.ones_like(largest), where=taught.largest > 0)
+    stretch = np.divide(largest, taught.largest, out=np.ones_like(largest), where=(taught.largest > 0) & (largest > 0))
     scales: NDArray[np.float32] = (taught.scale * stretch).astype(np.float32)
     if per_channel:
         return scales

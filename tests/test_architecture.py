@@ -36,6 +36,7 @@ ORDER = [
         "quantcli.load",
         "quantcli.torch.quantizers",
         "quantcli.torch.layers",
+        "quantcli.torch.normalization",
         "quantcli.torch.given",
         "quantcli.torch.prepare",
         "quantcli.torch.floats",

@@ -93,7 +93,8 @@ def test_lazy_layers_are_to_run_once() -> None:
 def test_prepared_models_run_in_half_precision_and_convert_in_float32(
     tmp_path: Path, scheme: str, kind: torch.dtype
 ) -> None:
-    prepared = qt.prepare(nn.Sequential(nn.Conv2d(3, 4, 3)), weight_bits=4, activation_bits=4, scheme=scheme)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)).eval()
+    prepared = qt.prepare(model, weight_bits=4, activation_bits=4, scheme=scheme)
     qt.calibrate(prepared, [X])
     half = copy.deepcopy(prepared).to(kind)
     assert half(X.to(kind)).dtype == kind
@@ -103,10 +104,26 @@ def test_prepared_models_run_in_half_precision_and_convert_in_float32(
 
 @pytest.mark.parametrize("scheme", ["affine", "dorefa"])
 def test_prepared_models_compile_as_a_whole(scheme: str) -> None:
-    prepared = qt.prepare(nn.Sequential(nn.Conv2d(3, 4, 3)), weight_bits=4, activation_bits=4, scheme=scheme)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)).eval()
+    prepared = qt.prepare(model, weight_bits=4, activation_bits=4, scheme=scheme)
     qt.calibrate(prepared, [X])
     compiled = torch.compile(prepared, backend="eager", fullgraph=True)
     assert torch.equal(compiled(X), prepared(X))
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_compiling_without_ranges_is_refused(fullgraph: bool) -> None:
+    prepared = qt.prepare(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    compiled = torch.compile(prepared, backend="eager", fullgraph=fullgraph)
+    with pytest.raises(Exception, match="no range yet; calibrate the prepared model first"):
+        compiled(X)
+    qt.calibrate(prepared, [X])
+    assert torch.equal(compiled(X), prepared(X))
+
+
+def test_prepared_models_are_exported() -> None:
+    prepared = qt.calibrate(qt.prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()), [X])
+    assert torch.equal(torch.export.export(prepared, (X,), strict=False).module()(X), prepared(X))
 
 
 @pytest.mark.parametrize("scheme", ["affine", "dorefa"])

@@ -23,6 +23,7 @@ from quantcli.torch.layers import (
     names_of,
     put,
 )
+from quantcli.torch.normalization import Folded, norm_of
 from quantcli.torch.quantizers import ActivationQuantizer, DorefaActivation, WeightQuantizer
 
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ def floated(model: nn.Module) -> tuple[nn.Module, tuple[LearnedLayer, ...]]:
             spare = isinstance(layer, QuantFunctional)
             operands = tuple(learned_operand(name, quantizer, spare) for quantizer in both)
             learned.append(LearnedLayer(name, operands, spare=spare))
-        elif isinstance(layer, tuple(TWINS)):
+        elif isinstance(layer, Folded):
+            put(made, names, norm_of(layer))
+        elif isinstance(layer, (*TWINS, nn.MultiheadAttention)):
             learned.append(LearnedLayer(name, (), prepared=False))
     return made, tuple(learned)
 

@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
 from quantcli.errors import ModelError
+from quantcli.torch.quantizers import ActivationQuantizer, WeightQuantizer, rounded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,15 +34,52 @@ class Quantizing(nn.Module):
     Attributes:
         activation_quantizer: Rounds the input.
         weight_quantizer: Rounds the weight.
+        frozen: Whether the bias is on its grid already, and passes through.
+        folded: Whether a BatchNorm behind the layer takes its bias over, and rounds what becomes of it.
     """
 
     activation_quantizer: nn.Module
     weight_quantizer: nn.Module
     weight: Tensor
+    bias: Any
+    frozen = False
+    folded = False
 
-    def rounded_operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return input and weight on their grids."""
-        return self.activation_quantizer(x), self.weight_quantizer(self.weight)
+    def rounded_operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return input, weight and bias on their grids."""
+        return self.activation_quantizer(x), self.weight_quantizer(self.weight), self.rounded_bias(self.bias)
+
+    def rounded_bias(self, bias: Tensor | None) -> Tensor | None:
+        """Return a bias on the grid of its accumulator, as a plan rounds it (docs/arithmetic.md, equation 8).
+
+        Gradients pass straight through to the bias, and none goes to the scales (Jacob et al. 2018, arXiv 1712.05877, sections 2.4
+        and 3). A bias stays as it is where an operand is not rounded, and beside DoReFa's operands.
+
+        Args:
+            bias: The bias, shape (output channels,).
+        """
+        step = None if bias is None or self.frozen or self.folded else self.step()
+        if bias is None or step is None:
+            return bias
+        return (rounded(bias.double() / step) * step).to(bias.dtype)
+
+    def step(self, gain: Tensor | None = None) -> Tensor | None:
+        """Return the scale of the accumulator, S_x·S_w rounded to float32, of shape (output channels,) or (1,) and dtype float64.
+
+        None where an operand has no affine grid. Where a bias would have 2^30 steps and more, a plan takes a wider S_w
+        (equation 9); this one does not, for float32 is coarser than either.
+
+        Args:
+            gain: What folding multiplies the weight's channels by, and S_w with them, shape (output channels,); None for nothing.
+        """
+        x, w = self.activation_quantizer, self.weight_quantizer
+        if not (isinstance(x, ActivationQuantizer) and isinstance(w, WeightQuantizer)):
+            return None
+        scale = w.scale(self.weight)
+        if gain is not None:
+            stretch = torch.where((gain == 0) | (w.largest(self.weight) == 0), 1.0, gain.double().abs())
+            scale = (scale.double() * stretch).float()
+        return (x.scale() * scale).double()
 
 
 class QuantLinear(Quantizing, nn.Linear):
@@ -49,8 +87,7 @@ class QuantLinear(Quantizing, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x·wᵀ + b."""
-        x, weight = self.rounded_operands(x)
-        return F.linear(x, weight, self.bias)
+        return F.linear(*self.rounded_operands(x))
 
 
 class QuantConv1d(Quantizing, nn.Conv1d):
@@ -58,8 +95,7 @@ class QuantConv1d(Quantizing, nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution."""
-        x, weight = self.rounded_operands(x)
-        found: Tensor = self._conv_forward(x, weight, self.bias)
+        found: Tensor = self._conv_forward(*self.rounded_operands(x))
         return found
 
 
@@ -68,8 +104,7 @@ class QuantConv2d(Quantizing, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution."""
-        x, weight = self.rounded_operands(x)
-        found: Tensor = self._conv_forward(x, weight, self.bias)
+        found: Tensor = self._conv_forward(*self.rounded_operands(x))
         return found
 
 
@@ -78,8 +113,7 @@ class QuantConv3d(Quantizing, nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution."""
-        x, weight = self.rounded_operands(x)
-        found: Tensor = self._conv_forward(x, weight, self.bias)
+        found: Tensor = self._conv_forward(*self.rounded_operands(x))
         return found
 
 
@@ -96,13 +130,13 @@ class Transposed(Quantizing):
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return the transposed convolution."""
-        x, weight = self.rounded_operands(x)
+        x, weight, bias = self.rounded_operands(x)
         rank = len(self.kernel_size)
         extra = self._output_padding(  # type: ignore[operator]
             x, output_size, self.stride, self.padding, self.kernel_size, rank, self.dilation
         )
         function: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
-        found: Tensor = function(x, weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
+        found: Tensor = function(x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
         return found
 
 
@@ -255,13 +289,15 @@ def twin_of(layer: nn.Module, activation: nn.Module, weight: nn.Module) -> Quant
 
 
 def float_of(twin: Quantizing, weight: Tensor) -> nn.Module:
-    """Return the plain layer of a twin, with another weight."""
+    """Return the plain layer of a twin, with another weight and its bias on its grid."""
     kind = FLOATS[type(twin)]
     made = kind.__new__(kind)
     kept = {"activation_quantizer", "weight_quantizer"}
     modules = {name: module for name, module in twin.__dict__["_modules"].items() if name not in kept}
     made.__dict__ = {**twin.__dict__, "_modules": modules, "_parameters": dict(twin.__dict__["_parameters"])}
     made.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    if (bias := twin.rounded_bias(twin.bias)) is not None:
+        made.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return made
 
 

@@ -38,6 +38,7 @@ from quantcli.torch.layers import (
     swapped_as,
     twin_of,
 )
+from quantcli.torch.normalization import Folded, norm_twin, normalized
 from quantcli.torch.quantizers import (
     PASSES,
     ActivationQuantizer,
@@ -101,9 +102,14 @@ def prepare(
     for name in chosen:
         check_weight(model.get_submodule(name), name)
     prepared = model if inplace else copied(model)
+    norms = normalized(prepared) if making.folds else {}
     places = names_of(prepared)
     for layer in [prepared.get_submodule(name) for name in chosen]:
         put(prepared, places[layer], making.twin(layer))
+    for name, norm in norms.items():
+        layer = prepared.get_submodule(name)
+        if isinstance(layer, Quantizing) and channel_axis(layer) is not None:
+            put(prepared, [norm], norm_twin(prepared.get_submodule(norm), layer))
     for module in prepared.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             # Its shortcut for evaluation reads the layers' weights itself, past the twins, unless it does not know the activation.
@@ -147,6 +153,11 @@ class Making:
                 self.activation_bits,
                 target.activation.dtype,
             )
+
+    @property
+    def folds(self) -> bool:
+        """Whether layers have grids onto which the biases of folded BatchNorms are rounded."""
+        return self.scheme == "affine" and self.per_channel and PASSES not in {self.activation_bits, self.weight_bits}
 
     def chosen(self, model: nn.Module) -> list[str]:
         """Return the names of the modules that are swapped.
@@ -299,7 +310,11 @@ class passing:  # noqa: N801 - it reads as what it does
         self.model.eval()
         for module in self.model.modules():
             if isinstance(module, (ActivationQuantizer, WeightQuantizer)):
-                self.handles.append(Bypass(module))
+                self.handles.append(Bypass(module, "forward"))
+            elif isinstance(module, Quantizing):
+                self.handles.append(Bypass(module, "rounded_bias"))
+            elif isinstance(module, Folded):
+                self.handles.append(Bypass(module, "moved"))
 
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
@@ -307,15 +322,15 @@ class passing:  # noqa: N801 - it reads as what it does
 
 
 class Bypass:
-    """Let a quantizer return what it is given."""
+    """Let a method that rounds return what it is given."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        module.forward = lambda x: x
+    def __init__(self, module: nn.Module, method: str) -> None:
+        self.module, self.method = module, method
+        setattr(module, method, lambda x: x)
 
     def remove(self) -> None:
-        """Let it quantize again."""
-        del self.module.forward
+        """Let it round again."""
+        delattr(self.module, self.method)
 
 
 def run(model: nn.Module, batch: Any) -> bool:
@@ -382,13 +397,13 @@ def arguments_of(batch: Any, count: int) -> tuple[tuple[Tensor, ...], dict[str, 
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Fix what was learned: ranges learn no more, and weights are put onto their grids.
+    """Fix what was learned: ranges learn no more, and weights and biases are put onto their grids.
 
     Args:
         model: A prepared model; it is changed, and left in evaluation mode.
 
     Returns:
-        The same model. It gives what it gave before, in evaluation mode: a weight that several modules share becomes a layer's own.
+        The same model. It gives what it gave before, in evaluation mode: a parameter of several modules becomes a layer's own.
 
     Raises:
         PlanError: If a quantizer has no range.
@@ -402,12 +417,22 @@ def freeze(model: nn.Module) -> nn.Module:
             raise PlanError(f"'{name}' has no range yet", "calibrate the prepared model first")
         module.lo.requires_grad_(False)
         module.hi.requires_grad_(False)
-    owners = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     for layer in model.modules():
         if isinstance(layer, Quantizing) and isinstance(layer.weight_quantizer, WeightQuantizer):
-            if owners[id(layer.weight)] > 1:  # the others read it as it is
-                layer.weight = nn.Parameter(layer.weight.detach().clone(), layer.weight.requires_grad)
             with torch.no_grad():
-                layer.weight.copy_(layer.weight_quantizer(layer.weight))
-            layer.weight_quantizer.already = True
+                fix(layer, "bias", layer.rounded_bias(layer.bias), owners)
+                fix(layer, "weight", layer.weight_quantizer(layer.weight), owners)
+            layer.weight_quantizer.already = layer.frozen = True
     return whole.eval()
+
+
+def fix(layer: nn.Module, name: str, values: Tensor | None, owners: Mapping[int, int]) -> None:
+    """Give a parameter the values of its grid, apart from the other modules that own it."""
+    parameter = getattr(layer, name)
+    if parameter is None or values is None:
+        return
+    if owners[id(parameter)] > 1:  # the others read it as it is
+        parameter = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        setattr(layer, name, parameter)
+    parameter.copy_(values)

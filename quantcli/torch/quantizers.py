@@ -111,6 +111,10 @@ class ActivationQuantizer(nn.Module):
         """Return the real range of the input; of a symmetric quantizer, as it is before it is made symmetric."""
         return float(self.lo.detach()), float(self.hi.detach())
 
+    def scale(self) -> Tensor:
+        """Return the scale, float32, without a gradient."""
+        return self.parameters_of(self.lo.detach(), self.hi.detach())[0]
+
     def bounds(self) -> tuple[float, float]:
         """Return the real values at the ends of the grid."""
         with torch.no_grad():
@@ -137,8 +141,8 @@ class ActivationQuantizer(nn.Module):
         Raises:
             PlanError: If there is no range yet.
         """
-        if not torch.compiler.is_compiling() and not self.ready:
-            raise PlanError("an activation quantizer has no range yet", "calibrate the prepared model first")
+        if not torch.compiler.is_exporting():  # which has no values to look at
+            check_ready(self)
         # Esser et al. 2020 (arXiv 1902.08153, section 2.2): a step that many elements share is to learn more slowly.
         factor = float((max(x.numel(), 1) * self.integer.qmax) ** -0.5)
         scale, zero_point = self.parameters_of(slowed(self.lo, factor), slowed(self.hi, factor))
@@ -148,6 +152,18 @@ class ActivationQuantizer(nn.Module):
     def extra_repr(self) -> str:
         """Describe the grid."""
         return f"{self.integer.name}, symmetric={self.symmetric}"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def check_ready(quantizer: ActivationQuantizer) -> bool:
+    """Check that a quantizer has a range; torch.compile asks once, while it compiles, and passes the error on in its own.
+
+    Raises:
+        PlanError: If it has none.
+    """
+    if not quantizer.ready:
+        raise PlanError("an activation quantizer has no range yet", "calibrate the prepared model first")
+    return True
 
 
 class DorefaActivation(nn.Module):
@@ -205,11 +221,15 @@ class WeightQuantizer(nn.Module):
         """How many steps of the grid are the largest magnitude."""
         return self.integer.qmax
 
-    def scale(self, weight: Tensor) -> Tensor:
-        """Return the scales, float32, of one axis; one where they are not per channel."""
+    def largest(self, weight: Tensor) -> Tensor:
+        """Return the largest magnitude of each channel; that of all where scales are not per channel."""
         weight = weight.detach()
         values = weight.reshape(1, -1) if self.axis is None else weight.movedim(self.axis, 0).flatten(1)
-        largest = values.abs().amax(dim=1)
+        return values.abs().amax(dim=1)
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """Return the scales, float32, of one axis; one where they are not per channel."""
+        largest = self.largest(weight)
         scale = (largest.double() / self.steps).float().clamp(min=float(SMALLEST_SCALE))
         return torch.where(largest == 0, 1.0, scale)
 
