@@ -84,9 +84,9 @@ def test_a_trained_model_and_its_integers_agree(tmp_path: Path, build: Callable[
         expected, found = prepared(X), outputs(done.model, X)
     bound, error = float32_bound(prepared, X), found - expected
     assert sqnr(expected, bound) > 60
-    assert sqnr(expected, error) > 60
-    # A sum before the last layer that lies on a tie but for float noise (2^-12 of a step of 8 bits) may be rounded either way.
-    assert (error.abs() > bound).any(dim=1).sum() <= (0.01 * len(X) if bits == 8 else 0)
+    # A sum before the last layer that lies on a tie but for float noise may be rounded either way: with 8 bits, noise is some 2^-12
+    # of a step, and of 15,000 sums a few lie as near to a tie as that; with fewer bits, hardly any.
+    assert (error.abs() > bound).any(dim=1).sum() <= 2
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
