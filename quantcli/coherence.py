@@ -7,14 +7,13 @@ from collections import Counter
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from quantcli.arithmetic.affine import IntegerType
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from quantcli.sidecar import LayerEntry, Sidecar, TensorEntry
 
-# The lowest and the highest integer of each type.
-TYPES = {"uint4": (0, 15), "uint8": (0, 255), "int8": (-128, 127), "int16": (-(2**15), 2**15 - 1)}
-TYPES["int32"] = (-(2**31), 2**31 - 1)
 # How many multipliers a layer with an integer output has at least.
 LEAST_MULTIPLIERS = {"accumulate": 1, "product": 1, "sum": 2, "rescale": 1}
 # What multiplies two operands, or adds them.
@@ -45,7 +44,7 @@ def contradictions(sidecar: Sidecar) -> Iterator[str]:
 
 def of_tensor(tensor: TensorEntry) -> Iterator[str]:
     """Yield what cannot be so of a tensor; one in blocks has no parameters of its own."""
-    lowest, highest = TYPES[tensor.dtype]
+    lowest, highest = IntegerType(tensor.dtype).ends
     if tensor.qmin > tensor.qmax:
         yield f"has a grid from {tensor.qmin} to {tensor.qmax}"
     elif tensor.qmin < lowest or tensor.qmax > highest:

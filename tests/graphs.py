@@ -91,6 +91,21 @@ def residual_net(path: Path) -> Path:
     return save(path, nodes, {"x": ["N", 3, 8, 8]}, {"y": ["N", 10]}, constants)
 
 
+def ints(*values: int) -> Array:
+    """Return whole numbers, as shapes and axes are given."""
+    return np.array(values, dtype=np.int64)
+
+
+def real(value: float) -> Array:
+    """Return a number as a tensor without axes."""
+    return np.array(value, dtype=np.float32)
+
+
+def weight(*shape: int) -> Array:
+    """Return seeded weights."""
+    return normal(*shape, seed=1, scale=0.3)
+
+
 def data_for(path: Path, samples: int = 16, seed: int = 9, **shapes: tuple[int, ...]) -> Path:
     """Write seeded normal samples for inputs (x of [3, 8, 8] by default) as an .npz and return its path."""
     wanted = shapes or {"x": (3, 8, 8)}

@@ -14,7 +14,7 @@ import onnxruntime
 
 from quantcli import Conversion, convert
 from quantcli.recipe import Recipe, Tune
-from tests.graphs import Array, node, normal, save
+from tests.graphs import Array, ints, node, normal, real, save, weight
 
 Feeds = dict[str, Array]
 Constants = dict[str, Any]  # arrays
@@ -45,18 +45,6 @@ class Case:
     def outputs(self) -> tuple[str, ...]:
         made = {name for n in self.nodes for name in n.output}
         return tuple(name for name in ("o", "p") if name in made)
-
-
-def ints(*values: int) -> Array:
-    return np.array(values, dtype=np.int64)
-
-
-def real(value: float) -> Array:
-    return np.array(value, dtype=np.float32)
-
-
-def weight(*shape: int) -> Array:
-    return normal(*shape, seed=1, scale=0.3)
 
 
 def reals(*shape: int) -> Array:

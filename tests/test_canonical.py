@@ -15,13 +15,9 @@ from quantcli.fold import fold
 from quantcli.load import load
 from quantcli.probe import model_bytes
 from quantcli.recipe import Layers
-from tests.graphs import Array, node, normal, save
+from tests.graphs import Array, node, normal, real, save
 
 X = normal(3, 4, 5, 6, seed=1)
-
-
-def real(value: float) -> Array:
-    return np.array(value, np.float32)
 
 
 SAME: dict[str, tuple[onnx.NodeProto, dict[str, Array], list[str]]] = {

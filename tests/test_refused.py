@@ -12,7 +12,7 @@ from onnx import TensorProto
 
 from quantcli.recipe import Layers, Recipe
 from tests.deviation import SQNR_FLOOR, TIES
-from tests.graphs import node, save
+from tests.graphs import ints, node, real, save, weight
 from tests.operators import (
     CONV,
     PADDED,
@@ -22,11 +22,8 @@ from tests.operators import (
     case,
     converted,
     data,
-    ints,
     ran,
-    real,
     sqnr,
-    weight,
 )
 
 

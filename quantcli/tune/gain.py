@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quantcli.tune.bias import channel_means
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -23,7 +25,7 @@ SCALED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 
 def gain_of(
-    real: Sequence[NDArray[np.float32]], made: Sequence[NDArray[np.float32]], axis: int, centred: bool
+    real: Sequence[NDArray[np.float32]], made: Sequence[NDArray[np.float32]], centred: bool
 ) -> tuple[np.float32, float, float]:
     """Return the factor of a layer's outputs that leaves the least error, and the squared errors without it and with it.
 
@@ -32,16 +34,17 @@ def gain_of(
     Args:
         real: Batches of the float layer's outputs.
         made: The same of the quantized layer.
-        axis: The channel axis.
-        centred: Whether a bias makes up for the mean of each channel, which does not count then.
+        centred: Whether a bias makes up for the mean of each channel of the second axis, which does not count then.
     """
-    ours, theirs = (
-        np.concatenate([np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1) for array in side], axis=1)
-        for side in (made, real)
-    )
+    means = [np.zeros(1), np.zeros(1)]
     if centred:
-        ours, theirs = (rows - rows.mean(axis=1, keepdims=True) for rows in (ours, theirs))
-    both, mine, wanted = (float(np.vdot(a, b)) for a, b in ((ours, theirs), (ours, ours), (theirs, theirs)))
+        means = [channel_means(side).reshape(-1, *[1] * (real[0].ndim - 2)) for side in (made, real)]
+    both = mine = wanted = 0.0
+    for batches in zip(made, real, strict=True):
+        ours, theirs = (batch - mean.astype(np.float32) for batch, mean in zip(batches, means, strict=True))
+        both += float(np.vdot(ours, theirs))
+        mine += float(np.vdot(ours, ours))
+        wanted += float(np.vdot(theirs, theirs))
     if not (np.isfinite([both, mine, wanted]).all() and both > mine > 0):
         return np.float32(1), 0.0, 0.0
     return np.float32(both / mine), mine - 2 * both + wanted, wanted - both * both / mine

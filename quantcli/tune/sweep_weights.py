@@ -220,16 +220,15 @@ class SweepWeights:
         usable = node.op_type in SCALED and name in self.scales and not self.target.weight.power_of_two
         if not usable or not all(array.size for array in real):
             return
-        axis = 1 if node.op_type in BIASED else real[0].ndim - 1
         bias = bias_of(layer)
-        gain, before, after = gain_of(real, made, axis, self.steps.bias and node.op_type in BIASED)
-        scales = self.final_scales(layer, self.scales[name] * gain)
-        if gain == 1 or not np.array_equal(scales, self.scales[name] * gain):
+        gain, before, after = gain_of(real, made, self.steps.bias and node.op_type in BIASED)
+        wanted = self.scales[name] * gain
+        if gain == 1 or not np.array_equal(self.final_scales(layer, wanted), wanted):
             return
         self.gains.count("gain", before, after)
-        self.scales[name] = scales
+        self.scales[name] = wanted
         self.rounded[name] = self.rounded[name] * gain
         weight.const_value = ir.tensor(self.rounded[name], name=name)
-        fixed = np.float32(0) if bias is None else (1 - gain) * along_axis(bias, real[0].ndim, axis)
+        fixed = np.float32(0) if bias is None else (1 - gain) * along_axis(bias, real[0].ndim, 1)
         for array in made:
             np.add(np.multiply(array, gain, out=array), fixed, out=array)

@@ -23,21 +23,9 @@ from quantcli.integer.layers import INTEGER_LAYERS
 from quantcli.integer.moves import MOVES
 from quantcli.recipe import Activation, Layers, Multiplier, Tune
 from quantcli.rules import RULES, Arithmetic
-from tests.graphs import EVERYWHERE, Array, node, normal, save
+from tests.graphs import EVERYWHERE, Array, ints, node, normal, real, save, weight
 
 Case = tuple[list[onnx.NodeProto], dict[str, Array], int]
-
-
-def ints(*values: int) -> Array:
-    return np.array(values, dtype=np.int64)
-
-
-def real(value: float) -> Array:
-    return np.array(value, dtype=np.float32)
-
-
-def weight(*shape: int) -> Array:
-    return normal(*shape, seed=1, scale=0.3)
 
 
 CONV = node("Conv", ["x", "w0", "b0"], ["c"], pads=[1, 1, 1, 1])
