@@ -129,6 +129,10 @@ def named(path: Path, found: Mapping[str, Stored], reading: Reading) -> Arrays:
     names = {spec.name for spec in inputs}
     label_name = next((name for name in LABEL_NAMES if name in found and name not in names), None)
     stored_labels = found.pop(label_name) if label_name else None
+    if not found and stored_labels is not None:
+        raise DataError(
+            f"{path} holds no data but '{label_name}', which are the labels", "put one array per model input into it"
+        )
     if not found:
         raise DataError(f"{path} holds no data", "put one array per model input into it")
     if len(inputs) == 1 and len(found) == 1 and not names & set(found):

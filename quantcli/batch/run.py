@@ -339,7 +339,7 @@ def cases(outcomes: Sequence[Outcome]) -> list[Case]:
         failure, error = (
             (outcome.reason, "") if missed else ("", f"{outcome.status}: {outcome.reason}" if outcome.reason else "")
         )
-        found.append(Case(model, recipe, failure, error, outcome.record.seconds))
+        found.append(Case(model, recipe, failure, error, outcome.record.seconds, outcome.record.warnings))
     return found
 
 

@@ -20,6 +20,7 @@ class Case:
         failure: Why a threshold was missed; empty where none was.
         error: Why it could not be judged; empty where it could.
         seconds: How long it took.
+        warnings: What was warned of; as the case's output, where CI systems show it.
     """
 
     suite: str
@@ -27,6 +28,7 @@ class Case:
     failure: str = ""
     error: str = ""
     seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
 
 
 def junit(name: str, cases: Sequence[Case]) -> bytes:
@@ -50,6 +52,8 @@ def junit(name: str, cases: Sequence[Case]) -> bytes:
         for kind, text in (("failure", case.failure), ("error", case.error)):
             if text:
                 ET.SubElement(element, kind, {"message": printable(text)})
+        if case.warnings:
+            ET.SubElement(element, "system-out").text = printable("\n".join(f"warning: {w}" for w in case.warnings))
     ET.indent(root)
     document: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
     return document + b"\n"

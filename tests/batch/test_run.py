@@ -257,6 +257,8 @@ def test_reasons_and_warnings_name_files_as_the_manifest_does(zoo: Path, capsys:
     assert warning.startswith("random numbers are drawn by RandomNormalLike 'r_node'")
     assert f"random/default: {warning}" in capsys.readouterr().err
     assert "random numbers are drawn by" in (Path("out") / "index.html").read_text()
+    junit = ET.parse(Path("out") / "junit.xml").getroot()  # noqa: S314 - it is ours
+    assert [case.findtext("system-out") for case in junit.iter("testcase")] == [None, None, f"warning: {warning}"]
     assert str(zoo) not in results
 
 

@@ -62,6 +62,11 @@ def test_labels_are_found_under_every_known_name(tmp_path: Path, name: str, shap
     assert dataset.labels.tolist() == [3, 1, 0, 2]
 
 
+def test_labels_alone_are_no_data(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no data but 'y', which are the labels"):
+        open_dataset(npz(tmp_path / "d.npz", y=numbers(4, 3)), [ROWS])
+
+
 def test_an_input_named_like_labels_is_an_input(tmp_path: Path) -> None:
     y = numbers(4, 3)
     dataset = open_dataset(npz(tmp_path / "d.npz", y=y), [spec(None, 3, name="y")])
