@@ -41,6 +41,15 @@ def rank_of(value: ir.Value | None) -> int | None:
     return None if value is None or value.shape is None else len(value.shape)
 
 
+def axes_of(node: ir.Node) -> tuple[int, ...]:
+    """Return the axes that a reduction is given, as an attribute or a constant; none where they are computed, or it has all."""
+    given = node.inputs[1] if len(node.inputs) > 1 else None
+    held = constant(given)
+    if given is None:
+        return tuple(node.attributes.get_ints("axes", ()))
+    return () if held is None else tuple(held.reshape(-1).tolist())
+
+
 def subtraction(node: ir.Node, graph: ir.Graph) -> None:
     """X − c = x + (−c), to the bit."""
     held = constant(node.inputs[1])
@@ -63,6 +72,18 @@ def extreme(node: ir.Node, graph: ir.Graph) -> None:
         return
 
 
+def division(node: ir.Node, graph: ir.Graph) -> None:
+    """X / c = x · (1/c), but for the rounding of 1/c where c is no power of two: integers have products with constants."""
+    x, divisor = node.inputs[:2]
+    held = constant(divisor)
+    if held is None or held.dtype != np.float32 or constant(x) is not None or not held.all():
+        return
+    with np.errstate(over="ignore"):
+        inverse = (1.0 / held.astype(np.float64)).astype(np.float32)
+    if np.isfinite(inverse).all():
+        put(graph, node, ir.node("Mul", [x, add_constant(graph, f"{divisor.name}_inverse", inverse)]))  # type: ignore[union-attr]
+
+
 def parametric_relu(node: ir.Node, graph: ir.Graph) -> None:
     """PRelu with a single slope is LeakyRelu."""
     slope = real_scalar(node.inputs[1])
@@ -73,10 +94,8 @@ def parametric_relu(node: ir.Node, graph: ir.Graph) -> None:
 def mean(node: ir.Node, graph: ir.Graph) -> None:
     """ReduceMean over all axes behind the channels' is a global average pool."""
     x = node.inputs[0]
-    rank, given = rank_of(x), node.inputs[1] if len(node.inputs) > 1 else None
-    held = constant(given)
-    axes = node.attributes.get_ints("axes", ()) if given is None else () if held is None else held.reshape(-1).tolist()
-    if rank is None or rank < 3 or sorted(axis % rank for axis in axes) != list(range(2, rank)):
+    rank = rank_of(x)
+    if rank is None or rank < 3 or sorted(axis % rank for axis in axes_of(node)) != list(range(2, rank)):
         return
     pool = ir.node("GlobalAveragePool", [x])
     if node.attributes.get_int("keepdims", 1):
@@ -138,6 +157,7 @@ def einsum(node: ir.Node, graph: ir.Graph) -> None:
 
 FORMS: dict[str, Callable[[ir.Node, ir.Graph], None]] = {
     "Sub": subtraction,
+    "Div": division,
     "Max": extreme,
     "Min": extreme,
     "PRelu": parametric_relu,

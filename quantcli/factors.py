@@ -2,6 +2,10 @@
 
 Networks of some exporters write a normalisation as BatchNormalization, Mul and Add. (x·a + b)·c + d = x·(a·c) + (b·c + d), and
 behind a convolution of weights W and bias v it is a convolution of weights W·a·c and bias (v·a + b)·c + d.
+
+What stands behind an activation goes forward instead, into the layers that read it, where it is a single number:
+W·(x·a + b) = (W·a)·(x + b/a), and a convolution without padding takes W·b into its bias. A factor per channel stays: it would make
+rows of weights differ that share a scale.
 """
 
 from __future__ import annotations
@@ -12,12 +16,15 @@ import numpy as np
 import onnx_ir as ir
 
 from quantcli.fold import add_constant, constant
+from quantcli.load.learned import LEARNED
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # The axis of a weight's output channels.
 CHANNELS = {"Conv": 0, "ConvTranspose": 1}
+# Layers whose result is a multiple of their first operand, but for the bias.
+LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 
 def fold_factors(model: ir.Model) -> None:
@@ -25,6 +32,95 @@ def fold_factors(model: ir.Model) -> None:
     for node in list(model.graph):
         if node.graph is model.graph and node.domain == "" and node.op_type in {"Mul", "Add"}:
             fold(node, model.graph)
+    if any(LEARNED in node.meta for node in model.graph):
+        return  # what it learned its grids for stays
+    for node in list(model.graph):
+        if node.graph is model.graph and node.domain == "" and node.op_type in {"Mul", "Add"}:
+            forward(node, model.graph)
+
+
+def forward(node: ir.Node, graph: ir.Graph) -> None:
+    """Fold one Mul or Add of a single number into the layers that read what it makes, if nobody else does."""
+    x, held = operands(node)
+    if x is None or held is None or not is_number(held, x):
+        return
+    number, made = float(held.reshape(())), node.outputs[0]
+    if node.op_type == "Add":
+        layers = layers_behind(made)
+        if not all(takes_addend(layer) for layer in layers):
+            return
+        for layer in layers:
+            add_to_bias(layer, number, graph)
+    else:
+        layers = layers_behind(made) or past_addend(made, number, graph)
+        for layer in layers:
+            weight = layer.inputs[1]
+            scaled = (np.asarray(constant(weight), dtype=np.float64) * number).astype(np.float32)
+            layer.replace_input_with(1, add_constant(graph, f"{weight.name}_scaled", scaled))  # type: ignore[union-attr]
+    if layers:
+        ir.convenience.replace_all_uses_with(made, x)
+        graph.remove(node, safe=True)
+
+
+def is_number(held: NDArray[np.float32], x: ir.Value) -> bool:
+    """Tell whether a constant is one number, finite and not zero, that leaves a tensor's shape what it is."""
+    shaped = x.shape is not None and held.ndim <= len(x.shape)
+    return shaped and held.size == 1 and bool(np.isfinite(held).all() and held.all())
+
+
+def past_addend(scaled: ir.Value, number: float, graph: ir.Graph) -> list[ir.Node]:
+    """Divide what is added to a multiple of a tensor by the factor, and return the layers that then take the factor; else none.
+
+    Args:
+        scaled: The multiple.
+        number: The factor.
+        graph: The graph.
+    """
+    addition = scaled.consumers()[0] if len(scaled.uses()) == 1 and not scaled.is_graph_output() else None
+    if addition is None or addition.op_type != "Add" or addition.domain:
+        return []
+    x, addend = operands(addition)
+    layers = layers_behind(addition.outputs[0])
+    if x is not scaled or addend is None or not is_number(addend, x) or not layers:
+        return []
+    with np.errstate(over="ignore"):
+        shift = (addend / number).astype(np.float32)
+    if not np.isfinite(shift).all():
+        return []
+    total = addition.outputs[0]
+    total.name = f"{total.name}_unscaled"  # it is another tensor now
+    place = list(addition.inputs).index(scaled) ^ 1
+    addition.replace_input_with(place, add_constant(graph, f"{total.name}_addend", shift))
+    return layers
+
+
+def layers_behind(value: ir.Value) -> list[ir.Node]:
+    """Return the linear layers of constant weights that read a tensor; none where anything else does."""
+    layers = list(value.consumers())
+    for layer in layers:
+        weight = constant(layer.inputs[1]) if layer.op_type in LINEAR and not layer.domain else None
+        if weight is None or weight.dtype != np.float32 or layer.inputs[0] is not value or value in layer.inputs[1:]:
+            return []
+    return [] if value.is_graph_output() else layers
+
+
+def takes_addend(layer: ir.Node) -> bool:
+    """Tell whether a number that is added to all of a layer's input is one that is added to each channel of what it makes."""
+    bias = layer.inputs[2] if len(layer.inputs) > 2 else None
+    unpadded = not any(layer.attributes.get_ints("pads", ())) and layer.attributes.get_string("auto_pad", "NOTSET") in {
+        "NOTSET",
+        "VALID",
+    }
+    return layer.op_type == "Conv" and unpadded and (bias is None or constant(bias) is not None)
+
+
+def add_to_bias(layer: ir.Node, number: float, graph: ir.Graph) -> None:
+    """Put what a number added to a convolution's input adds to its output into the bias."""
+    weight = np.asarray(constant(layer.inputs[1]), dtype=np.float64)
+    bias = constant(layer.inputs[2]) if len(layer.inputs) > 2 else None
+    total = weight.sum(axis=tuple(range(1, weight.ndim))) * number + (0.0 if bias is None else bias)
+    layer.resize_inputs(3)
+    layer.replace_input_with(2, add_constant(graph, f"{layer.outputs[0].name}_bias", total.astype(np.float32)))
 
 
 def fold(node: ir.Node, graph: ir.Graph) -> None:

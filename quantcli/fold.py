@@ -88,6 +88,7 @@ def folded_copy(model: ir.Model, opset: int, matrices: bool) -> ir.Model:
     from quantcli.factors import fold_factors
     from quantcli.recurrent import plain_recurrent
     from quantcli.transposes import without_transposes
+    from quantcli.written_out import by_name
 
     folded = model.clone()
     passes.RemoveInitializersFromInputsPass()(folded)
@@ -106,6 +107,7 @@ def folded_copy(model: ir.Model, opset: int, matrices: bool) -> ir.Model:
             split_addend(node)
         elif node.op_type == "AveragePool" and node.domain == "":
             plain_average_pool(node)
+    folded = by_name(folded)
     canonical(folded)
     plain_recurrent(folded)
     fold_factors(folded)
@@ -179,6 +181,7 @@ def lifted(model: ir.Model, needed: int) -> ir.Model | None:
     except ModelError as error:
         logger.info("%s", error)
         return None
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(copy)  # what were attributes
     if names_of(copy) != names_of(model):
         logger.info("its tensors have other names in operator set %d", needed)
         return None

@@ -188,6 +188,11 @@ def kind_of(node: ir.Node) -> str:
     return "Conv3d" if len(kernel) == 3 else "NarrowConv" if narrow else node.op_type
 
 
+def is_constant(value: ir.Value | None) -> bool:
+    """Tell whether a value is a constant of the graph."""
+    return constant(value) is not None
+
+
 def carries_floats(node: ir.Node) -> bool:
     """Tell whether an operator reads or makes real numbers; shape arithmetic on integers is no candidate and no float layer."""
     integers = {
@@ -334,6 +339,11 @@ class Placing:
             map(self.computed_with, layer.outputs)
         ):
             return "", "its kernel is a float one here, and no integer kernel reads what it makes"
+        if layer.node.op_type in self.target.placement.float_kernels and self.rounds_later(layer):
+            return (
+                "",
+                "its kernel is a float one here, and a constant is applied to what it makes: that is rounded once, behind it",
+            )
         if layer.rule.arithmetic is Arithmetic.MOVE:
             moves = layer.operands()[0][1] in self.integers or self.starts(layer)
             if not moves and self.pays and layer.node.op_type == "MaxPool" and self.accumulates(layer.output):
@@ -420,6 +430,14 @@ class Placing:
                 continue
             return True
         return False
+
+    def rounds_later(self, layer: PlacedLayer) -> bool:
+        """Tell whether a layer's output is only multiplied by a constant, or one is added to it: both round if this does."""
+        readers = list(layer.output.consumers())
+        alone = (
+            len(readers) == 1 and not layer.output.is_graph_output() and self.forced.isdisjoint({layer.node, *readers})
+        )
+        return alone and readers[0].op_type in {"Add", "Mul"} and any(map(is_constant, readers[0].inputs))
 
     def accumulates(self, value: ir.Value) -> bool:
         """Tell whether some layer accumulates integers of a value, perhaps behind operators that move them."""

@@ -32,7 +32,7 @@ from quantcli.rules import RULES, Arithmetic, Operand
 from quantcli.tuning import UNTUNED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -225,7 +225,10 @@ def plan_activations(
             if name in constants:
                 role, lo, hi = "constant", float(constants[name].min()), float(constants[name].max())
             elif (seen := seen_of(by_name.get(name), statistics)) is not None:
-                lo, hi = tuning.ranges[name] if name in tuning.ranges else range_of(spec, name, seen, grid)
+                if name in tuning.ranges:
+                    lo, hi = tuning.ranges[name]
+                else:
+                    lo, hi = np.clip(range_of(spec, name, seen, grid), *felt(by_name[name])).tolist()
                 samples = statistics.samples
             else:
                 raise PlanError(
@@ -467,6 +470,45 @@ def activation_bounds(node: ir.Node) -> tuple[float, float]:
     bounds = [constant(value) if value is not None else None for value in (*node.inputs[1:], None, None)][:2]
     low, high = (float(bound.item()) if bound is not None else None for bound in bounds)
     return (-float("inf") if low is None else low), (float("inf") if high is None else high)
+
+
+def hard_sigmoid_bounds(node: ir.Node) -> tuple[float, float]:
+    """Return between which values a HardSigmoid rises from 0 to 1."""
+    slope, middle = node.attributes.get_float("alpha", 0.2), node.attributes.get_float("beta", 0.5)
+    return (-middle / slope, (1 - middle) / slope) if slope > 0 else (-float("inf"), float("inf"))
+
+
+# Between which values a function is not flat. Erf, Tanh and Sigmoid are, as float32 has them, beyond these (e^-16 < 2^-23, say of
+# Sigmoid); Gelu and HardSwish are zero far below: −5.5·Φ(−5.5) = −1.0e-7.
+BENT: dict[str, Callable[[ir.Node], tuple[float, float]]] = {
+    "Relu": activation_bounds,
+    "Clip": activation_bounds,
+    "HardSigmoid": hard_sigmoid_bounds,
+    "HardSwish": lambda _: (-3.0, float("inf")),
+    "Gelu": lambda _: (-5.5, float("inf")),
+    "Erf": lambda _: (-4.0, 4.0),
+    "Tanh": lambda _: (-9.0, 9.0),
+    "Sigmoid": lambda _: (-17.0, 17.0),
+}
+
+
+def felt(value: ir.Value) -> tuple[float, float]:
+    """Return between which values an activation's readers tell its values apart: its range need not reach further.
+
+    A HardSwish makes zero of all below −3. Readers that move values tell apart what their own readers do; others, and whoever
+    gets the model's outputs, tell all apart.
+    """
+    everything = -float("inf"), float("inf")
+    ends: list[tuple[float, float]] = [everything] if value.is_graph_output() else []
+    for user in value.consumers():
+        rule = RULES.get(user.op_type) if not user.domain else None
+        if rule is not None and user.op_type in BENT and not any(check(user) for check in rule.refuses):
+            ends.append(BENT[user.op_type](user))
+        elif rule is not None and rule.arithmetic is Arithmetic.MOVE and user.inputs[0] is value:
+            ends += map(felt, user.outputs)
+        elif user.op_type != "Shape":
+            return everything
+    return (min(low for low, _ in ends), max(high for _, high in ends)) if ends else everything
 
 
 def bias_of(layer: PlacedLayer) -> NDArray[np.floating] | None:

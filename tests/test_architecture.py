@@ -42,6 +42,7 @@ ORDER = [
         "quantcli.torch.floats",
         "quantcli.fold",
         "quantcli.canonical",
+        "quantcli.written_out",
         "quantcli.transposes",
         "quantcli.factors",
         "quantcli.recurrent",

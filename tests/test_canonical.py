@@ -23,6 +23,14 @@ X = normal(3, 4, 5, 6, seed=1)
 SAME: dict[str, tuple[onnx.NodeProto, dict[str, Array], list[str]]] = {
     "Sub, a constant": (node("Sub", ["x", "k"], ["o"]), {"k": normal(4, 1, 1)}, ["Add"]),
     "Sub, a constant first": (node("Sub", ["k", "x"], ["o"]), {"k": normal(4, 1, 1)}, ["Sub"]),
+    "Div by a power of two": (node("Div", ["x", "k"], ["o"]), {"k": real(8.0)}, ["Mul"]),
+    "Div by zeros": (
+        node("Div", ["x", "k"], ["o"]),
+        {"k": np.array([[[1]], [[0]], [[1]], [[1]]], np.float32)},
+        ["Div"],
+    ),
+    "Div, a constant first": (node("Div", ["k", "x"], ["o"]), {"k": real(8.0)}, ["Div"]),
+    "Div by what has no inverse": (node("Div", ["x", "k"], ["o"]), {"k": real(1e-45)}, ["Div"]),
     "Max": (node("Max", ["x", "k"], ["o"]), {"k": real(0.3)}, ["Clip"]),
     "Min, constant first": (node("Min", ["k", "x"], ["o"]), {"k": normal(1, 1)}, ["Clip"]),
     "Max, one per channel": (node("Max", ["x", "k"], ["o"]), {"k": normal(4, 1, 1)}, ["Max"]),
@@ -42,6 +50,16 @@ def test_the_same_to_the_bit(tmp_path: Path, name: str) -> None:
     found, expected = Runner(model_bytes(folded)).run({"x": X})["o"], Runner(path).run({"x": X})["o"]
     assert found.shape == expected.shape
     assert (found == expected).all()
+
+
+def test_divisions_by_constants_are_products(tmp_path: Path) -> None:
+    k = normal(4, 1, 1, seed=2)
+    path = save(tmp_path / "m.onnx", [node("Div", ["x", "k"], ["o"])], {"x": ["N", 4, 5, 6]}, {"o": None}, {"k": k})
+    folded = fold(load(path).graph)
+    assert [n.op_type for n in folded.graph] == ["Mul"]
+    found, expected = Runner(model_bytes(folded)).run({"x": X})["o"], Runner(path).run({"x": X})["o"]
+    # Two roundings in place of one: 1/c and the product.
+    assert (np.abs(found - expected) <= 3 * 2.0**-24 * np.abs(expected)).all()
 
 
 MEANS: dict[str, tuple[dict[str, Any], list[str]]] = {

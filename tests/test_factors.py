@@ -29,6 +29,13 @@ PARTS: dict[str, Array] = {
     "s": np.array(0.7, np.float32),
     "rows": normal(5, 4, 1, seed=11),
     **{f"{k}4": v for k, v in (("f", normal(4, 1, 1, seed=12)), ("a", normal(4, 1, 1, seed=13)))},
+    "z": np.array([-0.3], np.float32),
+    "wide": normal(6, 4, 1, 1, seed=14),
+    "grouped": normal(6, 2, 1, 1, seed=15),
+    "d": normal(4, 1, 3, 3, seed=16),
+    "e": normal(6, seed=17),
+    "u": normal(6, 5, seed=18),
+    "none": np.array(0.0, np.float32),
     "inf": np.array([1, 1, np.inf, 1, 1], np.float32).reshape(5, 1, 1),
 }
 NORM = node("BatchNormalization", ["c", "gamma", "beta", "mean", "variance"], ["n"])
@@ -67,23 +74,54 @@ CASES: dict[str, tuple[list[onnx.NodeProto], list[str]]] = {
     "not finite": ([CONV, node("Mul", ["c", "inf"], ["o"])], ["Conv", "Mul"]),
 }
 
+ACTIVATED = [node("Relu", ["x"], ["r"]), node("Mul", ["s", "r"], ["m"]), node("Add", ["m", "z"], ["n4"])]
+PADDED = node("Conv", ["n4", "w", "b"], ["o"], pads=[1, 1, 1, 1])
+# What is a single number goes forward, into what reads it.
+FORWARD: dict[str, tuple[list[onnx.NodeProto], list[str]]] = {
+    "into a convolution without padding": ([*ACTIVATED, node("Conv", ["n4", "wide", "e"], ["o"])], ["Relu", "Conv"]),
+    "into one without bias, in groups": (
+        [*ACTIVATED, node("Conv", ["n4", "grouped"], ["o"], group=2)],
+        ["Relu", "Conv"],
+    ),
+    "past the addend, which padding keeps": ([*ACTIVATED, PADDED], ["Relu", "Add", "Conv"]),
+    "into two readers": (
+        [*ACTIVATED, PADDED, node("Conv", ["n4", "d"], ["o2"], group=4)],
+        ["Relu", "Add", "Conv", "Conv"],
+    ),
+    "a factor alone": ([*ACTIVATED[:2], node("MatMul", ["m", "u"], ["o"])], ["Relu", "MatMul"]),
+    "another reader": ([*ACTIVATED, PADDED, node("Neg", ["n4"], ["o2"])], ["Relu", "Mul", "Add", "Conv", "Neg"]),
+    "another reader of the multiple": (
+        [*ACTIVATED, PADDED, node("Neg", ["m"], ["o2"])],
+        ["Relu", "Mul", "Add", "Conv", "Neg"],
+    ),
+    "a factor per channel": (
+        [ACTIVATED[0], node("Mul", ["r", "f4"], ["m"]), node("Conv", ["m", "wide"], ["o"])],
+        ["Relu", "Mul", "Conv"],
+    ),
+    "zero": (
+        [ACTIVATED[0], node("Mul", ["r", "none"], ["m"]), node("Conv", ["m", "wide"], ["o"])],
+        ["Relu", "Mul", "Conv"],
+    ),
+}
+
 
 def run(model: bytes | Path, names: Sequence[str] | None = None) -> dict[str, Array]:
     return Runner(model).run({"x": X}, names)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES | FORWARD)
 def test_the_values_stay_what_they_are(tmp_path: Path, name: str) -> None:
-    nodes, kinds = CASES[name]
+    nodes, kinds = (CASES | FORWARD)[name]
     used = {value for n in nodes for value in n.input}
     constants = {key: value for key, value in PARTS.items() if key in used}
-    path = save(tmp_path / "m.onnx", nodes, {"x": ["N", 4, 6, 6]}, {"o": None}, constants)
+    outputs = {name: None for n in nodes for name in n.output if name in {"o", "o2"}}
+    path = save(tmp_path / "m.onnx", nodes, {"x": ["N", 4, 6, 6]}, outputs, constants)
     folded = fold(load(path).graph)
     assert sorted(n.op_type for n in folded.graph) == sorted(kinds)
-    found, expected = run(model_bytes(folded))["o"], run(path)["o"]
-    assert found.shape == expected.shape
-    # 36 products, factors and addends below 4 in magnitude: each of 50 roundings is off by 2^-24 of at most 36·4·4·4·4.
-    finite = np.isfinite(expected)
-    assert (np.isfinite(found) == finite).all()
-    assert np.abs(found[finite] - expected[finite]).max() <= 50 * 2.0**-24 * 36 * 4**4
-    assert np.abs(found[finite] - expected[finite]).max() <= 2.0**-16 * np.abs(expected[finite]).max()
+    for found, expected in zip(run(model_bytes(folded)).values(), run(path).values(), strict=True):
+        assert found.shape == expected.shape
+        # 36 products, factors and addends below 4 in magnitude: each of 50 roundings is off by 2^-24 of at most 36·4·4·4·4.
+        finite = np.isfinite(expected)
+        assert (np.isfinite(found) == finite).all()
+        assert np.abs(found[finite] - expected[finite]).max() <= 50 * 2.0**-24 * 36 * 4**4
+        assert np.abs(found[finite] - expected[finite]).max() <= 2.0**-16 * np.abs(expected[finite]).max()

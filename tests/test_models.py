@@ -198,7 +198,7 @@ CASES: dict[str, Case] = {
     "If of a constant": Case(
         [CONV, node("Relu", ["c"], ["r"]), node("If", ["k"], ["i"], **BRANCHES), node("Conv", ["i", "v"], ["y"])],
         {"w": W, "v": V, "two": TWO, "k": np.array(True)},
-        3,
+        2,  # the branch that is taken multiplies by a number, which goes into the convolution behind it
     ),
     "Loop": Case(
         [CONV, node("Loop", ["n", "", "c"], ["l"], body=LOOP), node("Conv", ["l", "k"], ["y"])],

@@ -341,3 +341,27 @@ def test_a_clip_to_what_is_no_number_stays_float(tmp_path: Path) -> None:
     ]
     assert [layer.operator for layer in done.sidecar.layers] == ["Conv", "Conv"]
     assert min(done.check.sqnr.values()) > 25
+
+
+@pytest.mark.parametrize(
+    "layers", [Layers(), Layers(everywhere=True), Layers(include=("s_node", "a_node", "d_node", "e_node"))]
+)
+def test_what_a_float_kernel_makes_is_rounded_behind_constants(tmp_path: Path, layers: Layers) -> None:
+    constants = {
+        "w": normal(8, 3, 3, 3, seed=1, scale=0.3),
+        "c": np.array([-0.5], np.float32),
+        "v": normal(8, 1, 3, 3, seed=2, scale=0.3),
+    }
+    nodes = [
+        node("Conv", ["x", "w"], ["d"]),
+        node("HardSwish", ["d"], ["s"]),
+        node("Add", ["s", "c"], ["a"]),
+        node("Conv", ["a", "v"], ["e"], group=8, pads=[1, 1, 1, 1]),
+        node("Relu", ["e"], ["y"]),
+    ]
+    recipe = Recipe(layers=layers, tune=Tune(effort="fast"))
+    done = converted(tmp_path, nodes, constants, normal(16, 3, 9, 9, seed=3), ["N", 3, 9, 9], recipe)
+    asked = layers != Layers()
+    assert [layer.operator for layer in done.plan.layers] == ["Conv", *(["HardSwish", "Add"] if asked else []), "Conv"]
+    assert ("s" in done.plan.tensors) == asked
+    assert "a" in done.plan.tensors

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from calibration.statistics import Statistics
-from quantcli import Conversion, Recipe, calibrate, convert
+from quantcli import Conversion, Recipe, calibrate, convert, evaluate
 from quantcli.arithmetic.affine import LARGEST_BIAS
 from quantcli.cli import run
 from quantcli.cli.convert import finer_options, warn_of_dead_channels
@@ -20,9 +20,10 @@ from quantcli.cli.terminal import Terminal
 from quantcli.errors import PlanError, UsageError
 from quantcli.fold import fold
 from quantcli.placement import place
-from quantcli.plan import LayerPlan, Plan, make_plan
-from quantcli.recipe import Activation, Layers, Multiplier, Weight, resolve_target
+from quantcli.plan import LayerPlan, Plan, felt, make_plan
+from quantcli.recipe import Activation, Layers, Multiplier, Tune, Weight, resolve_target
 from quantcli.rules import Arithmetic
+from quantcli.tune.wide import left_of
 from tests.graphs import Array, data_for, node, normal, save
 
 
@@ -316,3 +317,59 @@ def test_a_mask_is_kept_out_of_the_integers(tmp_path: Path) -> None:
     calibrate(path, data, tmp_path / "s.stats")
     again = convert(path, tmp_path / "again.onnx", tmp_path / "s.stats")
     assert again.plan == done.plan
+
+
+FELT: dict[str, tuple[onnx.NodeProto, tuple[float, float]]] = {
+    "HardSwish": (node("HardSwish", ["c"], ["y"]), (-3.0, np.inf)),
+    "HardSigmoid": (node("HardSigmoid", ["c"], ["y"], alpha=0.25, beta=0.5), (-2.0, 2.0)),
+    "a falling HardSigmoid": (node("HardSigmoid", ["c"], ["y"], alpha=-0.25), (-np.inf, np.inf)),
+    "Gelu": (node("Gelu", ["c"], ["y"]), (-5.5, np.inf)),
+    "LeakyRelu": (node("LeakyRelu", ["c"], ["y"]), (-np.inf, np.inf)),
+}
+
+
+@pytest.mark.parametrize("target", ["ort-x86", "npu-int8"])
+@pytest.mark.parametrize("name", FELT)
+def test_a_range_reaches_no_further_than_its_readers_tell_apart(tmp_path: Path, name: str, target: str) -> None:
+    function, (low, high) = FELT[name]
+    weight = normal(4, 3, 1, 1, seed=1, scale=8.0)
+    nodes = [node("Conv", ["x", "w"], ["c"]), function, node("Conv", ["y", "v"], ["z"])]
+    constants = {"w": weight, "v": normal(2, 4, 1, 1, seed=2)}
+    path = save(tmp_path / "m.onnx", nodes, {"x": ["N", 3, 8, 8]}, {"z": None}, constants, opset=20)
+    x = normal(8, 3, 8, 8, seed=3)
+    np.savez(tmp_path / "d.npz", x=x)
+    recipe = Recipe(target=target, tune=Tune(effort="fast"))
+    done = convert(path, tmp_path / "q.onnx", data=tmp_path / "d.npz", recipe=recipe, verified=True)
+    c = np.einsum("oi,nihw->nohw", weight[:, :, 0, 0].astype(np.float64), x.astype(np.float64))
+    tensor = done.plan.tensors["c"]
+    # A sum of three products in float32: 4 roundings of at most three times the largest product.
+    error = 4 * 2.0**-24 * 3 * np.abs(weight).max() * np.abs(x).max()
+    assert abs(tensor.lo[0] - max(c.min(), low)) <= error
+    assert abs(tensor.hi[0] - min(c.max(), high)) <= error
+    assert c.min() < -9
+    assert c.max() > 9
+    # Nor is that counted as lost which is cut: of values up to ±36, steps of 1/127 leave more than 30 dB.
+    told = evaluate(done.model, tmp_path / "d.npz", reference=path, layers=True, latency=False).layers
+    assert next(layer.sqnr for layer in told if layer.output == "c") > 30
+    assert left_of(fold(ir.load(path)), done.plan, [{"x": x}])["c"] > 30
+
+
+def test_who_else_reads_a_tensor_needs_all_of_it(tmp_path: Path) -> None:
+    conv, swish = node("Conv", ["x", "w"], ["c"]), node("HardSwish", ["c"], ["s"])
+    constants: dict[str, Array] = {"w": normal(4, 3, 1, 1, seed=1), "shape": np.array([0, -1], np.int64)}
+
+    def ends(*others: onnx.NodeProto, outputs: tuple[str, ...] = ("y",)) -> tuple[float, float]:
+        nodes = [conv, swish, *others]
+        used = {name for n in nodes for name in n.input}
+        held = {name: array for name, array in constants.items() if name in used}
+        path = save(tmp_path / "m.onnx", nodes, {"x": ["N", 3, 4, 4]}, dict.fromkeys(outputs), held)
+        return felt(next(v for n in ir.load(path).graph for v in n.outputs if v.name == "c"))
+
+    last = node("Relu", ["s"], ["y"])
+    assert ends(last) == (-3.0, np.inf)
+    assert ends(node("Add", ["s", "c"], ["y"])) == (-np.inf, np.inf)
+    assert ends(last, outputs=("y", "c")) == (-np.inf, np.inf)
+    assert ends(last, node("HardSigmoid", ["c"], ["z"], alpha=0.125), outputs=("y", "z")) == (-4.0, np.inf)
+    moved = node("Reshape", ["c", "shape"], ["r"])
+    assert ends(last, moved, node("HardSwish", ["r"], ["z"]), outputs=("y", "z")) == (-3.0, np.inf)
+    assert ends(last, moved, node("Neg", ["r"], ["z"]), outputs=("y", "z")) == (-np.inf, np.inf)

@@ -19,7 +19,7 @@ from calibration.hooks.onnxruntime import Runner
 from quantcli.arithmetic.affine import IntegerType, fixed_parameters
 from quantcli.fold import constant
 from quantcli.island import captured, single_node
-from quantcli.plan import activation_bounds, activation_parameters
+from quantcli.plan import activation_bounds, activation_parameters, felt
 from quantcli.probe import runnable
 from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.bias import BIASED, biased, corrected
@@ -182,6 +182,8 @@ class Sweep:
         found = self.by_outputs(value, (lo, hi), grid_of) if self.expected else None
         if found is None:
             weights, axis = self.importance(value)
+            ends = felt(value)
+            real, made = ([np.clip(array, *ends) for array in side] for side in (real, made))
             looked = look(real, made, weights, axis, self.steps.seed)
             more = (0.5,) if self.target.activation.power_of_two else ()
             enough = ENOUGH_COARSE if self.target.weights_are_coarser else ENOUGH

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantcli.fold import lifted
-from quantcli.plan import make_plan
+from quantcli.plan import felt, make_plan
 from quantcli.recipe import resolve_target
 from quantcli.tune.ranges import Grid
 from quantcli.tune.values import values_in_parts
@@ -126,7 +126,7 @@ def left_of(model: ir.Model, plan: Plan, feeds: Sequence[dict[str, NDArray[Any]]
     for found in values_in_parts(model, feeds, made, SAMPLES):  # what is fed is among it
         for name in lost.keys() & found.keys():
             if found[name].dtype == np.float32 and found[name].ndim:
-                lost[name].add(found[name])
+                lost[name].add(np.clip(found[name], *felt(values[name])))
     return {name: one.decibels for name, one in lost.items() if one.rows}
 
 
