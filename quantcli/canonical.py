@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,17 @@ from quantcli.fold import add_constant, constant
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+# The operator set that HardSwish came with.
+HARD_SWISH_OPSET = 14
+
+
+def writes_hard_swish_out(model: ir.Model) -> bool:
+    """Tell whether a model of an operator set without HardSwish computes it by others."""
+    older = model.opset_imports.get("", HARD_SWISH_OPSET) < HARD_SWISH_OPSET
+    return older and any(
+        node.op_type in {"Mul", "Div"} and not node.domain and hard_swish_of(node) is not None for node in model.graph
+    )
 
 
 def canonical(model: ir.Model) -> None:
@@ -136,6 +148,66 @@ def einsum(node: ir.Node, graph: ir.Graph) -> None:
     put(graph, node, *nodes)
 
 
+def hard_swish(node: ir.Node, graph: ir.Graph) -> None:
+    """x·clip(x + 3, 0, 6)/6, multiplied in any order, is HardSwish, and so is x·HardSigmoid(x) of its slope."""
+    x = hard_swish_of(node)
+    if x is not None and graph.opset_imports.get("", 0) >= HARD_SWISH_OPSET:
+        put(graph, node, ir.node("HardSwish", [x]))
+
+
+def hard_swish_of(node: ir.Node) -> ir.Value | None:
+    """Return what a node makes HardSwish of, where that is written out and nothing else reads what is made on the way."""
+    factors: list[ir.Value] = []
+    sixth, waiting = 1.0, [node]
+    while waiting and len(factors) <= 2:
+        step = waiting.pop()
+        for place, value in enumerate(step.inputs):
+            held, before = real_scalar(value), value.producer() if value is not None else None
+            if value is None:
+                return None
+            if held is not None:
+                sixth = sixth * held if step.op_type == "Mul" else sixth / held if place == 1 and held else 0.0
+            elif (
+                before is not None and before.op_type in {"Mul", "Div"} and not before.domain and only_read_once(value)
+            ):
+                waiting.append(before)
+            elif step.op_type == "Mul" or place == 0:
+                factors.append(value)
+            else:
+                return None
+    for x, gate in (tuple(factors), tuple(factors)[::-1]) if len(factors) == 2 else ():
+        slope, rank = gate_slope(gate, x), rank_of(x)
+        alike = rank is not None and rank == rank_of(node.outputs[0])
+        if alike and slope is not None and math.isclose(slope * sixth, 1 / 6, rel_tol=1e-6):
+            return x
+    return None
+
+
+def gate_slope(gate: ir.Value, x: ir.Value) -> float | None:
+    """Return the slope of a gate that rises from 0 at x = −3 to its end at 3; None for anything else."""
+    made = gate.producer()
+    if made is None or made.domain or not only_read_once(gate):
+        return None
+    if made.op_type == "HardSigmoid" and made.inputs[0] is x:
+        slope, middle = made.attributes.get_float("alpha", 0.2), made.attributes.get_float("beta", 0.5)
+        return slope if math.isclose(slope, 1 / 6, rel_tol=1e-6) and middle == 0.5 else None
+    if made.op_type != "Clip" or [real_scalar(bound) for bound in made.inputs[1:]] != [0.0, 6.0]:
+        return None
+    moved = made.inputs[0].producer() if made.inputs[0] is not None else None
+    if moved is None or moved.op_type != "Add" or moved.domain or not only_read_once(made.inputs[0]):
+        return None
+    return (
+        1.0
+        if any(one is x and real_scalar(other) == 3.0 for one, other in (moved.inputs, moved.inputs[::-1]))
+        else None
+    )
+
+
+def only_read_once(value: ir.Value | None) -> bool:
+    """Tell whether a tensor has one reader, and is not given out."""
+    return value is not None and len(value.uses()) == 1 and not value.is_graph_output()
+
+
 FORMS: dict[str, Callable[[ir.Node, ir.Graph], None]] = {
     "Sub": subtraction,
     "Max": extreme,
@@ -144,4 +216,6 @@ FORMS: dict[str, Callable[[ir.Node, ir.Graph], None]] = {
     "ReduceMean": mean,
     "Sum": total,
     "Einsum": einsum,
+    "Mul": hard_swish,
+    "Div": hard_swish,
 }

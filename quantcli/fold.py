@@ -83,7 +83,7 @@ def quiet(*loggers: str) -> Iterator[None]:
 
 def folded_copy(model: ir.Model, opset: int, matrices: bool) -> ir.Model:
     """Return a copy of a float model after every rewrite."""
-    from quantcli.canonical import canonical
+    from quantcli.canonical import HARD_SWISH_OPSET, canonical, writes_hard_swish_out
     from quantcli.dense import as_matrices
     from quantcli.factors import fold_factors
     from quantcli.recurrent import plain_recurrent
@@ -106,6 +106,8 @@ def folded_copy(model: ir.Model, opset: int, matrices: bool) -> ir.Model:
             split_addend(node)
         elif node.op_type == "AveragePool" and node.domain == "":
             plain_average_pool(node)
+    if writes_hard_swish_out(folded):
+        folded = lifted(folded, HARD_SWISH_OPSET) or folded
     canonical(folded)
     plain_recurrent(folded)
     fold_factors(folded)
