@@ -9,10 +9,12 @@ import numpy as np
 import onnx
 import pytest
 
+from quantcli import Recipe, convert
 from quantcli.cli import run
 from quantcli.joined import Parts, parted, parts_of, parts_within
 from quantcli.load import load
-from tests.graphs import ints, node, normal, save
+from quantcli.recipe import Tune
+from tests.graphs import data_for, ints, node, normal, save
 
 JOINED = node("Concat", ["x", "s"], ["j"], axis=1)
 FLAT = {"flat": ints(0, 6, -1), "split": ints(0, 2, 3, 5, 5), "back": ints(0, -1, 6)}
@@ -60,7 +62,8 @@ def test_of_many_parts_the_lowest_are_shown() -> None:
     assert list(parts_within("o", {**figures, "p[0:1]": -9.0}).values()) == [0.0, 3.0, 1.0, 2.0]
 
 
-def test_what_is_left_of_scores_is_told_beside_boxes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def detector(path: Path) -> Path:
+    """Write a net that gives boxes in hundreds of pixels and scores out as one tensor."""
     constants = {"w": normal(4, 3, 1, 1, seed=1, scale=100), "v": normal(6, 3, 1, 1, seed=2)}
     nodes = [
         node("Conv", ["x", "w"], ["boxes"]),
@@ -68,7 +71,11 @@ def test_what_is_left_of_scores_is_told_beside_boxes(tmp_path: Path, capsys: pyt
         node("Sigmoid", ["l"], ["s"]),
         node("Concat", ["boxes", "s"], ["o"], axis=1),
     ]
-    model = save(tmp_path / "m.onnx", nodes, {"x": ["N", 3, 5, 5]}, {"o": None}, constants)
+    return save(path, nodes, {"x": ["N", 3, 5, 5]}, {"o": None}, constants)
+
+
+def test_what_is_left_of_scores_is_told_beside_boxes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = detector(tmp_path / "m.onnx")
     np.savez(tmp_path / "d.npz", x=normal(12, 3, 5, 5, seed=3))
     given = ["--data", str(tmp_path / "d.npz")]
     assert run(["convert", str(model), *given, "-o", str(tmp_path / "q.onnx")]) == 0
@@ -78,3 +85,17 @@ def test_what_is_left_of_scores_is_told_beside_boxes(tmp_path: Path, capsys: pyt
     found = json.loads(capsys.readouterr().out)["parts_db"]
     assert list(found) == ["o[:, 0:4]", "o[:, 4:10]"]
     assert all(value > 20 for value in found.values())
+
+
+@pytest.mark.parametrize(("wished", "both"), [(None, True), (True, False)])
+def test_bias_correction_is_tried_both_ways_where_scores_stand_beside_boxes(
+    tmp_path: Path, wished: bool | None, both: bool
+) -> None:
+    done = convert(
+        detector(tmp_path / "m.onnx"),
+        tmp_path / "q.onnx",
+        data=data_for(tmp_path / "d.npz", 48, x=(3, 5, 5)),
+        recipe=Recipe(tune=Tune(bias=wished)),
+    )
+    swept = {"bias" in one.name for one in done.tuned.tries[1:]}
+    assert swept == ({True, False} if both else {True})
