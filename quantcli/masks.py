@@ -3,7 +3,7 @@
 Attention adds a mask to its scores, or fills them with one: 0 where a token may be looked at, and −10⁴, the lowest float32 or
 −infinity where not. A grid of 8 bits that reaches down to it has hardly an integer for the scores, and one that does not lets what
 was masked through. So the sum stays float, and what comes of it, up to the softmax. What a Clip leaves hardly anything of is not
-resolved either.
+resolved either, nor is what a detector gives out as one tensor: boxes in hundreds of pixels, and scores that end at 1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from quantcli.fold import constant
 from quantcli.recipe import resolve_target
-from quantcli.rules import FILLING
+from quantcli.rules import FILLING, RULES
 from quantcli.scores import MOVING, TOGETHER, operands_of, scores
 
 if TYPE_CHECKING:
@@ -46,8 +46,9 @@ def unresolvable(model: ir.Model, statistics: Mapping[str, TensorStatistics], re
         recipe: What the user wants: wider grids resolve more.
     """
     barred = {name for name, seen in statistics.items() if seen.minimum < LOWEST_DATA or seen.maximum > HIGHEST_DATA}
-    barred |= crushed(model, statistics)
-    lowest = -FILLING * max(1.0, 2.0 ** (resolve_target(recipe).activation.width - 11))
+    width = resolve_target(recipe).activation.width
+    barred |= crushed(model, statistics) | drowned(model, statistics, FAR * 2.0 ** (width - 8))
+    lowest = -FILLING * max(1.0, 2.0 ** (width - 11))
     return with_followers(model, barred, lambda node: masks_of(node, statistics, lowest))
 
 
@@ -73,6 +74,36 @@ def crushed(model: ir.Model, statistics: Mapping[str, TensorStatistics]) -> set[
         if len(extents) == 3 and 0 < extents[2] < extents[0] * extents[1] * LEAST_OUTPUT:
             found.add(str(made[0].name))  # who reads what is left has a grid of its own for it
     return found
+
+
+def drowned(model: ir.Model, statistics: Mapping[str, TensorStatistics], far: float) -> set[str]:
+    """Return the outputs of Concats that join what reaches so many times as far as another operand, as far as is known.
+
+    Only where no product reads what is joined: its weights could make a small operand count for as much as a large one, and
+    training sees to it that rounding it matters little.
+    """
+    found: set[str] = set()
+    for node in model.graph:
+        if node.op_type != "Concat" or node.domain:
+            continue
+        extents = [max(-low, high) for low, high in (range_of(value, statistics) for value in operands_of(node))]
+        known = [extent for extent in extents if extent]
+        if known and max(known) >= far * min(known) and not multiplied(node):
+            found.add(str(node.outputs[0].name))
+    return found
+
+
+def multiplied(node: ir.Node) -> bool:
+    """Tell whether a product reads what a node makes, or what is made of it."""
+    waiting, seen = list(node.outputs), set(node.outputs)
+    while waiting:
+        for user in waiting.pop().consumers():
+            if user.op_type in PRODUCTS:
+                return True
+            new = [value for value in user.outputs if value not in seen]
+            seen.update(new)
+            waiting += new
+    return False
 
 
 def possible(model: ir.Model) -> frozenset[str]:
@@ -121,5 +152,7 @@ def range_of(value: ir.Value, statistics: Mapping[str, TensorStatistics]) -> tup
     seen, producer = statistics.get(str(value.name)), value.producer()
     if seen is not None:
         return min(seen.minimum, 0.0), max(seen.maximum, 0.0)
+    if producer is not None and (rule := RULES.get(producer.op_type)) is not None and rule.fixed is not None:
+        return rule.fixed
     source = producer.inputs[0] if producer is not None and producer.op_type in MOVING else None
     return (0.0, 0.0) if source is None else range_of(source, statistics)

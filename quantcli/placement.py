@@ -148,7 +148,8 @@ def place(model: ir.Model, recipe: Recipe, barred: frozenset[str] = frozenset())
         if masked := next((v for v in (*node.inputs, *node.outputs) if v is not None and v.name in barred), None):
             excluded.setdefault(
                 node,
-                f"'{masked.name}' spans a range that no integer grid resolves: a mask's, or one far below what makes it",
+                f"'{masked.name}' spans a range that no integer grid resolves: a mask's, one far below what makes it, "
+                "or that of large and small values joined, as boxes and scores are",
             )
     reasons = {node: reason for node in nodes if (reason := why_float(node, excluded)) is not None}
     stored = stored_by(target, [node for node in nodes if node not in reasons and node not in forced], reasons)
@@ -350,6 +351,7 @@ class Placing:
                 return "the convolution behind it is integer, and bytes are pooled faster than reals", None
             return "it moves integers", None if moves else "its data is float, and it only moves it"
         rounds = bool(floats) or len(data) < len(layer.operands())  # what is no integer yet, or a constant
+        rounds |= layer.node.op_type == "Concat"  # which brings all that it joins to one grid
         if rounds and len(floats) < len(data) and self.joins_for_nothing(layer):
             return "", "it would round what only float operators read"
         if not floats and data:
@@ -361,17 +363,18 @@ class Placing:
         return "", "an island: its operands are float, and it alone is not worth quantizing them"
 
     def joins_for_nothing(self, layer: PlacedLayer) -> bool:
-        """Tell whether several tensors would be rounded to one grid and nothing in integers came of it: a ViT's embeddings."""
+        """Tell whether several tensors would be rounded to one grid and nothing in integers came of it.
+
+        So it is with a ViT's embeddings, and with the boxes and scores that a detector gives out as one tensor.
+        """
         joins = self.pays and layer.node.op_type in JOINING and layer.node not in self.forced
         return joins and not any(map(self.goes_on, layer.outputs))
 
     def goes_on(self, value: ir.Value) -> bool:
-        """Tell whether operators that could be integer lead from a value to a layer that accumulates, or out of the model."""
+        """Tell whether operators that could be integer lead from a value to a layer that accumulates."""
         pending, seen = [value], {value}
         while pending:
             found = pending.pop()
-            if found.is_graph_output():
-                return True
             for user in found.consumers():
                 if user in self.reasons or user.op_type not in RULES:
                     continue

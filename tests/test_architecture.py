@@ -48,6 +48,7 @@ ORDER = [
         "quantcli.recurrent",
         "quantcli.shapes",
         "quantcli.scores",
+        "quantcli.joined",
         "quantcli.randomness",
         "quantcli.precision",
         "quantcli.probe",

@@ -16,7 +16,7 @@ from calibration.hooks.onnxruntime import Runner
 from quantcli import Conversion, convert, verify
 from quantcli.cli import run
 from quantcli.recipe import Layers, Recipe, Tune
-from tests.graphs import Array, Shape, node, normal, save
+from tests.graphs import Array, Shape, node, normal, save, weight
 
 LENGTH, WIDTH = 6, 16
 PLAIN = Recipe(tune=Tune(smooth=False))
@@ -237,6 +237,49 @@ def test_embeddings_are_joined_in_float_where_float_operators_read_them(
         reasons = {found.name: found.reason for found in done.plan.floats}
         assert reasons["k_node"] == "it would round what only float operators read"
         assert reasons["e_node"].startswith("an island")
+
+
+def detector(folder: Path, target: str, pixels: float, last: str = "Transpose") -> Conversion:
+    """Boxes in so many pixels and scores up to 1 as one tensor, and then moved, or multiplied."""
+    constants = {
+        "w": normal(4, 3, 1, 1, seed=1, scale=pixels),
+        "v": normal(6, 3, 1, 1, seed=2),
+        "u": weight(5, 10, 1, 1),
+    }
+    nodes = [
+        node("Conv", ["x", "w"], ["boxes"]),
+        node("Conv", ["x", "v"], ["l"]),
+        node("Sigmoid", ["l"], ["scores"]),
+        node("Concat", ["boxes", "scores"], ["j"], axis=1),
+        node("Transpose", ["j"], ["y"]) if last == "Transpose" else node("Conv", ["j", "u"], ["y"]),
+    ]
+    recipe = Recipe(target=target, tune=Tune(effort="fast"))
+    return converted(folder, nodes, constants, normal(8, 3, 5, 5, seed=3), ["N", 3, 5, 5], recipe)
+
+
+@pytest.mark.parametrize(
+    ("target", "pixels", "why"),
+    [
+        ("ort-x86", 1, "it would round what only float operators read"),
+        ("ort-x86", 100, "'j' spans a range that no integer grid resolves"),
+        ("npu-int8", 100, "'j' spans a range that no integer grid resolves"),
+    ],
+)
+def test_scores_are_not_rounded_to_the_grid_of_boxes(tmp_path: Path, target: str, pixels: float, why: str) -> None:
+    done = detector(tmp_path, target, pixels)
+    reasons = {found.name: found.reason for found in done.plan.floats}
+    assert reasons["j_node"].startswith(why)
+    x = normal(4, 3, 5, 5, seed=4)
+    scores = [Runner(path).run({"x": x})["y"].T[:, 4:] for path in (tmp_path / "m.onnx", done.model)]
+    # Of logits, half a step each of |x| ≤ 4 times Σ|v| ≤ 6, of |v| ≤ 2 times Σ|x| ≤ 12, and of logits within 7; slopes of 1/4 at
+    # most, and half a step of scores: (4/127·6 + 2/127·12 + 7/127)/8 + 1/254. One of the boxes' steps is above 1.
+    assert np.abs(scores[0] - scores[1]).max() < 0.07
+
+
+@pytest.mark.parametrize("target", ["ort-x86", "npu-int8"])
+def test_what_a_product_reads_is_joined_in_integers(tmp_path: Path, target: str) -> None:
+    done = detector(tmp_path, target, 100, "Conv")
+    assert "j_node" in {layer.name for layer in done.plan.layers}
 
 
 CHANGES = {"accumulator_scale": [1.0], "clamp": [0, 255]}

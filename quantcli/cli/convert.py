@@ -226,8 +226,11 @@ def show(terminal: Terminal, done: Conversion) -> None:
     terminal.say(f"size: {sizes[0]:,} → {sizes[1]:,} bytes ({sizes[1] / sizes[0]:.0%})")
     if done.check.speed is not None and here:
         terminal.say(f"speed: about {done.check.speed:.2f} times float's, {samples(done.check.batch)} at once")
+    from quantcli.joined import parts_within
+
     for name, value in done.check.sqnr.items():
-        terminal.say(f"self-check: output '{name}' SQNR {value:.1f} dB over {samples(done.check.samples)}")
+        parts = "".join(f", '{part}' {at:.1f} dB" for part, at in parts_within(name, done.check.parts).items())
+        terminal.say(f"self-check: output '{name}' SQNR {value:.1f} dB over {samples(done.check.samples)}{parts}")
     terminal.say(f"{done.sidecar_path}: the sidecar")
     if done.embedded is not None:
         source_in_c(terminal, done.embedded, done.model.parent)
@@ -441,6 +444,7 @@ def as_document(done: Conversion) -> dict[str, Any]:
         "self_check": {
             "samples": done.check.samples,
             "sqnr_db": done.check.sqnr,
+            "parts_db": done.check.parts,
             "low": done.check.low,
             "speed": done.check.speed,
             "suspects": [

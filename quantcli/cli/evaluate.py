@@ -194,7 +194,11 @@ def show(terminal: Terminal, found: Evaluation) -> None:
         rows.append(
             ("memory (MB, first batch)", f"{before / 1e6:.1f}", f"{after / 1e6:.1f}", f"{after / max(before, 1):.0%}")
         )
-    rows.extend((f"SQNR of '{name}' (dB)", "", f"{value:.2f}", "") for name, value in found.sqnr.items())
+    from quantcli.joined import parts_within
+
+    for output, sqnr in found.sqnr.items():
+        each = {output: sqnr, **parts_within(output, found.parts)}
+        rows.extend((f"SQNR of '{name}' (dB)", "", f"{value:.2f}", "") for name, value in each.items())
     terminal.table(samples(found.samples), ("", ">float", ">quantized", ">"), rows)
     show_kernels(terminal, found)
     if found.layers:
@@ -252,6 +256,7 @@ def as_document(found: Evaluation) -> dict[str, Any]:
         "float": found.reference,
         "drop": found.drop,
         "sqnr_db": found.sqnr,
+        "parts_db": found.parts,
         "bytes": found.size,
         "memory": None if found.memory is None else {"float_bytes": found.memory[0], "bytes": found.memory[1]},
         "float_bytes": found.reference_size,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from quantcli.errors import OutputError
 from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs, worst
 from quantcli.evaluation.metrics import Comparison
 from quantcli.integer.held import Held
+from quantcli.joined import parts_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,6 +48,7 @@ class SelfCheck:
         suspects: Where an output lies below 10 dB, the layers that lost most.
         speed: Float time ÷ quantized time over a few runs, roughly; None where that would take long, or hardly any time.
         batch: How many samples each of those runs had: one, unless the model fixes another number.
+        parts: The SQNR of every part of outputs that are joined from several tensors, in dB.
     """
 
     samples: int
@@ -54,6 +56,7 @@ class SelfCheck:
     suspects: tuple[LayerSqnr, ...]
     speed: float | None = None
     batch: int = 1
+    parts: dict[str, float] = field(default_factory=dict)
 
     @property
     def slow(self) -> bool:
@@ -106,15 +109,18 @@ def self_check(
                 f"output '{name}' of the quantized model is not finite",
                 "something small may be zero on its grid, and divided by: exclude what gives it, or give activations more bits",
             )
-    comparison = Comparison()
+    comparison = Comparison(parts_of(source.graph))
     comparison.update(reference, result)
-    sqnr = {name: difference.sqnr for name, difference in comparison.outputs.items()}
+    sqnr, parts = (
+        {name: difference.sqnr for name, difference in found.items()}
+        for found in (comparison.outputs, comparison.parts)
+    )
     suspects: tuple[LayerSqnr, ...] = ()
     if any(value < LOW_SQNR for value in sqnr.values()):
         held = Held.of_bytes(written) if isinstance(written, bytes) else Held.of_file(written)
         suspects = tuple(worst(layer_sqnrs(source.graph, held.model, sidecar, [feeds])))
     count, batch = (len(next(iter(rows.values()))) for rows in (feeds, one))
-    return SelfCheck(count, sqnr, suspects, speed, batch)
+    return SelfCheck(count, sqnr, suspects, speed, batch, parts)
 
 
 def outputs_of_program(

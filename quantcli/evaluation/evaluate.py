@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from quantcli.evaluation.kernels import Kernel, kernels
 from quantcli.evaluation.latency import Latency, measure
 from quantcli.evaluation.metrics import LABEL_METRICS, METRICS, Asked, Comparison, TopK, function_of, scores_of
 from quantcli.files import path_of, path_or_none
+from quantcli.joined import parts_of
 from quantcli.load import LoadedModel, Opening, load
 from quantcli.progress import Progress, silent
 from quantcli.randomness import check_repeatable
@@ -58,6 +59,7 @@ class Evaluation:
         layers: Every layer's SQNR, in graph order; empty where it was not asked for.
         kernels: What each operator takes in the quantized model as the runtime runs it; empty where it was not asked for.
         reference_kernels: The same of the float model.
+        parts: The SQNR of every part of outputs that are joined from several tensors, in dB.
         memory: By how many bytes running float and quantized model raises a process's peak; None where it was not asked for.
     """
 
@@ -73,6 +75,7 @@ class Evaluation:
     kernels: tuple[Kernel, ...] = ()
     reference_kernels: tuple[Kernel, ...] = ()
     memory: tuple[int, int] | None = None
+    parts: dict[str, float] = field(default_factory=dict)
 
     @property
     def drop(self) -> float | None:
@@ -150,7 +153,7 @@ def evaluate(
     check_metric(metric, dataset, source)
     indices = select(len(dataset), selection)
     batch = fitted_batch(runner.inputs, batch)
-    measuring = Measuring(metric)
+    measuring = Measuring(metric, source)
     first: dict[str, NDArray[Any]] = {}
     for start, feeds in zip(range(0, len(indices), batch), batches(dataset, indices, batch), strict=True):
         rows = indices[start : start + batch]
@@ -184,6 +187,7 @@ def evaluate(
         (footprint(source.runnable, first, threads), footprint(candidate.runnable, first, threads))
         if memory and source is not None and candidate is not None
         else None,
+        {name: difference.sqnr for name, difference in measuring.comparison.parts.items()},
     )
 
 
@@ -192,14 +196,15 @@ class Measuring:
 
     Args:
         metric: Its name, or ``module:function``.
+        source: The float model; None where there is none.
     """
 
-    def __init__(self, metric: str) -> None:
+    def __init__(self, metric: str, source: LoadedModel | None) -> None:
         self.metric = metric
         self.function = function_of(metric) if ":" in metric else None
         self.tops = [TopK(LABEL_METRICS.get(metric, 1)) for _ in range(2)]
         self.asked = Asked(metric), Asked(metric)
-        self.comparison = Comparison()
+        self.comparison = Comparison({} if source is None else parts_of(source.graph))
 
     def update(
         self,

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.errors import DataError
+from quantcli.joined import parted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
+
+    from quantcli.joined import Parts
 
 LABEL_METRICS = {"top1": 1, "top5": 5}
 FLOAT_METRICS = ("sqnr", "mse", "psnr", "cosine")
@@ -184,12 +187,24 @@ def decibels(signal: float, noise: float) -> float:
 
 @dataclass
 class Comparison:
-    """A model's outputs against the float model's, output by output."""
+    """A model's outputs against the float model's, output by output.
 
+    Attributes:
+        joined: The parts of outputs that are joined from several tensors, by the outputs' names.
+        outputs: What was counted of each output.
+        parts: The same of each part, by its name.
+    """
+
+    joined: Mapping[str, Parts] = field(default_factory=dict)
     outputs: dict[str, Difference] = field(default_factory=dict)
+    parts: dict[str, Difference] = field(default_factory=dict)
 
     def update(self, reference: dict[str, NDArray[Any]], result: dict[str, NDArray[Any]]) -> None:
         """Count a batch of outputs; those that are not real numbers are left out."""
         for name, values in reference.items():
             if values.dtype.kind == "f" and name in result and result[name].shape == values.shape:
                 self.outputs.setdefault(name, Difference()).update(values, result[name])
+                if name in self.joined:
+                    ours, theirs = (parted({name: array}, self.joined) for array in (values, result[name]))
+                    for part, array in ours.items():
+                        self.parts.setdefault(part, Difference()).update(array, theirs[part])

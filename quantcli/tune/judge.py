@@ -9,6 +9,7 @@ import numpy as np
 
 from calibration.hooks.onnxruntime import Runner
 from quantcli.evaluation.metrics import Comparison
+from quantcli.joined import parted, parts_of
 from quantcli.plan import make_plan
 from quantcli.probe import model_bytes, runnable
 from quantcli.quantize import quantize
@@ -36,9 +37,9 @@ class Judge:
     """
 
     def __init__(self, model: ir.Model, batches: Sequence[dict[str, NDArray[Any]]], recipe: Recipe) -> None:
-        self.model, self.batches, self.recipe = model, batches, recipe
+        self.model, self.batches, self.recipe, self.joined = model, batches, recipe, parts_of(model)
         runner = Runner(runnable(model), what="the folded model")
-        self.expected = [runner.run(feeds) for feeds in batches]
+        self.expected = [parted(runner.run(feeds), self.joined) for feeds in batches]
         self.counted: frozenset[str] = frozenset()
 
     def sqnr(self, candidate: Candidate) -> float:
@@ -60,11 +61,11 @@ class Judge:
         return float(np.mean(values)) if values else 0.0
 
     def compared(self, candidate: Candidate, recipe: Recipe) -> dict[str, Difference]:
-        """Return how a candidate's outputs differ from float's, by name."""
+        """Return how a candidate's outputs differ from float's, by name; of those that are joined, each part."""
         plan = make_plan(candidate.model, candidate.statistics, recipe, candidate.tuning)
         runner = Runner(model_bytes(WRITERS["qdq"](quantize(candidate.model, plan))), what="a candidate")
         comparison = Comparison()
         steps = {name: plan.tensors[name].scale[0] for name in runner.outputs if name in plan.tensors}
         for feeds, expected in zip(self.batches, self.expected, strict=True):
-            comparison.update(*logarithms(expected, runner.run(feeds), steps))
+            comparison.update(*logarithms(expected, parted(runner.run(feeds), self.joined), steps))
         return comparison.outputs

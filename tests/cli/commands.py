@@ -25,6 +25,7 @@ FIELDS = [
     "float",
     "drop",
     "sqnr_db",
+    "parts_db",
     "bytes",
     "memory",
     "float_bytes",
