@@ -13,13 +13,15 @@ import numpy as np
 from onnx_ir.passes import common as passes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import onnx_ir as ir
     from numpy.typing import NDArray
 
 # So many parts of an output are shown: scores of many levels say the same.
 SHOWN = 4
+# Parts are unlike quantities where one reaches so many times as far as another.
+UNLIKE = 32
 # What is followed back from an output.
 MOVES = frozenset({"Identity", "Reshape", "Transpose"})
 
@@ -114,6 +116,24 @@ def parted(outputs: Mapping[str, NDArray[Any]], parts: Mapping[str, Parts]) -> d
         else:
             found[name] = values
     return found
+
+
+def unlike(batches: Iterable[Mapping[str, NDArray[Any]]], parts: Mapping[str, Parts]) -> bool:
+    """Tell whether some output is joined from unlike quantities, as boxes and scores are, and the scores of several levels are not.
+
+    Args:
+        batches: The outputs in parts (`parted`).
+        parts: The parts.
+    """
+    reach: dict[str, float] = {}
+    for values in batches:
+        for name, array in values.items():
+            reach[name] = max(reach.get(name, 0.0), float(np.abs(array).max(initial=0.0)))
+    for output, one in parts.items():
+        known = [reach[name] for name in one.names(output) if reach.get(name)]
+        if known and max(known) >= UNLIKE * min(known):
+            return True
+    return False
 
 
 def parts_within(output: str, found: Mapping[str, float]) -> dict[str, float]:

@@ -62,9 +62,9 @@ def test_of_many_parts_the_lowest_are_shown() -> None:
     assert list(parts_within("o", {**figures, "p[0:1]": -9.0}).values()) == [0.0, 3.0, 1.0, 2.0]
 
 
-def detector(path: Path) -> Path:
-    """Write a net that gives boxes in hundreds of pixels and scores out as one tensor."""
-    constants = {"w": normal(4, 3, 1, 1, seed=1, scale=100), "v": normal(6, 3, 1, 1, seed=2)}
+def detector(path: Path, pixels: float = 100) -> Path:
+    """Write a net that gives boxes in so many pixels and scores out as one tensor."""
+    constants = {"w": normal(4, 3, 1, 1, seed=1, scale=pixels), "v": normal(6, 3, 1, 1, seed=2)}
     nodes = [
         node("Conv", ["x", "w"], ["boxes"]),
         node("Conv", ["x", "v"], ["l"]),
@@ -87,12 +87,12 @@ def test_what_is_left_of_scores_is_told_beside_boxes(tmp_path: Path, capsys: pyt
     assert all(value > 20 for value in found.values())
 
 
-@pytest.mark.parametrize(("wished", "both"), [(None, True), (True, False)])
+@pytest.mark.parametrize(("wished", "pixels", "both"), [(None, 100, True), (True, 100, False), (None, 1, False)])
 def test_bias_correction_is_tried_both_ways_where_scores_stand_beside_boxes(
-    tmp_path: Path, wished: bool | None, both: bool
+    tmp_path: Path, wished: bool | None, pixels: float, both: bool
 ) -> None:
     done = convert(
-        detector(tmp_path / "m.onnx"),
+        detector(tmp_path / "m.onnx", pixels),
         tmp_path / "q.onnx",
         data=data_for(tmp_path / "d.npz", 48, x=(3, 5, 5)),
         recipe=Recipe(tune=Tune(bias=wished)),

@@ -10,8 +10,8 @@ default  one sweep over 64 samples, 256 for coarse weights: ranges and weight sc
          kept swept once more over all samples; on the equalized model where that is predicted to pay, and on both with one
          scale per tensor, unless much is predicted; with scales of powers of two on the centred and aligned one, and there the
          best one with compensation, too; without ranges by error, where that was no better than nothing; without bias correction
-         where an output is joined from several tensors: a mean error over all places is that of places without objects, and
-         moves the scores of those with one. The error of a range
+         where an output is joined from unlike tensors, as boxes and scores are: a mean error over all places is that of places
+         without objects, and moves the scores of those with one. The error of a range
          is that of the model's outputs where the model is small, and that of the tensor's readers elsewhere. Where next to
          nothing is left of the outputs, with 16 bits for the activations that 8 hold worst, on targets that have both
 best     sweeps over 256 samples: the above, with the outputs' error of larger models, too; and then each of the two errors,
@@ -143,7 +143,7 @@ def tune(
             trying.attempt(choice.toggled("equalize"))
     if trying.found and recipe.tune.compensation is None and compensated_both_ways(resolve_target(recipe)):
         trying.attempt(trying.best.toggled("compensation"))
-    if trying.found and recipe.tune.bias is None and judge.joined:
+    if trying.found and recipe.tune.bias is None and judge.unlike:
         trying.attempt(trying.best.toggled("bias"))
     again = open_steps(recipe, observe is not None, trying.images) if recipe.tune.effort == "best" else []
     if not again and recipe.tune.ranges is None and all(one.sqnr <= found[0][0].sqnr for one, _ in trying.found):

@@ -9,7 +9,7 @@ import numpy as np
 
 from calibration.hooks.onnxruntime import Runner
 from quantcli.evaluation.metrics import Comparison
-from quantcli.joined import parted, parts_of
+from quantcli.joined import parted, parts_of, unlike
 from quantcli.plan import make_plan
 from quantcli.probe import model_bytes, runnable
 from quantcli.quantize import quantize
@@ -40,6 +40,7 @@ class Judge:
         self.model, self.batches, self.recipe, self.joined = model, batches, recipe, parts_of(model)
         runner = Runner(runnable(model), what="the folded model")
         self.expected = [parted(runner.run(feeds), self.joined) for feeds in batches]
+        self.unlike = unlike(self.expected, self.joined)
         self.counted: frozenset[str] = frozenset()
 
     def sqnr(self, candidate: Candidate) -> float:
