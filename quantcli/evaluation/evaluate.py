@@ -14,6 +14,7 @@ from calibration.datasets import (
     fitted_batch,
     fixes_batch,
     open_dataset,
+    samples_in,
     select,
     single,
 )
@@ -282,7 +283,7 @@ def check_metric(metric: str, dataset: Dataset, source: LoadedModel | None) -> N
 
 def run_padded(runner: Runner | ProgramRunner, feeds: dict[str, NDArray[Any]], batch: int) -> dict[str, NDArray[Any]]:
     """Run a batch; where the model fixes its batch size and the last batch is short, fill it up and cut the outputs again."""
-    count = len(next(iter(feeds.values())))
+    count = samples_in(feeds)
     if not fixes_batch(runner.inputs) or count == batch:
         return runner.run(feeds)
     filled = {
