@@ -10,7 +10,7 @@ import numpy as np
 from calibration.datasets import (
     Dataset,
     Selection,
-    batches,
+    boundaries,
     fitted_batch,
     fixes_batch,
     open_dataset,
@@ -153,13 +153,14 @@ def evaluate(
     batch = fitted_batch(runner.inputs, batch)
     measuring = Measuring(metric)
     first: dict[str, NDArray[Any]] = {}
-    for start, feeds in zip(range(0, len(indices), batch), batches(dataset, indices, batch), strict=True):
-        rows = indices[start : start + batch]
+    for start, stop in boundaries(dataset, indices, batch):
+        rows = indices[start:stop]
+        feeds = dataset.read(rows)
         first = first or feeds
         expected = run_padded(float_runner, feeds, batch) if float_runner is not None else {}
         labelled = dataset.labels[rows] if dataset.labels is not None else None
         measuring.update(run_padded(runner, feeds, batch), expected, labelled)
-        progress("evaluate", start + len(rows), len(indices))
+        progress("evaluate", stop, len(indices))
     value, reference_value = measuring.values(dataset.labels[indices] if dataset.labels is not None else None)
     timing = None
     one = single(runner.inputs, first)
