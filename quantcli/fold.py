@@ -86,6 +86,7 @@ def folded_copy(model: ir.Model, opset: int, matrices: bool) -> ir.Model:
     from quantcli.canonical import canonical
     from quantcli.dense import as_matrices
     from quantcli.factors import fold_factors
+    from quantcli.functions import composed
     from quantcli.recurrent import plain_recurrent
     from quantcli.transposes import without_transposes
 
@@ -98,6 +99,8 @@ def folded_copy(model: ir.Model, opset: int, matrices: bool) -> ir.Model:
     folded = simplify(folded)
     if (fewer := without_transposes(folded)) is not None:
         folded = simplify(fewer)
+    if matrices and (whole := composed(folded)) is not None:
+        folded = simplify(whole)
     for node in list(folded.graph):
         if node.op_type == "BatchNormalization" and node.domain == "":
             plain_batch_norm(node)

@@ -44,6 +44,7 @@ ORDER = [
         "quantcli.canonical",
         "quantcli.transposes",
         "quantcli.factors",
+        "quantcli.functions",
         "quantcli.recurrent",
         "quantcli.shapes",
         "quantcli.scores",
