@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calibration.datasets.dataset import samples_in
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -74,7 +76,7 @@ class Light:
             return None
         whole.rest()
         hook, places = shortcut.build(settled)
-        rows = len(next(iter(feeds.values())))
+        rows = samples_in(feeds)
         sizes = {name: values.size // rows for name, values in found.items()}
         return cls(hook, places, sizes, shortcut.limit, tensors)
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from calibration.datasets import samples_in
 from quantcli.fold import constant
 
 if TYPE_CHECKING:
@@ -104,10 +105,11 @@ def larger_by(model: ir.Model, feeds: Mapping[str, NDArray[Any]]) -> int:
 
     Args:
         model: The model.
-        feeds: Samples by input, along the first axis.
+        feeds: A batch, by input.
     """
+    samples = samples_in(feeds)
     larger: list[int] = [
-        math.ceil(feeds[str(value.name)][0].size / max(values_of(value) or 1, 1))
+        math.ceil(feeds[str(value.name)].size / samples / max(values_of(value) or 1, 1))
         for value in model.graph.inputs
         if str(value.name) in feeds
     ]

@@ -327,16 +327,20 @@ def gemm_rule() -> RewriteRule:
 def drop_identities(model: ir.Model) -> None:
     """Remove Identity nodes, but for those that give an output the values of another: either has a name of its own.
 
-    The pass gives what an Identity reads the name of the output that it makes, which would be that of two.
+    The pass gives what an Identity reads the name of the output that it makes, which would be that of two. Nor can a branch of an
+    If give out, as its own, what the graph around it makes.
     """
-    taken = set(model.graph.outputs)
+    taken: set[ir.Value] = set()
     kept: list[ir.Node] = []
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         if node.op_type == "Identity" and not node.domain and node.outputs[0].is_graph_output():
-            if node.inputs[0] in taken:
+            x = node.inputs[0]
+            producer = x.producer() if x is not None else None
+            around = producer is not None and producer.graph is not node.graph
+            if x in taken or around or (x is not None and x.is_graph_output()):
                 kept.append(node)
-            elif node.inputs[0] is not None:
-                taken.add(node.inputs[0])  # it has the name of this one from here on
+            elif x is not None:
+                taken.add(x)  # it has the name of this one from here on
     for node in kept:
         node.domain = KEPT
     passes.IdentityEliminationPass()(model)

@@ -12,7 +12,7 @@ from quantcli.arithmetic.affine import IntegerType, symmetric_scales
 from quantcli.arithmetic.blocks import block_parameters
 from quantcli.errors import PlanError
 from quantcli.fold import add_constant, constant, unmapped
-from quantcli.placement import WORTH_STORING, FloatLayer, carries_floats, exclusions
+from quantcli.placement import BODIES, WORTH_STORING, FloatLayer, carries_floats, exclusions, why_whole
 from quantcli.plan import LayerPlan, Plan, TensorPlan
 from quantcli.recipe import resolve_target
 from quantcli.rules import LOOKUPS, RULES, Arithmetic
@@ -104,10 +104,12 @@ def float_plan(model: ir.Model, recipe: Recipe, why: str) -> Plan:
 
 def nothing_quantized(floats: list[FloatLayer]) -> PlanError:
     """Return the error of a model of which nothing becomes integer: why, of the first operator that has weights."""
-    known = next((layer for layer in floats if layer.operator in {*WEIGHTS, *LOOKUPS}), None)
+    known = next((layer for layer in floats if layer.operator in {*WEIGHTS, *LOOKUPS, *BODIES}), None)
     if known is None:
         return PlanError("the model has no weights to quantize", "see docs/operators.md for what can be quantized")
     what = f"no weight of the model becomes integers; of {known.operator} '{known.name}': {known.reason}"
+    if known.operator in BODIES:
+        return PlanError(what, "see docs/models.md for what is taken")
     return PlanError(
         what, "--include NAME asks for what only does not pay; --mode static quantizes activations as well"
     )
@@ -117,6 +119,8 @@ def why_float(node: ir.Node, recipe: Recipe, forced: bool) -> str | None:
     """Return why an operator keeps its weights in float, or has none; None if they become integers."""
     if node.domain not in {"", "ai.onnx"}:
         return f"an operator of the domain {node.domain}"
+    if node.op_type in BODIES:
+        return why_whole(node)
     if node.op_type in LOOKUPS:
         table = weight_of(node, 0)
         if table is None:

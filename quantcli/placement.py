@@ -33,6 +33,14 @@ ELSEWHERE = {
     "GRU": "; --mode weights stores integers",
     "RNN": "; --mode weights stores integers",
 }
+# Operators whose bodies are graphs of their own, and how what is in those may get out of them.
+BODIES = {
+    "If": "export the model for one of its branches",
+    "Loop": "export recurrent layers as LSTM, GRU or RNN, or the loop unrolled",
+    "Scan": "export recurrent layers as LSTM, GRU or RNN, or the loop unrolled",
+}
+# What computes with weights, in bodies as well.
+HEAVY = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN")
 # A table of fewer values is not worth the operator that dequantizes what is looked up.
 WORTH_STORING = 1 << 16
 # Why an operator's weights are stored, where a target computes it in float.
@@ -155,8 +163,9 @@ def place(model: ir.Model, recipe: Recipe, barred: frozenset[str] = frozenset())
     stored = stored_by(target, [node for node in nodes if node not in reasons and node not in forced], reasons)
     layers = Placing(nodes, reasons, target, forced).layers()
     if not layers and not stored:
-        first = next(((n, r) for n, r in reasons.items()), None)
-        detail = f" (the first operator, {first[0].op_type} '{first[0].name}', {first[1]})" if first else ""
+        bodies = ((n, r) for n, r in reasons.items() if n.op_type in BODIES)
+        first = next(bodies, next(iter(reasons.items()), None))
+        detail = f" ({first[0].op_type} '{first[0].name}': {first[1]})" if first else ""
         raise PlanError(f"the model has nothing to quantize{detail}", "see docs/operators.md for what can be quantized")
     floats = tuple(FloatLayer(str(node.name), node.op_type, reasons[node]) for node in nodes if node in reasons)
     owner, fixed = owners(layers)
@@ -235,6 +244,8 @@ def why_float(node: ir.Node, excluded: dict[ir.Node, str]) -> str | None:
     if rule is None:
         if node.domain not in {"", "ai.onnx"}:
             return f"an operator of the domain {node.domain}"
+        if node.op_type in BODIES:
+            return why_whole(node)
         return f"no rule for this operator{ELSEWHERE.get(node.op_type, '')}"
     if node in excluded:
         return excluded[node]
@@ -254,6 +265,16 @@ def why_float(node: ir.Node, excluded: dict[ir.Node, str]) -> str | None:
         if bad:
             return f"the constant '{value.name}' is empty or not finite"
     return next((reason for check in rule.refuses if (reason := check(node)) is not None), None)
+
+
+def why_whole(node: ir.Node) -> str:
+    """Return why an operator with bodies stays float: what is in them, and how that may get out of them."""
+    bodies = [one.as_graph() for one in node.attributes.values() if one.type is ir.AttributeType.GRAPH]
+    inner = [item.op_type for body in bodies for item in body.all_nodes()]
+    held = [f"{operator} ({inner.count(operator)})" for operator in HEAVY if operator in inner]
+    if not held:
+        return "its bodies stay float"
+    return f"its bodies stay float, with what is in them: {', '.join(held)}; {BODIES[node.op_type]}"
 
 
 def absorptions(nodes: list[ir.Node], reasons: dict[ir.Node, str]) -> dict[ir.Node, list[ir.Node]]:

@@ -48,6 +48,13 @@ class Arithmetic(Enum):
     STORED = "stored"  # a float operator on weights that are stored as integers
 
 
+# What leads from squares to the root of their mean.
+UNDER_ROOTS = frozenset({
+    "Add", "Clip", "Div", "Expand", "GlobalAveragePool", "Max", "Mul", "ReduceMean", "ReduceSum", "Relu", "Reshape", "Squeeze",
+    "Sub", "Unsqueeze",
+})  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Rule:
     """One operator's row.
@@ -133,6 +140,20 @@ def needs_plain_gemm(node: ir.Node) -> str | None:
     factors = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
     has_bias = len(node.inputs) > 2 and node.inputs[2] is not None
     return None if factors[0] == 1.0 and (factors[1] == 1.0 or not has_bias) else "alpha or beta is not 1"
+
+
+def needs_no_root(node: ir.Node) -> str | None:
+    """Refuse squares of which a root is taken, as of variances: no grid holds those of small values beside those of large ones."""
+    pending = [node.outputs[0]] if node.inputs[0] is node.inputs[1] else []
+    seen = set(pending)
+    while pending:
+        for user in pending.pop().consumers():
+            if user.op_type == "Sqrt":
+                return "it squares what a root is taken of: no grid holds the squares of small values beside those of large ones"
+            fresh = [value for value in user.outputs if user.op_type in UNDER_ROOTS and value not in seen]
+            seen.update(fresh)
+            pending.extend(fresh)
+    return None
 
 
 def needs_single_output(node: ir.Node) -> str | None:
@@ -247,7 +268,7 @@ RULES: dict[str, Rule] = {
     "MatMul": Rule(Arithmetic.ACCUMULATE, (OWN, WEIGHT), weight_axis=matmul_axis),
     "Add": Rule(Arithmetic.SUM, (OWN, OWN)),
     "Sub": Rule(Arithmetic.SUM, (OWN, OWN)),
-    "Mul": Rule(Arithmetic.PRODUCT, (OWN, OWN)),
+    "Mul": Rule(Arithmetic.PRODUCT, (OWN, OWN), refuses=(needs_no_root,)),
     "Relu": TABLE_RULE,
     "Clip": Rule(Arithmetic.TABLE, (OWN,), refuses=(needs_constant_bounds,)),
     **dict.fromkeys(

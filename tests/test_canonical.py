@@ -15,7 +15,7 @@ from quantcli.fold import fold
 from quantcli.load import load
 from quantcli.probe import model_bytes
 from quantcli.recipe import Layers
-from tests.graphs import Array, Shape, node, normal, real, save
+from tests.graphs import Array, node, normal, real, save
 
 X = normal(3, 4, 5, 6, seed=1)
 
@@ -141,45 +141,3 @@ def test_padding_is_written_on_integers(tmp_path: Path) -> None:
     )
     x = {"x": X}
     assert (Runner(done.model).run(x)["o"] == Runner(wide.model).run(x)["o"]).all()
-
-
-GATE = [node("Add", ["x", "three"], ["a"]), node("Clip", ["a", "zero", "six"], ["g"])]
-SWISHES: dict[str, list[onnx.NodeProto]] = {
-    "product first": [*GATE, node("Mul", ["x", "g"], ["m"]), node("Div", ["m", "six"], ["o"])],
-    "gate first": [*GATE, node("Div", ["g", "six"], ["m"]), node("Mul", ["x", "m"], ["o"])],
-    "sixth of x": [*GATE, node("Mul", ["sixth", "x"], ["m"]), node("Mul", ["m", "g"], ["o"])],
-    "hard sigmoid": [node("HardSigmoid", ["x"], ["g"], alpha=1 / 6, beta=0.5), node("Mul", ["g", "x"], ["o"])],
-}
-NUMBERS = {"zero": real(0), "three": real(3), "six": real(6), "sixth": real(1 / 6)}
-
-
-@pytest.mark.parametrize("opset", [13, 17])
-@pytest.mark.parametrize("name", SWISHES)
-def test_a_hard_swish_that_is_written_out_is_one_operator(tmp_path: Path, name: str, opset: int) -> None:
-    path = save(tmp_path / "m.onnx", SWISHES[name], {"x": ["N", 4, 5, 6]}, {"o": None}, NUMBERS, opset=opset)
-    folded = fold(load(path).graph)
-    assert [n.op_type for n in folded.graph] == ["HardSwish"]
-    x = 3 * X
-    found, expected = Runner(model_bytes(folded)).run({"x": x})["o"], Runner(path).run({"x": x})["o"]
-    # each gate in [0, 1] is off by at most 4 roundings of numbers up to 6/6, and so is the product by a share of it
-    assert (np.abs(found - expected) <= np.abs(x) * 5 * 2.0**-24).all()
-
-
-UNLIKE: dict[str, tuple[list[onnx.NodeProto], Shape]] = {
-    "another slope": ([*GATE, node("Mul", ["x", "g"], ["m"]), node("Div", ["m", "three"], ["o"])], ["N", 4, 5, 6]),
-    "another factor": ([*GATE, node("Div", ["g", "six"], ["m"]), node("Mul", ["a", "m"], ["o"])], ["N", 4, 5, 6]),
-    "a gate that another reads": (
-        [*GATE, node("Mul", ["x", "g"], ["m"]), node("Div", ["m", "six"], ["n"]), node("Add", ["n", "g"], ["o"])],
-        ["N", 4, 5, 6],
-    ),
-    "a constant of higher rank": ([*GATE, node("Mul", ["x", "g"], ["m"]), node("Div", ["m", "deep"], ["o"])], ["N", 4]),
-}
-
-
-@pytest.mark.parametrize("name", UNLIKE)
-def test_what_resembles_a_hard_swish_stays(tmp_path: Path, name: str) -> None:
-    operators, shape = UNLIKE[name]
-    constants = {**NUMBERS, "deep": np.full((1, 1, 1), 6, np.float32)}
-    path = save(tmp_path / "m.onnx", operators, {"x": shape}, {"o": None}, constants)
-    folded = fold(load(path).graph)
-    assert "HardSwish" not in {n.op_type for n in folded.graph}

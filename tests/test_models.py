@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe, calibrate, convert, evaluate, verify
 from quantcli.cli import run
-from quantcli.errors import ModelError, StrictError
+from quantcli.errors import ModelError, PlanError, StrictError
 from quantcli.fold import fold
 from quantcli.load import digest_of, load
 from quantcli.randomness import check_repeatable
@@ -602,3 +602,26 @@ def test_random_numbers_are_told_of_once_and_refused_by_strict(
         caplog.clear()
         conversion()
         assert caplog.text.count("the same command may not give the same bytes") == 1
+
+
+@pytest.mark.parametrize("mode", ["static", "weights"])
+def test_a_model_within_a_branch_is_refused_with_what_is_in_it(mode: str, tmp_path: Path) -> None:
+    def branch(name: str, weight: str) -> onnx.GraphProto:
+        given = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+        layers = [node("Conv", ["x", weight], [f"{name}_c"]), node("Conv", [f"{name}_c", "v"], [name])]
+        return helper.make_graph(layers, name, [], [given])
+
+    branches = {"then_branch": branch("t", "w"), "else_branch": branch("e", "u")}
+    constants = {"w": W, "u": W + 1, "v": V, "zero": np.array(0, dtype=np.float32)}
+    nodes = [
+        node("ReduceSum", ["x"], ["s"], keepdims=0),
+        node("Greater", ["s", "zero"], ["k"]),
+        node("If", ["k"], ["y"], **branches),
+    ]
+    path = save(tmp_path / "m.onnx", nodes, {"x": PLANAR}, {"y": None}, constants)
+    np.savez(tmp_path / "d.npz", x=X)
+    recipe = Recipe(mode=mode)  # type: ignore[arg-type]
+    told = re.escape("If 'y_node': its bodies stay float, with what is in them: Conv (4); export the model for one")
+    with pytest.raises(PlanError, match=told) as caught:
+        convert(path, tmp_path / "q.onnx", data=tmp_path / "d.npz" if mode == "static" else None, recipe=recipe)
+    assert "--include" not in str(caught.value)

@@ -20,7 +20,7 @@ from quantcli import Recipe, convert
 from quantcli.cli import main
 from quantcli.errors import ModelError, UsageError
 from quantcli.load import Opening, load
-from quantcli.load.torch import load_state
+from quantcli.load.torch import load_state, state_of
 from quantcli.observation import Run
 from quantcli.pipeline import calibrate
 from quantcli.recipe import Tune
@@ -373,3 +373,11 @@ def test_random_samples_have_the_sizes_that_were_described(tmp_path: Path, mode:
     done = convert(tmp_path / "state.pt", tmp_path / "q.onnx", recipe=recipe, opening=opening, synthetic=synthetic)
     assert Runner(done.model).inputs[0].shape == (None, 3, None, None)
     assert min(done.check.sqnr.values()) > 20
+
+
+@pytest.mark.parametrize("name", ["state_dict", "model_state_dict", "model_state", "model"])
+def test_a_checkpoint_holds_its_state_under_any_usual_name(name: str) -> None:
+    state = nn.Linear(2, 3).state_dict()
+    found = state_of({"step": 3, name: state, "optimizer_state": {"lr": 0.1}})
+    assert found is not None
+    assert found.keys() == state.keys()

@@ -9,6 +9,7 @@ import onnx
 import pytest
 
 from calibration.hooks.onnxruntime import Runner
+from quantcli import Recipe, convert
 from quantcli.fold import fold
 from quantcli.load import load
 from quantcli.load.learned import LEARNED
@@ -29,6 +30,11 @@ HELD = NUMBERS | {
 }  # fmt: skip
 SHIFTED = [node("Add", ["three", "x"], ["a"]), node("Clip", ["a", "zero", "six"], ["c"])]
 ERF = [node("Div", ["x", "root"], ["a"]), node("Erf", ["a"], ["b"]), node("Add", ["b", "one"], ["c"])]
+JAX = [
+    node("Mul", ["x", "x"], ["s"]), node("Mul", ["s", "x"], ["k"]), node("Mul", ["k", "cubic"], ["q"]),
+    node("Add", ["x", "q"], ["a"]), node("Mul", ["a", "slope"], ["r"]), node("Tanh", ["r"], ["t"]),
+    node("Add", ["one", "t"], ["p"]), node("Mul", ["half", "p"], ["i"]), node("Mul", ["x", "i"], ["o"]),
+]  # fmt: skip
 
 FUNCTIONS: dict[str, tuple[list[onnx.NodeProto], list[str], int]] = {
     # nodes, what they become, and the operator set that it takes
@@ -63,6 +69,7 @@ FUNCTIONS: dict[str, tuple[list[onnx.NodeProto], list[str], int]] = {
         ["Gelu"],
         20,
     ),
+    "Gelu by Tanh, the cube as two products": (JAX, ["Gelu"], 20),
     "Mish": (
         [node("Softplus", ["x"], ["s"]), node("Tanh", ["s"], ["t"]), node("Mul", ["x", "t"], ["o"])],
         ["Mish"],
@@ -86,6 +93,12 @@ FUNCTIONS: dict[str, tuple[list[onnx.NodeProto], list[str], int]] = {
 }  # fmt: skip
 
 
+def held_by(nodes: list[onnx.NodeProto]) -> dict[str, Array]:
+    """Return the constants that nodes read."""
+    used = {value for n in nodes for value in n.input}
+    return {key: value for key, value in HELD.items() if key in used}
+
+
 def folded(path: Path, opset: int, bound: Array) -> list[str]:
     """Fold a model, compare what it computes, and return its operators."""
     model = fold(load(path).graph)
@@ -101,9 +114,7 @@ def folded(path: Path, opset: int, bound: Array) -> list[str]:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_has_its_name(tmp_path: Path, name: str) -> None:
     nodes, kinds, opset = FUNCTIONS[name]
-    used = {value for n in nodes for value in n.input}
-    constants = {key: value for key, value in HELD.items() if key in used}
-    path = save(tmp_path / "m.onnx", nodes, {"x": ["N", 4, 5]}, {"o": None}, constants, opset=13)
+    path = save(tmp_path / "m.onnx", nodes, {"x": ["N", 4, 5]}, {"o": None}, held_by(nodes), opset=13)
     # Six roundings, and constants of seven digits: see `quantcli.written_out.CLOSE`; twice, for either side.
     assert folded(path, opset, 2 * 2.0**-20 * (1 + np.abs(X))) == sorted(kinds)
 
@@ -177,3 +188,41 @@ def test_a_layer_normalisation_is_one_operator(tmp_path: Path, name: str) -> Non
     # What is normalised is below √5, and factors and addends below 4: some 20 roundings of at most 4·√5 + 4.
     kinds = folded(path, max(opset, 17), np.full_like(X, 20 * 2.0**-24 * 13 * (1 + np.abs(X).max())))
     assert kinds == expected if expected else "LayerNormalization" not in kinds
+
+
+@pytest.mark.parametrize("target", ["npu-int8", "ort-x86"])
+def test_a_gelu_written_out_keeps_what_a_table_keeps(target: str, tmp_path: Path) -> None:
+    nodes = [node("Conv", ["i", "w", "b"], ["x"]), *JAX, node("Conv", ["o", "v"], ["y"])]
+    constants = {
+        "w": normal(8, 3, 3, 3, seed=1),
+        "b": normal(8, seed=4),
+        "v": normal(4, 8, 1, 1, seed=2),
+        **held_by(JAX),
+    }
+    path = save(tmp_path / "m.onnx", nodes, {"i": ["N", 3, 6, 6]}, {"y": None}, constants, opset=13)
+    images = normal(64, 3, 6, 6, seed=3, scale=3)
+    np.savez(tmp_path / "d.npz", i=images)
+    done = convert(path, tmp_path / "q.onnx", data=tmp_path / "d.npz", recipe=Recipe(target=target), verified=True)
+    expected = Runner(path).run({"i": images})["y"]
+    error = Runner(done.model).run({"i": images})["y"] - expected
+    # Three tensors and two weights of 8 bits over all of their range; operator by operator 18.0 and 21.5 are left.
+    assert 10 * np.log10(np.square(expected).sum() / np.square(error).sum()) > 25
+
+
+@pytest.mark.parametrize("root", [True, False])
+def test_squares_under_a_root_stay_float(root: bool, tmp_path: Path) -> None:
+    mean = [
+        node("Mul", ["c", "c"], ["s"]),
+        node("ReduceMean", ["s"], ["m"], axes=[1]),
+        node("Add", ["m", "half"], ["a"]),
+        node("Sqrt" if root else "Relu", ["a"], ["r"]),
+        node("Div" if root else "Mul", ["c", "r"], ["g"]),
+    ]
+    nodes = [node("Conv", ["i", "w"], ["c"]), *mean, node("Conv", ["g", "v"], ["y"])]
+    constants = {"w": normal(8, 3, 3, 3, seed=1), "v": normal(4, 8, 1, 1, seed=2), "half": NUMBERS["half"]}
+    path = save(tmp_path / "m.onnx", nodes, {"i": ["N", 3, 6, 6]}, {"y": None}, constants, opset=13)
+    np.savez(tmp_path / "d.npz", i=normal(64, 3, 6, 6, seed=3, scale=3))
+    done = convert(path, tmp_path / "q.onnx", data=tmp_path / "d.npz", recipe=Recipe(target="npu-int8"))
+    reasons = {layer.name: layer.reason for layer in done.plan.floats}
+    assert ("s_node" in reasons) == root
+    assert not root or reasons["s_node"].startswith("it squares what a root is taken of")

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibration.datasets.dataset import (
     Dataset,
     InputSpec,
+    Runs,
     Selection,
     batches,
     boundaries,
     fitted_batch,
     fixes_batch,
+    samples_in,
     select,
     single,
     usable,
+    whole_runs,
 )
 from calibration.datasets.example import first_samples
 from calibration.datasets.preprocess import Preprocess
@@ -24,10 +28,13 @@ from calibration.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from calibration.datasets.arrays import Reading
+
 __all__ = [
     "Dataset",
     "InputSpec",
     "Preprocess",
+    "Runs",
     "Selection",
     "batches",
     "boundaries",
@@ -35,9 +42,11 @@ __all__ = [
     "fitted_batch",
     "fixes_batch",
     "open_dataset",
+    "samples_in",
     "select",
     "single",
     "usable",
+    "whole_runs",
 ]
 
 
@@ -58,6 +67,8 @@ def open_dataset(
 ) -> Dataset:
     """Open a data set for a model, choosing the reader by what stands at ``path``.
 
+    Where a sample is a whole run (`whole_runs`), what is stored has the axis of runs in front of the inputs' own axes.
+
     Args:
         path: A file or folder; None where ``function`` or ``synthetic`` takes its place.
         inputs: The model's inputs.
@@ -72,7 +83,11 @@ def open_dataset(
     Raises:
         DataError: If the data cannot be read or does not fit the model.
     """
-    from calibration.datasets import arrays, images, samples, testsets, text
+    if whole_runs(tuple(inputs)):
+        inputs = [replace(spec, shape=(None, *spec.shape)) for spec in inputs]
+        how = {"function": function, "synthetic": synthetic, "seed": seed, "allow_non_finite": allow_non_finite}
+        return Runs(open_dataset(path, inputs, preprocess, labels, split, **how))  # type: ignore[arg-type]
+    from calibration.datasets import arrays, images, samples, testsets
     from calibration.datasets.synthetic import open_synthetic
 
     if sum(given is not None for given in (path, function, synthetic)) != 1:
@@ -95,9 +110,20 @@ def open_dataset(
                 raise DataError(f"the test data in {path} has no splits", "leave out --split")
             return testsets.open_test_sets(folders, reading)
         return images.open_images(path, inputs, preprocess or Preprocess(), labels, split)
+    return open_file(path, reading, split)
+
+
+def open_file(path: Path, reading: Reading, split: str | None) -> Dataset:
+    """Open a file, choosing the reader by its ending.
+
+    Raises:
+        DataError: If there is none for it, or it holds no such data.
+    """
+    from calibration.datasets import arrays, samples, text
+
     if split is not None:
         raise DataError(f"{path.name} has no splits", "--split chooses rows of a labels CSV beside a folder of images")
-    readers: dict[str, Callable[[Path, arrays.Reading], Dataset]] = {
+    readers: dict[str, Callable[[Path, Reading], Dataset]] = {
         ".npz": arrays.open_npz,
         ".npy": arrays.open_npy,
         ".safetensors": arrays.open_safetensors,
@@ -107,7 +133,7 @@ def open_dataset(
         ".jsonl": text.open_lines,
     }
     suffix = path.suffix.lower()
-    if labels is not None and suffix in {".csv", ".jsonl"}:
+    if reading.labels is not None and suffix in {".csv", ".jsonl"}:
         raise DataError(f"{path.name} holds its labels itself", "name a column or key label, and leave out --labels")
     if suffix in readers:
         return readers[suffix](path, reading)

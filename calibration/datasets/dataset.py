@@ -10,7 +10,7 @@ import numpy as np
 from calibration.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Hashable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -36,7 +36,7 @@ class InputSpec:
 
 
 class Dataset(Protocol):
-    """Samples on disk. The first axis of every array that it gives is the sample."""
+    """Samples on disk. The first axis of every array that it gives is the sample, but for a model of whole runs (`whole_runs`)."""
 
     @property
     def labels(self) -> NDArray[np.integer] | None:
@@ -105,9 +105,28 @@ def select(count: int, selection: Selection) -> NDArray[np.intp]:
     return np.random.default_rng(selection.seed).permutation(count)[:wanted].astype(np.intp)
 
 
+def whole_runs(inputs: tuple[InputSpec, ...]) -> bool:
+    """Tell whether a sample is a whole run of a model, since its inputs do not share a first axis that counts samples.
+
+    One is a scalar (a sampling rate), or they have first axes of several lengths, or of a number and a free one, while an axis
+    behind the number is free: the state of a recurrent network, of 2 × batch × units.
+    """
+    fixed = {spec.shape[0] if spec.shape else 0 for spec in inputs if not spec.shape or spec.shape[0] is not None}
+    if 0 in fixed or len(fixed) > 1:
+        return True
+    free = any(spec.shape[0] is None for spec in inputs)
+    return free and any(spec.shape[0] not in {None, 1} and None in spec.shape[1:] for spec in inputs)
+
+
 def fixes_batch(inputs: tuple[InputSpec, ...]) -> bool:
-    """Tell whether a model fixes its batch size."""
-    return any(spec.shape and spec.shape[0] is not None for spec in inputs)
+    """Tell whether a model fixes its batch size; a whole run is a batch of one."""
+    return whole_runs(inputs) or any(spec.shape and spec.shape[0] is not None for spec in inputs)
+
+
+def samples_in(feeds: Mapping[str, NDArray[Any]]) -> int:
+    """Return how many samples a batch holds; 1 where its arrays do not share their first axis: it is a whole run."""
+    counts = {len(values) if values.ndim else 0 for values in feeds.values()}
+    return counts.pop() if len(counts) == 1 and 0 not in counts else 1
 
 
 def single(inputs: tuple[InputSpec, ...], feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -121,7 +140,7 @@ def fitted_batch(inputs: tuple[InputSpec, ...], wanted: int | None) -> int:
     Raises:
         DataError: If the model fixes another batch size than the one wanted.
     """
-    fixed = {spec.shape[0] for spec in inputs if spec.shape and spec.shape[0] is not None}
+    fixed = {1} if whole_runs(inputs) else {spec.shape[0] for spec in inputs if spec.shape[0] is not None}
     if not fixed:
         return wanted or DEFAULT_BATCH
     size = max(size for size in fixed if size is not None)
@@ -157,3 +176,41 @@ def batches(dataset: Dataset, indices: NDArray[np.intp], size: int) -> Iterator[
     """Yield the chosen samples in batches of ``size``; one ends where the shape of the samples changes, too."""
     for start, stop in boundaries(dataset, indices, size):
         yield dataset.read(indices[start:stop])
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """Samples each of which is a whole run of a model: what it gives has no axis of samples.
+
+    Attributes:
+        stored: The runs, along a first axis of every array.
+    """
+
+    stored: Dataset
+
+    @property
+    def labels(self) -> NDArray[np.integer] | None:
+        """The class of every run; None where the data has no labels."""
+        return self.stored.labels
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of what is stored."""
+        return self.stored.digest
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the runs are made up."""
+        return self.stored.synthetic
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def shape_of(self, index: int) -> Hashable:
+        """Return something that is equal for runs of the same shapes."""
+        return self.stored.shape_of(index)
+
+    def read(self, indices: NDArray[np.intp]) -> dict[str, NDArray[Any]]:
+        """Return the run at the only one of ``indices``, preprocessed, by input name."""
+        assert len(indices) == 1  # noqa: S101 - `fitted_batch` says so
+        return {name: values[0, ...] for name, values in self.stored.read(indices).items()}

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from calibration.datasets.dataset import InputSpec
+
 
 @dataclass(frozen=True, eq=False)
 class TestSets:
@@ -62,7 +64,7 @@ class TestSets:
         for number, group in itertools.groupby(indices.tolist(), key=self.set_of):
             chosen = np.fromiter(group, dtype=np.intp) - self.starts[number]
             for spec, file, shape in zip(inputs, self.sets[number], self.shapes[number], strict=True):
-                values = read_tensor(file)
+                values = rows_of(file, spec)
                 if values.shape != (int(self.starts[number + 1] - self.starts[number]), *shape):
                     raise DataError(f"{file} has changed", "leave it as it is while it is read")
                 parts[spec.name].append(values[chosen])
@@ -102,7 +104,7 @@ def open_test_sets(folders: list[Path], reading: Reading) -> TestSets:
             )
         if lacking := next((k for k, file in enumerate(files) if numbered(file)[0] != k), None):
             raise DataError(f"{folder} has no input_{lacking}.pb", "number the files as the model's inputs, from 0")
-        arrays = [read_tensor(file) for file in files]
+        arrays = [rows_of(file, spec) for file, spec in zip(files, reading.inputs, strict=True)]
         counts = {len(values) if values.ndim else -1 for values in arrays}
         if len(counts) != 1 or -1 in counts:
             raise DataError(f"the inputs in {folder} do not share their first axis", "the first axis is the sample")
@@ -118,6 +120,16 @@ def open_test_sets(folders: list[Path], reading: Reading) -> TestSets:
     if reading.labels is not None:
         labels = checked_labels(folders[0].parent, read_labels(reading.labels), int(starts[-1]), reading.labels)
     return TestSets(tuple(sets), reading, starts, tuple(shapes), labels, digest.hexdigest())
+
+
+def rows_of(file: Path, spec: InputSpec) -> NDArray[Any]:
+    """Return the samples of a file; an array with one axis less than the input is a sample itself.
+
+    Raises:
+        DataError: If it holds no tensor.
+    """
+    values = read_tensor(file)
+    return values[None] if values.ndim == len(spec.shape) - 1 else values
 
 
 def read_tensor(file: Path) -> NDArray[Any]:

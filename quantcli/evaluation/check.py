@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calibration.datasets import single
+from calibration.datasets import samples_in, single
 from calibration.hooks.onnxruntime import Runner
 from quantcli.errors import OutputError
 from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs, worst
@@ -119,7 +119,7 @@ def self_check(
     if any(value < LOW_SQNR for value in sqnr.values()):
         held = Held.of_bytes(written) if isinstance(written, bytes) else Held.of_file(written)
         suspects = tuple(worst(layer_sqnrs(source.graph, held.model, sidecar, [feeds])))
-    count, batch = (len(next(iter(rows.values()))) for rows in (feeds, one))
+    count, batch = (samples_in(rows) for rows in (feeds, one))
     return SelfCheck(count, sqnr, suspects, speed, batch, parts)
 
 

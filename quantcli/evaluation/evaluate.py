@@ -10,10 +10,11 @@ import numpy as np
 from calibration.datasets import (
     Dataset,
     Selection,
-    batches,
+    boundaries,
     fitted_batch,
     fixes_batch,
     open_dataset,
+    samples_in,
     select,
     single,
 )
@@ -155,13 +156,14 @@ def evaluate(
     batch = fitted_batch(runner.inputs, batch)
     measuring = Measuring(metric, source)
     first: dict[str, NDArray[Any]] = {}
-    for start, feeds in zip(range(0, len(indices), batch), batches(dataset, indices, batch), strict=True):
-        rows = indices[start : start + batch]
+    for start, stop in boundaries(dataset, indices, batch):
+        rows = indices[start:stop]
+        feeds = dataset.read(rows)
         first = first or feeds
         expected = run_padded(float_runner, feeds, batch) if float_runner is not None else {}
         labelled = dataset.labels[rows] if dataset.labels is not None else None
         measuring.update(run_padded(runner, feeds, batch), expected, labelled)
-        progress("evaluate", start + len(rows), len(indices))
+        progress("evaluate", stop, len(indices))
     value, reference_value = measuring.values(dataset.labels[indices] if dataset.labels is not None else None)
     timing = None
     one = single(runner.inputs, first)
@@ -287,7 +289,7 @@ def check_metric(metric: str, dataset: Dataset, source: LoadedModel | None) -> N
 
 def run_padded(runner: Runner | ProgramRunner, feeds: dict[str, NDArray[Any]], batch: int) -> dict[str, NDArray[Any]]:
     """Run a batch; where the model fixes its batch size and the last batch is short, fill it up and cut the outputs again."""
-    count = len(next(iter(feeds.values())))
+    count = samples_in(feeds)
     if not fixes_batch(runner.inputs) or count == batch:
         return runner.run(feeds)
     filled = {

@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from calibration.datasets import samples_in
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -49,5 +51,5 @@ def measure(
             runner.run(feeds)
             if turn >= 3:
                 times[which].append(time.perf_counter() - start)
-    batch = len(next(iter(feeds.values())))
+    batch = samples_in(feeds)
     return Latency(statistics.median(times[0]), statistics.median(times[1]), batch, threads, runs)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Under what names checkpoints keep a state dict, and what wrappers put before its keys.
-WRAPPINGS = ("state_dict", "model_state_dict", "model", "net", "module")
+WRAPPINGS = ("state_dict", "model_state_dict", "model_state", "model", "net", "module")
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 # Samples of an example: a batch of one would be taken for a batch that is always one.
 ROWS = 2

@@ -229,7 +229,8 @@ def together(model: ir.Model, batches: Sequence[Feeds]) -> dict[str, NDArray[Any
         PlanError: If they have several shapes, or the model takes batches of one size only.
     """
     if any(
-        value.shape is not None and len(value.shape) and isinstance(value.shape[0], int) for value in model.graph.inputs
+        value.shape is not None and (not len(value.shape) or isinstance(value.shape[0], int))
+        for value in model.graph.inputs
     ):
         raise PlanError("the model takes batches of one size", "export it with a free batch axis")
     if any(len({feeds[name].shape[1:] for feeds in batches}) > 1 for name in batches[0]):

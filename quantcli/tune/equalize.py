@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from calibration.datasets import samples_in
 from quantcli.fold import constant
 from quantcli.plan import activation_bounds
 from quantcli.tune.bias import biased, channel_sums
@@ -335,13 +336,13 @@ class Equalization:
         looked, names = self.looked, frozenset(wanted)
         if looked.names != names:
             looked.met, looked.names, looked.samples = {}, names, 0
-        count = min(self.samples, sum(len(next(iter(feeds.values()))) for feeds in self.feeds))
+        count = min(self.samples, sum(samples_in(feeds) for feeds in self.feeds))
         if looked.samples >= count:
             return
         given = {str(value.name) for value in self.model.graph.inputs}
         made = [name for name in sorted(names) if name not in given]
         for results in values_in_parts(self.model, self.feeds, made, count, looked.samples):
-            rows = max(len(results[name]) for name in self.feeds[0])
+            rows = samples_in({name: results[name] for name in self.feeds[0]})
             for name in sorted(names):
                 array = results.pop(name, None)
                 if array is not None and array.ndim > 1 and array.size:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calibration.datasets import samples_in
 from calibration.hooks.onnxruntime import first_line
 from quantcli.errors import OutputError, PlanError
 from quantcli.recipe import resolve_target
@@ -101,7 +102,7 @@ class Trying:
             return 0
         most = max(AHEAD[self.recipe.tune.effort], AHEAD_NARROW if target.activation.width < 8 else 0)
         room = most // max(work_ahead(self.start, self.recipe, self.samples.swept[0]), 1)
-        rows = np.cumsum([len(next(iter(feeds.values()))) for feeds in self.samples.swept])
+        rows = np.cumsum([samples_in(feeds) for feeds in self.samples.swept])
         fitting = int(np.searchsorted(rows, room, side="right"))
         return fitting if fitting and (rows[fitting - 1] >= FEWEST_AHEAD or fitting == len(rows)) else 0
 
@@ -212,7 +213,7 @@ class Trying:
         wished, target = self.recipe.tune.refit, resolve_target(self.recipe)
         # Ranges of narrow activations are what matters most there, and more samples make them no better.
         coarse = is_coarse(target) and target.activation.width >= 8
-        rows = sum(len(next(iter(feeds.values()))) for feeds in self.every)
+        rows = sum(samples_in(feeds) for feeds in self.every)
         return (coarse if wished is None else wished) and rows <= room_for(self.judge.model)
 
     def choice_of(self, candidate: Candidate) -> Choice | None:

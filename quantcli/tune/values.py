@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from calibration.datasets import samples_in
 from calibration.hooks.onnxruntime import Runner
 from quantcli.cost import values_of
 from quantcli.probe import with_outputs
@@ -38,19 +39,19 @@ def values_in_parts(
     values = {str(value.name): value for node in model.graph for value in node.outputs}
     size = 4 * sum(values_of(values[name]) or 0 for name in names if name in values)
     inputs = [value for value in model.graph.inputs if value.name in feeds[0]]
-    free = all(value.shape is not None and not isinstance(value.shape[0], int) for value in inputs)
+    shapes = [value.shape for value in inputs]
+    free = all(shape is not None and len(shape) and not isinstance(shape[0], int) for shape in shapes)
     runner = Runner(lambda: with_outputs(model, names))
     for batch in feeds:
-        lengths = {len(array) for array in batch.values()}
-        rows = max(lengths)
-        divisible = free and len(lengths) == 1
+        rows = samples_in(batch)
+        divisible = free and all(len(array) == rows for array in batch.values())
         part = max(1, ROOM // max(size, 1)) if divisible else rows
         if divisible and samples is not None:
             rows = min(rows, samples - done)
         begin = min(max(first - done, 0), rows) if divisible or first - done >= rows else 0
         for start in range(begin, rows, part):
-            stop = min(start + part, rows) if divisible else None
-            given = {name: array[start:stop] for name, array in batch.items()}
+            stop = min(start + part, rows)
+            given = {name: array[start:stop] for name, array in batch.items()} if divisible else batch
             yield {**given, **runner.run(given, names)}
         done += rows
         if samples is not None and done >= samples:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calibration.datasets import samples_in
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
@@ -65,12 +67,12 @@ def with_copies(
         masks: The inputs that stay as they are, whatever their shape.
     """
     found = list(batches)
-    total = sum(len(next(iter(feeds.values()))) for feeds in found)
+    total = sum(samples_in(feeds) for feeds in found)
     if not any(has_images(feeds, masks) for feeds in batches):
         return tuple(found)
     generator = np.random.default_rng(seed)
     for feeds in list(batches) * rounds:
-        total += len(next(iter(feeds.values())))
+        total += samples_in(feeds)
         if total > most:
             break
         found.append({n: values if n in masks else varied(values, generator) for n, values in feeds.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -11,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from calibration.hooks.onnxruntime import Runner
 from quantcli.cli import run
 from tests import graphs
 from tests.cli.commands import EVAL, FIELDS, MODELS, PIXELS, done, normalized, outputs, sqnr, strict_json
@@ -258,3 +260,24 @@ def test_a_folder_of_images_is_the_same_as_its_arrays(here: Path, capsys: pytest
     assert [told[0][field] for field in ("samples", "float", "quantized")] == [
         told[1][field] for field in ("samples", "float", "quantized")
     ]
+
+
+def test_samples_of_several_lengths_meet_their_labels(capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = [
+        graphs.node("Conv", ["x", "w"], ["c"]),
+        graphs.node("GlobalAveragePool", ["c"], ["g"]),
+        graphs.node("Flatten", ["g"], ["y"]),
+    ]
+    graphs.save(Path("m.onnx"), nodes, {"x": ["N", 3, "L"]}, {"y": None}, {"w": graphs.normal(8, 3, 3, scale=0.5)})
+    runner, lines = Runner(Path("m.onnx")), []
+    for k, length in enumerate([9, 5, 5, 7, 9, 9, 5]):
+        x = graphs.normal(3, length, seed=k)
+        lines.append({"x": x.tolist(), "label": int(runner.run({"x": x[None]})["y"].argmax())})
+    Path("d.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert len({line["label"] for line in lines}) > 1
+    assert run(["convert", "m.onnx", "--data", "d.jsonl", "-o", "q.onnx", "-q"]) == 0
+    capsys.readouterr()
+    assert run(["eval", "q.onnx", "--float", "m.onnx", "--data", "d.jsonl", "--no-latency", "--json"]) == 0
+    found = strict_json(capsys.readouterr().out)
+    assert (found["metric"], found["samples"]) == ("top1", 7)
+    assert found["float"] == 100.0
