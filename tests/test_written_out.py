@@ -33,7 +33,7 @@ ERF = [node("Div", ["x", "root"], ["a"]), node("Erf", ["a"], ["b"]), node("Add",
 JAX = [
     node("Mul", ["x", "x"], ["s"]), node("Mul", ["s", "x"], ["k"]), node("Mul", ["k", "cubic"], ["q"]),
     node("Add", ["x", "q"], ["a"]), node("Mul", ["a", "slope"], ["r"]), node("Tanh", ["r"], ["t"]),
-    node("Add", ["one", "t"], ["p"]), node("Mul", ["half", "p"], ["i"]), node("Mul", ["x", "i"], ["o"]),
+    node("Add", ["one", "t"], ["p"]), node("Mul", ["half", "p"], ["u"]), node("Mul", ["x", "u"], ["o"]),
 ]  # fmt: skip
 
 FUNCTIONS: dict[str, tuple[list[onnx.NodeProto], list[str], int]] = {
