@@ -14,6 +14,7 @@ from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe, convert, evaluate, verify
 from quantcli.fold import fold
 from quantcli.load import load
+from tests.calibration.samples import npz
 from tests.graphs import Array, node, normal, save
 
 STEPS, UNITS = 24, 32
@@ -94,7 +95,7 @@ def test_samples_of_a_batch_are_counted(shapes: list[tuple[int, ...]], samples: 
 def test_runs_are_read_as_the_model_takes_them(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = cell(tmp_path / "m.onnx")
     runs, inputs = stream(path, 3), Runner(path).inputs
-    np.savez(tmp_path / "d.npz", **runs)
+    npz(tmp_path / "d.npz", **runs)
     if kind == "npz":
         dataset = open_dataset(tmp_path / "d.npz", inputs)
     elif kind == "function":
@@ -122,7 +123,7 @@ def test_runs_are_read_as_the_model_takes_them(kind: str, tmp_path: Path, monkey
 def test_a_network_with_a_state_is_quantized_and_goes_on(batch: int | str, tmp_path: Path) -> None:
     path, data = cell(tmp_path / "m.onnx", batch), tmp_path / "d.npz"
     runs = stream(path)
-    np.savez(data, **runs)
+    npz(data, **runs)
     done = convert(path, tmp_path / "q.onnx", data=data, verified=True)
     assert [layer.name for layer in done.plan.layers if layer.name in {"a_node", "b_node", "y_node"}] != []
     assert done.check.samples == 1
@@ -131,7 +132,7 @@ def test_a_network_with_a_state_is_quantized_and_goes_on(batch: int | str, tmp_p
     judged = evaluate(done.model, data, path)
     assert judged.samples == STEPS
     assert min(judged.sqnr.values()) > FLOOR
-    runner, state, given = Runner(done.model), np.zeros((2, 1, UNITS), dtype=np.float32), []
+    runner, state, given = Runner(done.model), np.zeros((2, 1, UNITS), dtype=np.float32), list[Array]()
     for x in runs["x"]:
         made = runner.run({"x": x, "state": state, "rate": np.array(1)})
         state, given = made["next"], [*given, made["y"]]
