@@ -125,12 +125,12 @@ def unlike(batches: Iterable[Mapping[str, NDArray[Any]]], parts: Mapping[str, Pa
         batches: The outputs in parts (`parted`).
         parts: The parts.
     """
-    reach: dict[str, float] = {}
+    reach = dict.fromkeys((name for output, one in parts.items() for name in one.names(output)), 0.0)
     for values in batches:
-        for name, array in values.items():
-            reach[name] = max(reach.get(name, 0.0), float(np.abs(array).max(initial=0.0)))
+        for name in reach.keys() & values.keys():
+            reach[name] = max(reach[name], float(np.abs(values[name]).max(initial=0.0)))
     for output, one in parts.items():
-        known = [reach[name] for name in one.names(output) if reach.get(name)]
+        known = [reach[name] for name in one.names(output) if reach[name]]
         if known and max(known) >= UNLIKE * min(known):
             return True
     return False

@@ -472,10 +472,18 @@ def activation_bounds(node: ir.Node) -> tuple[float, float]:
     return (-float("inf") if low is None else low), (float("inf") if high is None else high)
 
 
+# By a hundredth of the golden ratio's fraction, whose multiples come least near whole numbers.
+FURTHER = 1.0061803
+
+
 def hard_sigmoid_bounds(node: ir.Node) -> tuple[float, float]:
-    """Return between which values a HardSigmoid rises from 0 to 1."""
+    """Return between which values a HardSigmoid rises from 0 to 1, and somewhat further.
+
+    A grid that ends where it bends has one step for each step of what it gives, whose half is added: all values would be rounding ties.
+    """
     slope, middle = node.attributes.get_float("alpha", 0.2), node.attributes.get_float("beta", 0.5)
-    return (-middle / slope, (1 - middle) / slope) if slope > 0 else (-float("inf"), float("inf"))
+    ends = -FURTHER * middle / slope, FURTHER * (1 - middle) / slope
+    return ends if slope > 0 else (-float("inf"), float("inf"))
 
 
 # Between which values a function is not flat. Erf, Tanh and Sigmoid are, as float32 has them, beyond these (e^-16 < 2^-23, say of

@@ -20,7 +20,7 @@ from quantcli.cli.terminal import Terminal
 from quantcli.errors import PlanError, UsageError
 from quantcli.fold import fold
 from quantcli.placement import place
-from quantcli.plan import LayerPlan, Plan, felt, make_plan
+from quantcli.plan import LayerPlan, Plan, FURTHER, felt, make_plan
 from quantcli.recipe import Activation, Layers, Multiplier, Tune, Weight, resolve_target
 from quantcli.rules import Arithmetic
 from quantcli.tune.wide import left_of
@@ -321,7 +321,7 @@ def test_a_mask_is_kept_out_of_the_integers(tmp_path: Path) -> None:
 
 FELT: dict[str, tuple[onnx.NodeProto, tuple[float, float]]] = {
     "HardSwish": (node("HardSwish", ["c"], ["y"]), (-3.0, np.inf)),
-    "HardSigmoid": (node("HardSigmoid", ["c"], ["y"], alpha=0.25, beta=0.5), (-2.0, 2.0)),
+    "HardSigmoid": (node("HardSigmoid", ["c"], ["y"], alpha=0.25, beta=0.5), (-2.0 * FURTHER, 2.0 * FURTHER)),
     "a falling HardSigmoid": (node("HardSigmoid", ["c"], ["y"], alpha=-0.25), (-np.inf, np.inf)),
     "Gelu": (node("Gelu", ["c"], ["y"]), (-5.5, np.inf)),
     "LeakyRelu": (node("LeakyRelu", ["c"], ["y"]), (-np.inf, np.inf)),
@@ -369,7 +369,7 @@ def test_who_else_reads_a_tensor_needs_all_of_it(tmp_path: Path) -> None:
     assert ends(last) == (-3.0, np.inf)
     assert ends(node("Add", ["s", "c"], ["y"])) == (-np.inf, np.inf)
     assert ends(last, outputs=("y", "c")) == (-np.inf, np.inf)
-    assert ends(last, node("HardSigmoid", ["c"], ["z"], alpha=0.125), outputs=("y", "z")) == (-4.0, np.inf)
+    assert ends(last, node("HardSigmoid", ["c"], ["z"], alpha=0.125), outputs=("y", "z")) == (-4.0 * FURTHER, np.inf)
     moved = node("Reshape", ["c", "shape"], ["r"])
     assert ends(last, moved, node("HardSwish", ["r"], ["z"]), outputs=("y", "z")) == (-3.0, np.inf)
     assert ends(last, moved, node("Neg", ["r"], ["z"]), outputs=("y", "z")) == (-np.inf, np.inf)
