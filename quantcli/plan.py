@@ -479,7 +479,7 @@ FURTHER = 1.0061803
 def hard_sigmoid_bounds(node: ir.Node) -> tuple[float, float]:
     """Return between which values a HardSigmoid rises from 0 to 1, and somewhat further.
 
-    A grid that ends where it bends has one step for each step of what it gives, whose half is added: all values would be rounding ties.
+    A grid that ends where it bends has one step for each step of what it gives, and a half is added: all values would be ties.
     """
     slope, middle = node.attributes.get_float("alpha", 0.2), node.attributes.get_float("beta", 0.5)
     ends = -FURTHER * middle / slope, FURTHER * (1 - middle) / slope

@@ -20,7 +20,7 @@ from quantcli.cli.terminal import Terminal
 from quantcli.errors import PlanError, UsageError
 from quantcli.fold import fold
 from quantcli.placement import place
-from quantcli.plan import LayerPlan, Plan, FURTHER, felt, make_plan
+from quantcli.plan import FURTHER, LayerPlan, Plan, felt, make_plan
 from quantcli.recipe import Activation, Layers, Multiplier, Tune, Weight, resolve_target
 from quantcli.rules import Arithmetic
 from quantcli.tune.wide import left_of
