@@ -139,7 +139,7 @@ def as_array(value: Any, where: str) -> NDArray[Any]:
 
 
 def split_batches(source: str, entries: Iterable[Any], reading: Reading) -> Iterator[tuple[Sample, int | None]]:
-    """Yield the samples of batches; an entry with one axis less than the model's input is a sample itself.
+    """Yield the samples of batches; an entry with one axis less than the model's input is a sample itself, unless it has several labels.
 
     Raises:
         DataError: If an entry is none of arrays by input name, a tuple of them in their order or an array for the only input, or
@@ -156,9 +156,11 @@ def split_batches(source: str, entries: Iterable[Any], reading: Reading) -> Iter
             raise DataError(f"{where}, holds '{other}', which is no input", f"inputs: {', '.join(ranks)}")
         if other := next((name for name, values in arrays.items() if values.dtype.kind not in "biuf"), None):
             raise DataError(f"{where}, holds {arrays[other].dtype} for '{other}'", "give numbers")
-        if all(values.ndim == ranks[name] - 1 for name, values in arrays.items()):
+        # Several labels are those of a batch: of grey images, which have no axis for their channel.
+        alone = labels is None or labels.size == 1
+        if alone and all(values.ndim == ranks[name] - 1 for name, values in arrays.items()):
             check_entry(arrays, reading, where)
-            yield arrays, None if labels is None else int(labels)
+            yield arrays, None if labels is None else int(labels.item())
             continue
         counts = {len(values) if values.ndim else -1 for values in arrays.values()}
         if labels is not None:

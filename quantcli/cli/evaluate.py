@@ -13,6 +13,7 @@ from quantcli.cli.options import (
     EXISTING_FILE,
     KINDS_OF_DATA,
     OUTPUT,
+    function_option,
     label_options,
     only_finite,
     opening_of,
@@ -39,7 +40,8 @@ MUCH = 6.0
 @click.option(
     "--float", "reference", type=EXISTING_FILE, help="The float model (.onnx, or what torch wrote) to stand beside it."
 )
-@click.option("--data", type=EXISTING, required=True, help=f"{KINDS_OF_DATA}.")
+@click.option("--data", type=EXISTING, help=f"What it is measured on: {KINDS_OF_DATA}.")
+@function_option
 @click.option(
     "--metric",
     metavar="NAME|MODULE:FUNCTION",
@@ -86,7 +88,8 @@ def evaluate(
     /,
     quantized: Path,
     reference: Path | None,
-    data: Path,
+    data: Path | None,
+    function: str | None,
     metric: str | None,
     max_drop: float | None,
     min_metric: float | None,
@@ -136,6 +139,7 @@ def evaluate(
             opening_of(options),
             options["memory"],
             progress,
+            function,
         )
     checks = checked(figures_of(found), asked)
     show(terminal, found)

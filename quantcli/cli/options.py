@@ -191,15 +191,17 @@ sample_options = together(
     click.option("--seed", type=click.IntRange(min=0), help="Seed of the random draw.  [default: 0]"),
 )
 
+function_option = click.option(
+    "--data-function",
+    "function",
+    metavar="MODULE:FUNCTION",
+    help="Call this Python function (or FILE.py:FUNCTION) instead: it yields batches, dicts of arrays by input name, or tuples "
+    "of them in the inputs' order, labels behind, as a DataLoader does.",
+)
+
 data_options = together(
     click.option("--data", type=EXISTING, help=f"Calibration data: {KINDS_OF_DATA}."),
-    click.option(
-        "--data-function",
-        "function",
-        metavar="MODULE:FUNCTION",
-        help="Call this Python function (or FILE.py:FUNCTION) instead: it yields batches, dicts of arrays by input name, or tuples "
-        "of them in the inputs' order, labels behind, as a DataLoader does.",
-    ),
+    function_option,
     click.option(
         "--synthetic",
         type=click.IntRange(min=1),

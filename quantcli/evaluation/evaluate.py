@@ -86,7 +86,7 @@ class Evaluation:
 
 def evaluate(
     quantized: Path | str,
-    data: Path | str,
+    data: Path | str | None,
     reference: LoadedModel | Path | str | None = None,
     metric: str | None = None,
     recipe: Recipe | None = None,
@@ -101,12 +101,13 @@ def evaluate(
     opening: Opening | None = None,
     memory: bool = False,
     progress: Progress = silent,
+    function: str | None = None,
 ) -> Evaluation:
     """Evaluate a quantized model on data, beside the float model it came from.
 
     Args:
         quantized: The quantized model: ``.onnx``, or ``.pt2``.
-        data: Evaluation data.
+        data: Evaluation data; None where a function gives it.
         reference: The float model, ``.onnx`` or what torch wrote; or one that is loaded already.
         metric: A key of `METRICS`, or ``module:function`` (`quantcli.evaluation.metrics.Asked`); None for top1 where there are
             labels, else sqnr.
@@ -122,6 +123,7 @@ def evaluate(
         opening: How a float PyTorch model is opened that does not say all of itself.
         memory: Whether to measure the memory that both models take.
         progress: Called with the stage, the samples done and their total.
+        function: A Python callable, ``module:function``, that yields batches, in the place of data.
 
     Raises:
         ReportedError: If anything given cannot be used, or the metric needs what is not there.
@@ -131,10 +133,15 @@ def evaluate(
     check_count(batch, "batch")
     check_count(threads, "number of threads")
     check_progress(progress)
-    quantized, data = path_of(quantized, "quantized model"), path_of(data, "data")
+    check_named(function, "data function")
+    if (data is None) == (function is None):
+        raise UsageError("evaluation needs data from one place", "give one of --data, --data-function")
+    quantized, data = path_of(quantized, "quantized model"), path_or_none(data, "data")
     source = reference if isinstance(reference, LoadedModel) else None
     if source is None and reference is not None:
-        source = load(path_of(reference, "float model"), opening, Data(data).example(recipe.preprocess))
+        source = load(
+            path_of(reference, "float model"), opening, Data(data, function=function).example(recipe.preprocess)
+        )
     float_runner = Runner(source.runnable, what=source.name) if source is not None else None
     candidate, runner = opened(quantized, source)
     if candidate is None and (layers or profiled):
@@ -145,7 +152,9 @@ def evaluate(
     if known is not None:
         check_repeatable(known.graph)
     looked_at = source or candidate or runner  # a program that convert wrote has no graph
-    dataset = open_dataset(data, looked_at.inputs, recipe.preprocess, path_or_none(labels, "labels"), split)
+    dataset = open_dataset(
+        data, looked_at.inputs, recipe.preprocess, path_or_none(labels, "labels"), split, function=function
+    )
     if source is not None and float_runner is not None and float_runner.outputs != runner.outputs:
         theirs, ours = ", ".join(float_runner.outputs), ", ".join(runner.outputs)
         what = f"{source.name} has the outputs {theirs}, {quantized.name} has {ours}"

@@ -281,3 +281,21 @@ def test_samples_of_several_lengths_meet_their_labels(capsys: pytest.CaptureFixt
     found = strict_json(capsys.readouterr().out)
     assert (found["metric"], found["samples"]) == ("top1", 7)
     assert found["float"] == 100.0
+
+
+def test_a_function_gives_the_samples_and_their_labels(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        "import numpy as np",
+        "def batches():",
+        "    d = np.load('kit/eval.npz')",
+        "    x, y = d['images'], d['labels']",
+    ]
+    lines += ["    for k in range(0, len(x), 8):", "        yield x[k:k + 8], y[k:k + 8]", ""]
+    Path("mine.py").write_text("\n".join(lines))
+    command = ["eval", "kit/q.onnx", "--float", "kit/model.onnx", *PIXELS, "--no-latency"]
+    from_file = done(capsys, *command, "--data", "kit/eval.npz")
+    assert from_file["metric"] == "top1"
+    assert done(capsys, *command, "--data-function", "mine.py:batches") == from_file
+    for given in ([], ["--data", "kit/eval.npz", "--data-function", "mine.py:batches"]):
+        assert run([*command, *given]) == 2
+        assert "evaluation needs data from one place" in capsys.readouterr().err
