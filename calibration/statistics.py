@@ -183,7 +183,7 @@ def load_any(path: Path) -> Statistics:
             raise StatisticsError(f"{path} has format version {document['version']}, not {VERSION}", "calibrate again")
         return from_document(document, arrays)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        remedy = "make it with quantcli calibrate; what it is made of goes by --data (data=)"
+        remedy = "make one with quantcli calibrate MODEL --data DATA; samples themselves are given by --data (data=)"
         raise StatisticsError(f"{path} is not a statistics file", remedy) from error
 
 

@@ -139,7 +139,7 @@ def as_array(value: Any, where: str) -> NDArray[Any]:
 
 
 def split_batches(source: str, entries: Iterable[Any], reading: Reading) -> Iterator[tuple[Sample, int | None]]:
-    """Yield the samples of batches; an entry with one axis less than the model's input is a sample itself, unless it has several labels.
+    """Yield the samples of batches; an entry of one axis less than the input, with one label at most, is a sample itself.
 
     Raises:
         DataError: If an entry is none of arrays by input name, a tuple of them in their order or an array for the only input, or
