@@ -13,6 +13,7 @@ from quantcli.cost import per_value, values_of
 from quantcli.errors import PlanError, UsageError
 from quantcli.fold import constant, unmapped
 from quantcli.load.learned import LEARNED
+from quantcli.logarithms import REASON, under_logarithms
 from quantcli.recipe import resolve_target
 from quantcli.rules import LOOKUPS, RULES, STORED, Arithmetic, Operand, Rule, rule_for
 
@@ -159,6 +160,8 @@ def place(model: ir.Model, recipe: Recipe, barred: frozenset[str] = frozenset())
                 f"'{masked.name}' spans a range that no integer grid resolves: a mask's, one far below what makes it, "
                 "or that of large and small values joined, as boxes and scores are",
             )
+    for node in under_logarithms(model) - forced:
+        excluded.setdefault(node, REASON)
     reasons = {node: reason for node in nodes if (reason := why_float(node, excluded)) is not None}
     stored = stored_by(target, [node for node in nodes if node not in reasons and node not in forced], reasons)
     layers = Placing(nodes, reasons, target, forced).layers()

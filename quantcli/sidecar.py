@@ -257,9 +257,9 @@ def read(path: Path) -> Sidecar:
     try:
         sidecar = msgspec.json.decode(path.read_bytes(), type=Sidecar)
     except (OSError, msgspec.DecodeError) as error:
-        raise ModelError(
-            f"{path} is not a sidecar of version {VERSION} ({error})", "convert the model again"
-        ) from error
+        beside = path.with_suffix(".json")
+        remedy = f"give its sidecar, {beside}" if beside != path and beside.is_file() else "convert the model again"
+        raise ModelError(f"{path} is not a sidecar of version {VERSION} ({error})", remedy) from error
     found = next(contradictions(sidecar), None)
     if found is not None:
         raise ModelError(f"{path} contradicts itself: {found}", "convert the model again")

@@ -55,6 +55,7 @@ ORDER = [
         "quantcli.island",
     },
     {"quantcli.rules", "quantcli.integer_operators", "quantcli.cost"},
+    {"quantcli.logarithms"},
     {"quantcli.placement", "quantcli.masks"},
     {"quantcli.plan"},
     {"quantcli.tune", "quantcli.modes"},

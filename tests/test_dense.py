@@ -205,3 +205,13 @@ def test_columns_of_a_normalisation_are_evened_in_front_of_it(tmp_path: Path) ->
     assert operators(changed) == operators(folded)
     real, made = (Runner(ir.to_proto(m).SerializeToString()).run({"x": x}, ["y"])["y"] for m in (folded, changed))
     np.testing.assert_allclose(made, real, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [[-1, "?", WIDTH], ["?", "?", WIDTH], [-1, -1, WIDTH]])
+def test_lengths_written_as_minus_one_or_a_question_mark_are_not_known(tmp_path: Path, shape: Shape) -> None:
+    model = dense(tmp_path / "m.onnx", shape)
+    x = normal(16, LENGTH, WIDTH, seed=5)
+    done = converted(tmp_path, model, x, Recipe(target="npu-int8", tune=FAST))
+    assert [layer.operator for layer in done.plan.layers] == ["Reshape", "Gemm", "Reshape"]
+    y = Runner(model).run({"x": x})["y"]
+    assert Runner(done.model).run({"x": x})["y"].shape == y.shape

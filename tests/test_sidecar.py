@@ -49,6 +49,12 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         sidecar.read(tmp_path / "other.json")
 
 
+def test_of_a_model_its_sidecar_is_named(residual: Conversion) -> None:
+    with pytest.raises(ModelError) as caught:
+        sidecar.read(residual.model)
+    assert f"give its sidecar, {residual.sidecar_path}" in str(caught.value)
+
+
 def test_it_is_bound_to_both_models(document: dict[str, Any], residual: Conversion) -> None:
     folder = residual.model.parent
     for entry, file in (("float_model", folder / "net.onnx"), ("model", residual.model)):

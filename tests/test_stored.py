@@ -193,3 +193,34 @@ def test_what_was_stored_can_be_converted_again(tmp_path: Path) -> None:
     again = convert(first.model, tmp_path / "q.onnx", synthetic=4)
     assert [layer.arithmetic for layer in again.plan.layers] == [Arithmetic.ACCUMULATE]
     assert again.check.sqnr["y"] > 30
+
+
+@pytest.mark.parametrize("mode", ["weights", "dynamic", "static"])
+@pytest.mark.parametrize("carried", [True, False], ids=["carried", "captured"])
+def test_a_weight_that_a_loop_reads_as_well_is_stored_once(tmp_path: Path, mode: str, carried: bool) -> None:
+    """y = x·w·w, the second product in a Loop of one turn: its body reads the integers of w, dequantized."""
+    float_, boolean, number = onnx.TensorProto.FLOAT, onnx.TensorProto.BOOL, onnx.TensorProto.INT64
+    info = onnx.helper.make_tensor_value_info
+    inputs = [info("i", number, []), info("go", boolean, []), info("v", float_, None)]
+    outputs = [info("on", boolean, []), info("t", float_, None)]
+    body = [node("Identity", ["go"], ["on"]), node("MatMul", ["v", "u" if carried else "w"], ["t"])]
+    if carried:
+        inputs.append(info("u", float_, [64, 64]))
+        outputs.append(info("same", float_, [64, 64]))
+        body.append(node("Identity", ["u"], ["same"]))
+    loop = onnx.helper.make_graph(body, "body", inputs, outputs)
+    states, ends = (["a", "w"], ["y", "last"]) if carried else (["a"], ["y"])
+    nodes = [node("MatMul", ["x", "w"], ["a"]), node("Loop", ["n", "", *states], ends, body=loop)]
+    w, x = normal(64, 64, seed=1, scale=0.1), normal(16, 64, seed=2)
+    model = save(tmp_path / "m.onnx", nodes, {"x": ["N", 64]}, {"y": ["N", 64]}, {"w": w, "n": np.array(1)})
+    np.savez(tmp_path / "d.npz", x=x)
+    data = tmp_path / "d.npz" if mode == "static" else None
+    recipe = Recipe(mode=mode, tune=Tune(effort="fast"))
+    done = convert(model, tmp_path / "q.onnx", data=data, recipe=recipe, verified=True)
+    held = [t for t in onnx.load(done.model).graph.initializer if t.dims == [64, 64]]
+    assert [t.data_type for t in held] == [onnx.TensorProto.INT8]
+    if mode == "weights":
+        grid = onnx.numpy_helper.to_array(held[0]) * np.array(done.sidecar.tensors["w"].scale)
+        y = Runner(done.model).run({"x": x})["y"]
+        bound = 2 * 64 * np.abs(x) @ np.abs(grid) @ np.abs(grid) * 2.0**-24  # two sums of 64 products in float32
+        assert (np.abs(y - x @ grid @ grid) <= bound).all()

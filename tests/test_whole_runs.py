@@ -70,6 +70,9 @@ def stream(path: Path, steps: int = STEPS) -> dict[str, Array]:
         ([(None, 5), ()], True),
         ([(1, 5), (2, 1, 6)], True),
         ([(None, 5), (2, None, 6)], True),
+        ([(None, 3, None, 16), (4, 1, 6)], True),
+        ([(None, 5), (4, 2, 6)], False),
+        ([(4, 5), (4, 1, 6)], False),
     ],
 )
 def test_inputs_that_share_no_axis_of_samples_make_whole_runs(

@@ -105,17 +105,22 @@ def select(count: int, selection: Selection) -> NDArray[np.intp]:
     return np.random.default_rng(selection.seed).permutation(count)[:wanted].astype(np.intp)
 
 
+# Directions or layers, batch, units: the axes of a recurrent network's state.
+STATE_AXES = 3
+
+
 def whole_runs(inputs: tuple[InputSpec, ...]) -> bool:
     """Tell whether a sample is a whole run of a model, since its inputs do not share a first axis that counts samples.
 
-    One is a scalar (a sampling rate), or they have first axes of several lengths, or of a number and a free one, while an axis
-    behind the number is free: the state of a recurrent network, of 2 × batch × units.
+    One is a scalar (a sampling rate), or they have first axes of several lengths, or of a number and a free one, while the axis of
+    samples stands behind the number: the state of a recurrent network, of 2 × batch × units, the batch free or 1.
     """
     fixed = {spec.shape[0] if spec.shape else 0 for spec in inputs if not spec.shape or spec.shape[0] is not None}
     if 0 in fixed or len(fixed) > 1:
         return True
     free = any(spec.shape[0] is None for spec in inputs)
-    return free and any(spec.shape[0] not in {None, 1} and None in spec.shape[1:] for spec in inputs)
+    beside = [spec.shape[1:] for spec in inputs if spec.shape[0] not in {None, 1}]
+    return free and any(None in rest or (len(rest) == STATE_AXES - 1 and rest[0] == 1) for rest in beside)
 
 
 def fixes_batch(inputs: tuple[InputSpec, ...]) -> bool:

@@ -31,6 +31,7 @@ def load_onnx(path: Path) -> tuple[ir.Model, list[Path]]:
     if not model.opset_imports or model.graph.num_nodes() == 0:
         raise ModelError(f"{path} holds no model: it has no operators", "export it again")
     readable_names(model)
+    open_axes(model)
     return model, [path, *external_files(model, path)]
 
 
@@ -42,6 +43,21 @@ def readable_names(model: ir.Model) -> None:
     for node in model.graph.all_nodes():
         if isinstance(node.name, bytes):
             node.name = node.name.decode("utf-8", "replace")
+
+
+def open_axes(model: ir.Model) -> None:
+    """Give axes no length that a file says is −1, or a question mark: so exporters write what they do not know.
+
+    Two axes of one name are of one length, and a Reshape knows no second −1.
+    """
+    graphs = [model.graph, *model.graph.subgraphs()]
+    values = {value for graph in graphs for value in (*graph.inputs, *graph.outputs)}
+    values.update(value for node in model.graph.all_nodes() for value in node.outputs)
+    for value in values:
+        axes = [] if value.shape is None else [a if isinstance(a, int) else a.value for a in value.shape]
+        known = [None if axis == "?" or (isinstance(axis, int) and axis < 0) else axis for axis in axes]
+        if known != axes:
+            value.shape = ir.Shape(known)
 
 
 def read(path: Path) -> ir.Model:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from quantcli.fold import add_constant
 from quantcli.integer_operators import MICROSOFT
-from quantcli.placement import ACTIVATIONS
+from quantcli.placement import ACTIVATIONS, BODIES
 from quantcli.rules import Arithmetic
 from quantcli.write.integers import move_integers, quantizer_of
 from quantcli.write.onnx_dynamic import DynamicProducts
@@ -126,6 +126,7 @@ class Writer:
                     self.dynamic.rewrite(self.nodes[layer.name], *weights[0])
             else:
                 self.quantize_constants(layer)
+        self.share_with_bodies()
         values = {str(value.name): value for value in self.graph.inputs}
         values.update({str(value.name): value for node in self.graph for value in node.outputs})
         for name, tensor in self.plan.tensors.items():
@@ -215,6 +216,21 @@ class Writer:
                 array = array.astype(ml_dtypes.int4 if tensor.integer.signed else ml_dtypes.uint4)
             self.stored[tensor.name] = add_constant(self.graph, self.names[tensor.name]["integers"], array)
         return self.stored[tensor.name]
+
+    def share_with_bodies(self) -> None:
+        """Let If, Loop and Scan read the reals of a stored weight, where no other operator reads it in float."""
+        for name in [name for name in self.stored if self.plan.tensors[name].role == "weight"]:
+            value = self.graph.initializers.get(name)
+            readers = value.consumers() if value is not None else ()
+            if value is None or not readers or value.is_graph_output():
+                continue
+            if all(node.graph is not self.graph or node.op_type in BODIES for node in readers):
+                reals = self.dequantized_constant(self.plan.tensors[name], self.graph[0])
+                dequantizer = reals.producer()
+                if dequantizer is not None and dequantizer is not self.graph[0]:
+                    self.graph.remove(dequantizer)
+                    self.graph.insert_before(self.graph[0], dequantizer)
+                ir.convenience.replace_all_uses_with(value, reals)
 
     def dequantized_constant(self, tensor: TensorPlan, reader: ir.Node) -> ir.Value:
         """Return the dequantized value of a constant, made at its first reader."""

@@ -33,15 +33,19 @@ def fold_at_load(model: ir.Model, quantized: QuantizedModel) -> None:
     """
     plan, names, mark = quantized.plan, tensor_names(quantized), free_mark(quantized)
     stored: dict[str, TensorPlan] = {}
-    integers = {name for layer in plan.layers if layer.arithmetic is not Arithmetic.STORED for name in layer.inputs}
+    kinds = {Arithmetic.STORED, Arithmetic.DYNAMIC}  # of the latter only bodies (of If, Loop, Scan) have reals
+    integers = {name for layer in plan.layers if layer.arithmetic not in kinds for name in layer.inputs}
     for layer in plan.layers:
-        for name in layer.inputs if layer.arithmetic is Arithmetic.STORED and integers.isdisjoint(layer.inputs) else ():
-            tensor = plan.tensors[name]
-            if tensor.blocks is None and (layer.operator != "MatMul" or tensor.integer.bits > 8):
-                stored[names[name]["reals"]] = tensor
+        for name in layer.inputs if layer.arithmetic in kinds and integers.isdisjoint(layer.inputs) else ():
+            if plan.tensors[name].blocks is None:
+                stored[names[name]["reals"]] = plan.tensors[name]
     for node in list(model.graph):
-        if node.op_type == "DequantizeLinear" and (reals := str(node.outputs[0].name)) in stored:
-            multiplied(node, stored[reals], model.graph, mark)
+        tensor = stored.get(str(node.outputs[0].name)) if node.op_type == "DequantizeLinear" else None
+        if tensor is None:
+            continue
+        readers = {reader.op_type for reader in node.outputs[0].consumers() if reader.graph is model.graph}
+        if tensor.integer.bits > 8 or readers != {"MatMul"}:
+            multiplied(node, tensor, model.graph, mark)
 
 
 def multiplied(node: ir.Node, tensor: TensorPlan, graph: ir.Graph, mark: str) -> None:

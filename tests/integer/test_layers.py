@@ -6,6 +6,7 @@ may part by one. Everything else is compared with ==.
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Conversion, Recipe, convert, verify
+from quantcli.integer import kernels
 from quantcli.integer.executor import Executor
 from quantcli.integer.layers import INTEGER_LAYERS
 from quantcli.integer.moves import MOVES
@@ -303,3 +305,22 @@ def test_float_islands_are_bridged_and_counted(tmp_path: Path) -> None:
     found, expected = executor.run({"x": x})["o"], Runner(done.model).run({"x": x})["o"]
     assert executor.islands == {"Exp": 1}
     assert np.abs(np.rint((found - expected) / done.sidecar.tensors["o"].scale[0])).max() <= 1
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_convolutions_lay_out_few_windows_at_once(monkeypatch: pytest.MonkeyPatch, group: int) -> None:
+    draw = np.random.default_rng(1)
+    x, w = draw.integers(-255, 256, (2, 16, 64, 48)), draw.integers(-128, 128, (8, 16 // group, 3, 3))
+    attributes = {"group": group, "pads": [1, 1, 1, 1], "strides": [2, 1]}
+    whole = kernels.convolve(x, w, attributes)
+    monkeypatch.setattr(kernels, "AT_ONCE", 1 << 14)
+    tracemalloc.start()
+    try:
+        parts = kernels.convolve(x, w, attributes)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (parts == whole).all()
+    windows = 8 * 2 * 32 * 48 * (16 // group) * 9  # bytes of all of a group's
+    held = 8 * (2 * 16 * 66 * 50 + whole.size)  # what is padded, and the accumulators
+    assert peak < held + windows / 2
