@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -197,7 +198,9 @@ def test_what_was_stored_can_be_converted_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["weights", "dynamic", "static"])
 @pytest.mark.parametrize("carried", [True, False], ids=["carried", "captured"])
-def test_a_weight_that_a_loop_reads_as_well_is_stored_once(tmp_path: Path, mode: str, carried: bool) -> None:
+def test_a_weight_that_a_loop_reads_as_well_is_stored_once(
+    tmp_path: Path, mode: Literal["static", "dynamic", "weights"], carried: bool
+) -> None:
     """y = x·w·w, the second product in a Loop of one turn: its body reads the integers of w, dequantized."""
     float_, boolean, number = onnx.TensorProto.FLOAT, onnx.TensorProto.BOOL, onnx.TensorProto.INT64
     info = onnx.helper.make_tensor_value_info
