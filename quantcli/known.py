@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibration.collect import Known
+from quantcli.bounds import activation_bounds
 from quantcli.fold import constant
-from quantcli.plan import activation_bounds
 from quantcli.rules import Arithmetic, Operand
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ import onnx_ir as ir
 
 from quantcli.arithmetic.affine import IntegerType, symmetric_scales
 from quantcli.arithmetic.blocks import block_parameters
+from quantcli.bodies import BODIES, why_whole
 from quantcli.errors import PlanError
 from quantcli.fold import add_constant, constant, unmapped
-from quantcli.placement import BODIES, WORTH_STORING, FloatLayer, carries_floats, exclusions, why_whole
+from quantcli.placement import WORTH_STORING, FloatLayer, carries_floats, exclusions
 from quantcli.plan import LayerPlan, Plan, TensorPlan
 from quantcli.recipe import resolve_target
 from quantcli.rules import LOOKUPS, RULES, Arithmetic

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from quantcli.bodies import BODIES, why_whole
 from quantcli.cost import per_value, values_of
 from quantcli.errors import PlanError, UsageError
 from quantcli.fold import constant, unmapped
@@ -34,14 +35,6 @@ ELSEWHERE = {
     "GRU": "; --mode weights stores integers",
     "RNN": "; --mode weights stores integers",
 }
-# Operators whose bodies are graphs of their own, and how what is in those may get out of them.
-BODIES = {
-    "If": "export the model for one of its branches",
-    "Loop": "export recurrent layers as LSTM, GRU or RNN, or the loop unrolled",
-    "Scan": "export recurrent layers as LSTM, GRU or RNN, or the loop unrolled",
-}
-# What computes with weights, in bodies as well.
-HEAVY = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN")
 # A table of fewer values is not worth the operator that dequantizes what is looked up.
 WORTH_STORING = 1 << 16
 # Why an operator's weights are stored, where a target computes it in float.
@@ -201,11 +194,6 @@ def kind_of(node: ir.Node) -> str:
     return "Conv3d" if len(kernel) == 3 else "NarrowConv" if narrow else node.op_type
 
 
-def is_constant(value: ir.Value | None) -> bool:
-    """Tell whether a value is a constant of the graph."""
-    return constant(value) is not None
-
-
 def carries_floats(node: ir.Node) -> bool:
     """Tell whether an operator reads or makes real numbers; shape arithmetic on integers is no candidate and no float layer."""
     integers = {
@@ -268,16 +256,6 @@ def why_float(node: ir.Node, excluded: dict[ir.Node, str]) -> str | None:
         if bad:
             return f"the constant '{value.name}' is empty or not finite"
     return next((reason for check in rule.refuses if (reason := check(node)) is not None), None)
-
-
-def why_whole(node: ir.Node) -> str:
-    """Return why an operator with bodies stays float: what is in them, and how that may get out of them."""
-    bodies = [one.as_graph() for one in node.attributes.values() if one.type is ir.AttributeType.GRAPH]
-    inner = [item.op_type for body in bodies for item in body.all_nodes()]
-    held = [f"{operator} ({inner.count(operator)})" for operator in HEAVY if operator in inner]
-    if not held:
-        return "its bodies stay float"
-    return f"its bodies stay float, with what is in them: {', '.join(held)}; {BODIES[node.op_type]}"
 
 
 def absorptions(nodes: list[ir.Node], reasons: dict[ir.Node, str]) -> dict[ir.Node, list[ir.Node]]:
@@ -464,7 +442,9 @@ class Placing:
         alone = (
             len(readers) == 1 and not layer.output.is_graph_output() and self.forced.isdisjoint({layer.node, *readers})
         )
-        return alone and readers[0].op_type in {"Add", "Mul"} and any(map(is_constant, readers[0].inputs))
+        return (
+            alone and readers[0].op_type in {"Add", "Mul"} and any(constant(v) is not None for v in readers[0].inputs)
+        )
 
     def accumulates(self, value: ir.Value) -> bool:
         """Tell whether some layer accumulates integers of a value, perhaps behind operators that move them."""

@@ -9,9 +9,10 @@ import numpy as np
 
 from quantcli.arithmetic import affine, tables
 from quantcli.arithmetic.blocks import quantize_blocks
+from quantcli.bounds import activation_bounds
 from quantcli.errors import PlanError
 from quantcli.fold import constant, unmapped
-from quantcli.plan import INT32, activation_bounds
+from quantcli.plan import INT32
 from quantcli.rules import Arithmetic
 
 if TYPE_CHECKING:

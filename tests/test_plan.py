@@ -14,13 +14,14 @@ import pytest
 from calibration.statistics import Statistics
 from quantcli import Conversion, Recipe, calibrate, convert, evaluate
 from quantcli.arithmetic.affine import LARGEST_BIAS
+from quantcli.bounds import FURTHER, felt
 from quantcli.cli import run
 from quantcli.cli.convert import finer_options, warn_of_dead_channels
 from quantcli.cli.terminal import Terminal
 from quantcli.errors import PlanError, UsageError
 from quantcli.fold import fold
 from quantcli.placement import place
-from quantcli.plan import FURTHER, LayerPlan, Plan, felt, make_plan
+from quantcli.plan import LayerPlan, Plan, make_plan
 from quantcli.recipe import Activation, Layers, Multiplier, Tune, Weight, resolve_target
 from quantcli.rules import Arithmetic
 from quantcli.tune.wide import left_of

@@ -173,6 +173,8 @@ def convert(context: click.Context, /, model: Path, output: Path, strict: bool, 
 
 def show(terminal: Terminal, done: Conversion) -> None:
     """Print what a conversion did."""
+    from quantcli.joined import parts_within
+
     plan, sidecar = done.plan, done.sidecar
     in_c = done.embedded is not None
     if terminal.verbose:
@@ -226,8 +228,6 @@ def show(terminal: Terminal, done: Conversion) -> None:
     terminal.say(f"size: {sizes[0]:,} → {sizes[1]:,} bytes ({sizes[1] / sizes[0]:.0%})")
     if done.check.speed is not None and here:
         terminal.say(f"speed: about {done.check.speed:.2f} times float's, {samples(done.check.batch)} at once")
-    from quantcli.joined import parts_within
-
     for name, value in done.check.sqnr.items():
         parts = "".join(f", '{part}' {at:.1f} dB" for part, at in parts_within(name, done.check.parts).items())
         terminal.say(f"self-check: output '{name}' SQNR {value:.1f} dB over {samples(done.check.samples)}{parts}")

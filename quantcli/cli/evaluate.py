@@ -171,6 +171,7 @@ def write_junit(path: Path, quantized: Path, checks: Sequence[Check]) -> None:
 def show(terminal: Terminal, found: Evaluation) -> None:
     """Print an evaluation."""
     from quantcli.evaluation.metrics import UNITS, written
+    from quantcli.joined import parts_within
 
     unit = UNITS.get(found.metric, "")
     rows: list[tuple[str, str, str, str]] = [
@@ -198,8 +199,6 @@ def show(terminal: Terminal, found: Evaluation) -> None:
         rows.append(
             ("memory (MB, first batch)", f"{before / 1e6:.1f}", f"{after / 1e6:.1f}", f"{after / max(before, 1):.0%}")
         )
-    from quantcli.joined import parts_within
-
     for output, sqnr in found.sqnr.items():
         each = {output: sqnr, **parts_within(output, found.parts)}
         rows.extend((f"SQNR of '{name}' (dB)", "", f"{value:.2f}", "") for name, value in each.items())

@@ -10,9 +10,9 @@ import numpy as np
 
 from calibration.hooks.onnxruntime import Runner
 from quantcli.arithmetic.affine import dequantize
+from quantcli.bounds import cut, felt
 from quantcli.evaluation.metrics import Difference
 from quantcli.fold import fold
-from quantcli.plan import felt
 from quantcli.probe import with_outputs
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def layer_sqnrs(
             if tensor.moved is not None:
                 differences[name].update(moved(expected[name], tensor.moved), given)
             else:  # what readers do not tell apart is not lost where a grid cuts it off
-                differences[name].update(np.clip(expected[name], *ends[name]), np.clip(given, *ends[name]))
+                differences[name].update(cut(expected[name], ends[name]), cut(given, ends[name]))
     layers = []
     for layer in sidecar.layers:
         if layer.outputs[0] not in differences:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from quantcli.bounds import activation_bounds
 from quantcli.fold import add_constant, constant
-from quantcli.plan import activation_bounds
 from quantcli.tune.bias import biased
 from quantcli.tune.equalize import is_padded, store
 from quantcli.tune.smooth import is_transposed

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quantcli.bounds import activation_bounds
 from quantcli.fold import constant
-from quantcli.plan import activation_bounds
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -20,8 +20,8 @@ import numpy as np
 import onnx_ir as ir
 
 from calibration.datasets import samples_in
+from quantcli.bounds import activation_bounds
 from quantcli.fold import constant
-from quantcli.plan import activation_bounds
 from quantcli.tune.bias import biased, channel_sums
 from quantcli.tune.channels import Channels, is_layer
 from quantcli.tune.clips import FACTORS, Spread

@@ -17,9 +17,10 @@ import onnx_ir as ir
 from calibration.errors import RunError
 from calibration.hooks.onnxruntime import Runner
 from quantcli.arithmetic.affine import IntegerType, fixed_parameters
+from quantcli.bounds import activation_bounds, cut, felt
 from quantcli.fold import constant
 from quantcli.island import captured, single_node
-from quantcli.plan import activation_bounds, activation_parameters, felt
+from quantcli.plan import activation_parameters
 from quantcli.probe import runnable
 from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.bias import BIASED, biased, corrected
@@ -183,7 +184,7 @@ class Sweep:
         if found is None:
             weights, axis = self.importance(value)
             ends = felt(value)
-            real, made = ([np.clip(array, *ends) for array in side] for side in (real, made))
+            real, made = ([cut(array, ends) for array in side] for side in (real, made))
             looked = look(real, made, weights, axis, self.steps.seed)
             more = (0.5,) if self.target.activation.power_of_two else ()
             enough = ENOUGH_COARSE if self.target.weights_are_coarser else ENOUGH

@@ -14,8 +14,9 @@ from quantcli.arithmetic.affine import (
     scales_wide_enough_for_bias,
 )
 from quantcli.arithmetic.affine import power_of_two as to_power_of_two
+from quantcli.bounds import activation_bounds
 from quantcli.fold import constant
-from quantcli.plan import activation_bounds, bias_of, weight_grid, widest_scales
+from quantcli.plan import bias_of, weight_grid, widest_scales
 from quantcli.tune.bias import BIASED, within
 from quantcli.tune.gain import SCALED, gain_of
 from quantcli.tune.moments import drawn_rows, matrix_of, moments_of, together, weighted_moments

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quantcli.bounds import cut, felt
 from quantcli.fold import lifted
-from quantcli.plan import felt, make_plan
+from quantcli.plan import make_plan
 from quantcli.recipe import resolve_target
 from quantcli.tune.ranges import Grid
 from quantcli.tune.values import values_in_parts
@@ -122,11 +123,12 @@ def left_of(model: ir.Model, plan: Plan, feeds: Sequence[dict[str, NDArray[Any]]
         for name, tensor in plan.tensors.items()
         if tensor.role == "activation" and tensor.same_as is None and tensor.samples and name in values
     }
+    ends = {name: felt(values[name]) for name in lost}
     made = sorted(name for name in lost if values[name].producer() is not None)
     for found in values_in_parts(model, feeds, made, SAMPLES):  # what is fed is among it
         for name in lost.keys() & found.keys():
             if found[name].dtype == np.float32 and found[name].ndim:
-                lost[name].add(np.clip(found[name], *felt(values[name])))
+                lost[name].add(cut(found[name], ends[name]))
     return {name: one.decibels for name, one in lost.items() if one.rows}
 
 

@@ -16,9 +16,10 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from quantcli.bodies import BODIES
 from quantcli.fold import add_constant
 from quantcli.integer_operators import MICROSOFT
-from quantcli.placement import ACTIVATIONS, BODIES
+from quantcli.placement import ACTIVATIONS
 from quantcli.rules import Arithmetic
 from quantcli.write.integers import move_integers, quantizer_of
 from quantcli.write.onnx_dynamic import DynamicProducts
