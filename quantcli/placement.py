@@ -91,6 +91,12 @@ class PlacedLayer:
         rest = [v for v in self.node.outputs[1:] if v.uses() or v.is_graph_output()]
         return (self.output, *rest) if self.rule.arithmetic is Arithmetic.MOVE else (self.output,)
 
+    @property
+    def depthwise(self) -> bool:
+        """Whether it is a convolution of one filter per channel."""
+        shape = self.node.inputs[1].shape if self.node.op_type == "Conv" and self.node.inputs[1] is not None else None
+        return shape is not None and shape[:2] == (self.node.attributes.get_int("group", 1), 1)
+
     def operands(self) -> list[tuple[int, ir.Value, Operand]]:
         """Return position, value and kind of every operand that has parameters; a computed weight is an activation."""
         found = []

@@ -327,7 +327,8 @@ def plan_weights(
         del values, channels
         unmapped(users[0][1])
         stored = all(layer.rule.arithmetic is Arithmetic.STORED for layer, _ in users)
-        integer = weight_grid(target, tuning.bits.get(name, stored_bits if stored else None))
+        depthwise = all(layer.depthwise for layer, _ in users)
+        integer = weight_grid(target, tuning.bits.get(name, stored_bits if stored else None), depthwise=depthwise)
         symmetric = name not in tuning.lowest if name in tuning.scales else target.weight.is_symmetric(integer.bits)
         scales = tuning.scales[name] if name in tuning.scales else widest_scales(lo, hi, integer, symmetric)
         for layer, _ in users:
@@ -361,9 +362,9 @@ def widest_scales(
     return symmetric_scales(np.maximum(-lo, hi), integer) if symmetric else asymmetric_scales(lo, hi, integer)
 
 
-def weight_grid(target: Target, bits: int | None = None) -> IntegerType:
-    """Return the integers of a weight of so many bits; by default of as many as the target's weights have."""
-    width = target.weight.bits if bits is None else bits
+def weight_grid(target: Target, bits: int | None = None, *, depthwise: bool = False) -> IntegerType:
+    """Return the integers of a weight of so many bits; by default of as many as the target's weights have in such a layer."""
+    width = target.weight.bits_of(depthwise) if bits is None else bits
     return IntegerType(f"int{width}", narrow=target.weight.is_narrow(width))
 
 

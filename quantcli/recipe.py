@@ -15,6 +15,7 @@ from quantcli.errors import RecipeError, check_count, check_kind
 from quantcli.files import path_or_none
 from quantcli.targets import (
     DEFAULT_TARGET,
+    NATIVE,
     SYMMETRIC_BITS,
     ActivationFormat,
     ActivationType,
@@ -24,6 +25,7 @@ from quantcli.targets import (
     Target,
     WeightFormat,
     load_target,
+    native,
 )
 
 Format = TypeVar("Format", bound=msgspec.Struct)
@@ -192,7 +194,7 @@ def read_recipe(path: Path | str | None, overrides: dict[str, Any] | None = None
         elif value is not None:
             document[section] = value
     try:
-        return msgspec.convert(document, Recipe)
+        return settled(msgspec.convert(document, Recipe))
     except (msgspec.ValidationError, ValueError, TypeError) as error:
         raise RecipeError(
             f"{place or path or 'the command line'} asks for something unknown ({error})", "see docs/recipes.md"
@@ -226,7 +228,12 @@ def checked_recipe(recipe: Recipe | None) -> Recipe:
         msgspec.convert(msgspec.to_builtins(recipe), Recipe)
     except (msgspec.ValidationError, ValueError, TypeError) as error:
         raise RecipeError(f"the recipe asks for something unknown ({error})", "see docs/recipes.md") from error
-    return recipe
+    return settled(recipe)
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """Return a recipe whose target has its own name where it said ``native``: what is written says what it was made for."""
+    return msgspec.structs.replace(recipe, target=native()) if recipe.target == NATIVE else recipe
 
 
 def keeping(recipe: Recipe, floats: tuple[str, ...]) -> Recipe:
@@ -248,6 +255,8 @@ def resolve_target(recipe: Recipe) -> Target:
     activation = overlaid(target.activation, dtype=wishes.dtype, symmetric=wishes.symmetric, bits=wishes.bits)
     own = recipe.weight
     weight = overlaid(target.weight, per_channel=own.per_channel, symmetric=own.symmetric, bits=own.bits)
+    if own.bits is not None:
+        weight = msgspec.structs.replace(weight, depthwise_bits=None)
     check_wishes(recipe, activation, weight)
     return msgspec.structs.replace(
         target,

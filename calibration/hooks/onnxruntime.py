@@ -11,6 +11,7 @@ import numpy as np
 
 from calibration.datasets.dataset import InputSpec
 from calibration.errors import RunError
+from calibration.hooks import pairs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -73,6 +74,8 @@ class Runner:
         threads: Threads within an operator; 0 lets ONNX Runtime choose.
         what: What to call the model in errors.
         profile: What the file of ONNX Runtime's profiler is to begin with; None for no profile.
+        exact: Whether a quantized model is to give what ONNX says, where this machine's integer kernels do not
+            (`calibration.hooks.pairs`); of a model of two files it gives what they give.
 
     Raises:
         RunError: If ONNX Runtime refuses the model.
@@ -84,8 +87,9 @@ class Runner:
         threads: int = 0,
         what: str = "the model",
         profile: Path | None = None,
+        exact: bool = False,
     ) -> None:
-        self.what, self.threads, self.profile = what, threads, profile
+        self.what, self.threads, self.profile, self.exact = what, threads, profile, exact
         self.again = model if callable(model) else None
         self.loaded: Any = self.load(model() if callable(model) else model)
 
@@ -103,6 +107,8 @@ class Runner:
         if self.profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(self.profile)
+        if self.exact and not isinstance(model, Bundle):
+            model = pairs.exact(model)
         try:
             if isinstance(model, Bundle):
                 values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in model.weights.values()]

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from quantcli.embedded.deliver import Source
+    from quantcli.evaluation.check import SelfCheck
     from quantcli.explain import Explanation
     from quantcli.pipeline import Conversion
     from quantcli.plan import LayerPlan, Plan
@@ -215,6 +216,8 @@ def show(terminal: Terminal, done: Conversion) -> None:
             terminal.warn(f"where the hardware has it, more is left with {' or '.join(finer)}")
     # Models for other targets run in ONNX Runtime to be checked, not to be used.
     here = sidecar.target.placement.pays and not in_c
+    if done.check.here and here:
+        warn_of_saturation(terminal, done.check)
     if done.check.slow and here:
         may_race = sidecar.mode == "static" and not done.trials
         remedy = "; --optimize latency looks for a faster plan" if may_race else ""
@@ -234,6 +237,17 @@ def show(terminal: Terminal, done: Conversion) -> None:
     terminal.say(f"{done.sidecar_path}: the sidecar")
     if done.embedded is not None:
         source_in_c(terminal, done.embedded, done.model.parent)
+
+
+def warn_of_saturation(terminal: Terminal, check: SelfCheck) -> None:
+    """Say what this machine's kernels lose of a model that is for others."""
+    from quantcli.targets import NATIVE, native
+
+    told = ", ".join(f"'{name}' {at:.1f} dB in place of {check.sqnr[name]:.1f}" for name, at in check.here.items())
+    terminal.warn(
+        f"this machine's ONNX Runtime adds 8-bit products in pairs of 16 bits, where they saturate (x86 without VNNI): {told}; "
+        f"--target {NATIVE} makes the model for this machine ({native()}), and for every other x86"
+    )
 
 
 def finer_options(target: Target, mode: str) -> list[str]:
@@ -447,6 +461,7 @@ def as_document(done: Conversion) -> dict[str, Any]:
             "parts_db": done.check.parts,
             "low": done.check.low,
             "speed": done.check.speed,
+            "here_db": done.check.here,
             "suspects": [
                 {"name": s.name, "operator": s.operator, "sqnr_db": s.sqnr, "lost_db": s.lost}
                 for s in done.check.suspects

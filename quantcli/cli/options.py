@@ -281,7 +281,9 @@ quantization_options = together(
     click.option(
         "--requantize", is_flag=True, default=False, help="Take a quantized model: make it float, and quantize it anew."
     ),
-    click.option("--target", help="A target's name or TOML file.  [default: ort-x86]"),
+    click.option(
+        "--target", help="A target's name or TOML file; native: this machine's ONNX Runtime.  [default: ort-x86]"
+    ),
     click.option(
         "--activation-dtype",
         type=click.Choice(["uint8", "int8", "int16"]),

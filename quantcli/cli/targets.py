@@ -26,6 +26,7 @@ def targets(context: click.Context, /) -> None:
             + (" symmetric" if target.activation.symmetric else " affine")
             + (", 2^k" if target.activation.power_of_two else ""),
             f"int{target.weight.bits} {'per channel' if target.weight.per_channel else 'per tensor'}"
+            + (f", depthwise int{target.weight.depthwise_bits}" if target.weight.depthwise_bits else "")
             + (", 2^k" if target.weight.power_of_two else ""),
             f"{target.multiplier.bits} bits, {target.multiplier.rounding}",
             target.description,

@@ -10,6 +10,7 @@ import numpy as np
 
 from calibration.datasets import samples_in, single
 from calibration.hooks.onnxruntime import Runner
+from calibration.hooks.pairs import saturates
 from quantcli.errors import OutputError
 from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs, worst
 from quantcli.evaluation.metrics import Comparison
@@ -17,11 +18,14 @@ from quantcli.integer.held import Held
 from quantcli.joined import parts_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
+    import onnx_ir as ir
     from numpy.typing import NDArray
 
     from calibration.statistics import Statistics
+    from quantcli.evaluation.metrics import Difference
     from quantcli.load import LoadedModel
     from quantcli.sidecar import Sidecar
 
@@ -36,6 +40,8 @@ ENOUGH = 3
 SHORTEST = 1e-4
 # Below this a self-check warns: the quantized output is then more noise than most uses bear.
 LOW_SQNR = 10.0
+# What this machine's kernels may lose of an output before it is told, in dB.
+LOSS_HERE = 0.5
 
 
 @dataclass(frozen=True)
@@ -44,11 +50,12 @@ class SelfCheck:
 
     Attributes:
         samples: How many samples were run.
-        sqnr: The SQNR of every real output against the float model, in dB.
+        sqnr: The SQNR of every real output against the float model, in dB, of what ONNX says that the model gives.
         suspects: Where an output lies below 10 dB, the layers that lost most.
         speed: Float time ÷ quantized time over a few runs, roughly; None where that would take long, or hardly any time.
         batch: How many samples each of those runs had: one, unless the model fixes another number.
         parts: The SQNR of every part of outputs that are joined from several tensors, in dB.
+        here: The SQNR of outputs of which this machine's kernels, which saturate (`calibration.hooks.pairs`), give less, in dB.
     """
 
     samples: int
@@ -57,6 +64,7 @@ class SelfCheck:
     speed: float | None = None
     batch: int = 1
     parts: dict[str, float] = field(default_factory=dict)
+    here: dict[str, float] = field(default_factory=dict)
 
     @property
     def slow(self) -> bool:
@@ -93,12 +101,17 @@ def self_check(
     runner = Runner(source.runnable, what=source.name)
     one = single(runner.inputs, feeds)
     reference = runner.run(feeds)
+    here: dict[str, float] = {}
     if source.size > LARGEST:
         del runner
     if program is None:
         quantized = Runner(written, what="the quantized model")
         result = quantized.run(feeds)
         speed = measured(runner, quantized, one) if source.size <= LARGEST else None
+        if sidecar.target.weight.pair_bits is None and saturates():
+            given = result
+            result = Runner(written, what="the quantized model", exact=True).run(feeds)
+            here = loss_here(*(compared(source.graph, reference, one) for one in (result, given)))
     else:  # it is not compiled here, and its speed says nothing
         given = {str(value.name): feeds[str(value.name)] for value in source.graph.graph.inputs}
         result, speed = outputs_of_program(program, given, tuple(reference)), None
@@ -109,18 +122,32 @@ def self_check(
                 f"output '{name}' of the quantized model is not finite",
                 "something small may be zero on its grid, and divided by: exclude what gives it, or give activations more bits",
             )
-    comparison = Comparison(parts_of(source.graph))
-    comparison.update(reference, result)
-    sqnr, parts = (
-        {name: difference.sqnr for name, difference in found.items()}
-        for found in (comparison.outputs, comparison.parts)
-    )
+    comparison = compared(source.graph, reference, result)
+    sqnr, parts = (sqnrs(found) for found in (comparison.outputs, comparison.parts))
     suspects: tuple[LayerSqnr, ...] = ()
     if any(value < LOW_SQNR for value in sqnr.values()):
         held = Held.of_bytes(written) if isinstance(written, bytes) else Held.of_file(written)
         suspects = tuple(worst(layer_sqnrs(source.graph, held.model, sidecar, [feeds])))
     count, batch = (samples_in(rows) for rows in (feeds, one))
-    return SelfCheck(count, sqnr, suspects, speed, batch, parts)
+    return SelfCheck(count, sqnr, suspects, speed, batch, parts, here)
+
+
+def compared(model: ir.Model, reference: dict[str, NDArray[Any]], given: dict[str, NDArray[Any]]) -> Comparison:
+    """Return how a quantized model's outputs differ from float's."""
+    comparison = Comparison(parts_of(model))
+    comparison.update(reference, given)
+    return comparison
+
+
+def sqnrs(found: Mapping[str, Difference]) -> dict[str, float]:
+    """Return SQNRs by name, in dB."""
+    return {name: difference.sqnr for name, difference in found.items()}
+
+
+def loss_here(exact: Comparison, given: Comparison) -> dict[str, float]:
+    """Return the SQNR that outputs have on this machine, of those whose kernels lose something of them."""
+    least = sqnrs(exact.outputs)
+    return {name: value for name, value in sqnrs(given.outputs).items() if value < least[name] - LOSS_HERE}
 
 
 def outputs_of_program(

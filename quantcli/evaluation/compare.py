@@ -61,7 +61,7 @@ def layer_sqnrs(
     held = {value.name for node in folded.graph for value in node.outputs} | {v.name for v in folded.graph.inputs}
     names = [name for name in dict.fromkeys([*activations, *reals]) if name in held]  # not what tuning has put there
     float_runner = Runner(with_outputs(folded, names))
-    quantized_runner = Runner(with_outputs(quantized, [*integers, *reals]))
+    quantized_runner = Runner(with_outputs(quantized, [*integers, *reals]), exact=True)
     inputs = {spec.name for spec in float_runner.inputs}
     differences = {name: Difference() for name in names}
     ends = {str(v.name): felt(v) for v in [*folded.graph.inputs, *(v for n in folded.graph for v in n.outputs)]}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from calibration.datasets import (
 )
 from calibration.errors import DataError
 from calibration.hooks.onnxruntime import Runner
+from calibration.hooks.pairs import saturates
 from quantcli import sidecar as sidecar_file
 from quantcli.errors import ModelError, UsageError, check_count, check_named, check_progress
 from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs
@@ -34,6 +37,7 @@ from quantcli.progress import Progress, silent
 from quantcli.randomness import check_repeatable
 from quantcli.recipe import Recipe, checked_recipe, checked_selection
 from quantcli.sources import Data
+from quantcli.targets import NATIVE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,6 +46,11 @@ if TYPE_CHECKING:
 
     from calibration.hooks.torch import ProgramRunner
     from quantcli.sidecar import Sidecar
+
+logger = logging.getLogger(__name__)
+
+# Below so many dB of what it gives elsewhere, what a model gives on this machine is worth a warning: that is what 8 bits leave of float.
+SATURATED = 30.0
 
 
 @dataclass(frozen=True)
@@ -174,6 +183,8 @@ def evaluate(
         measuring.update(run_padded(runner, feeds, batch), expected, labelled)
         progress("evaluate", stop, len(indices))
     value, reference_value = measuring.values(dataset.labels[indices] if dataset.labels is not None else None)
+    if candidate is not None and saturates():
+        warn_of_saturation(candidate, run_padded(runner, first, batch), first, batch)
     timing = None
     one = single(runner.inputs, first)
     if latency and source is not None and candidate is not None:
@@ -239,6 +250,24 @@ class Measuring:
             reference = self.asked[1].value(self.function, labels) if self.asked[1].parts else None
             return self.asked[0].value(self.function, labels), reference
         return getattr(next(iter(self.comparison.outputs.values())), self.metric), None
+
+
+def warn_of_saturation(
+    candidate: LoadedModel, given: dict[str, NDArray[Any]], feeds: dict[str, NDArray[Any]], batch: int
+) -> None:
+    """Warn where this machine's kernels give something else than ONNX says (`calibration.hooks.pairs`)."""
+    exact = run_padded(Runner(candidate.runnable, what=candidate.name, exact=True), feeds, batch)
+    comparison = Comparison()
+    comparison.update(exact, given)
+    least = min((difference.sqnr for difference in comparison.outputs.values()), default=math.inf)
+    if least < SATURATED:
+        logger.warning(
+            "this machine's ONNX Runtime adds 8-bit products in pairs of 16 bits, where they saturate (x86 without VNNI): "
+            "what %s gives here is %.1f dB from what it gives elsewhere; convert --target %s makes a model for this machine",
+            candidate.name,
+            least,
+            NATIVE,
+        )
 
 
 def opened(quantized: Path, source: LoadedModel | None) -> tuple[LoadedModel | None, Runner | ProgramRunner]:

@@ -85,7 +85,8 @@ def verify(held: Held, sidecar: Sidecar, batches: Iterable[dict[str, NDArray[Any
     given = {value.name for value in graph.graph.inputs}
     asked = [tensor.integers for tensor in sidecar.tensors.values() if tensor.role == "activation"]
     asked += [name for name in reals_of(sidecar) if name not in given]
-    runner = Runner(with_outputs(graph, asked), what="the quantized model")
+    exact = sidecar.target.weight.pair_bits is None
+    runner = Runner(with_outputs(graph, asked), what="the quantized model", exact=exact)
     for feeds in batches:
         compare(executor, feeds, runner.run(feeds, asked), result)
     result.islands = executor.islands

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import platform
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 
+from calibration.hooks.pairs import saturates
 from quantcli.errors import RecipeError
 
 FOLDER = Path(__file__).parent
 DEFAULT_TARGET = "ort-x86"
+# What stands for the ONNX Runtime target of this machine.
+NATIVE = "native"
 # Grids of weights of so many bits and more are symmetric by default.
 SYMMETRIC_BITS = 7
 
@@ -75,7 +79,8 @@ class WeightFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stored with the zero point taken off, so that they are multiplied like any others.
     ``narrow`` tells whether the lowest integer stays unused, so that grids end at ±n. By default that is so of 7 bits and more
     (−127 … 127, −63 … 63), and not of fewer (−8 … 7), to which one integer more is worth 1 dB of 2 bits and a third of 4.
-    ``pair_bits`` is 16 where the runtime adds two products in 16 bits, saturating, before it widens them. ``widest`` is 16 where it
+    ``pair_bits`` is 16 where the runtime adds two products in 16 bits, saturating, before it widens them; ``depthwise_bits`` is the
+    width of weights of which it does not, those of depthwise convolutions with one filter per channel. ``widest`` is 16 where it
     takes int16 weights as well: a search for widths may raise single layers to them.
     """
 
@@ -86,7 +91,12 @@ class WeightFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     narrow: bool | None = None
     power_of_two: bool = False
     pair_bits: Literal[16] | None = None
+    depthwise_bits: Annotated[int, msgspec.Meta(ge=2, le=8)] | None = None
     widest: Literal[8, 16] = 8
+
+    def bits_of(self, depthwise: bool) -> int:
+        """Return the width of a layer's weights."""
+        return self.depthwise_bits if depthwise and self.depthwise_bits is not None else self.bits
 
     def is_symmetric(self, bits: int) -> bool:
         """Tell whether a grid of so many bits lies about zero: of SYMMETRIC_BITS and more it does anyway."""
@@ -179,14 +189,21 @@ def known() -> list[str]:
     return sorted(file.stem for file in FOLDER.glob("*.toml"))
 
 
+def native() -> str:
+    """Return the name of the target that ONNX Runtime on this machine's CPU is."""
+    if platform.machine().lower() in {"arm64", "aarch64"}:
+        return "ort-arm"
+    return "ort-x86-avx2" if saturates() else "ort-x86"
+
+
 def load_target(name: str) -> Target:
-    """Return a target by its name, or from a TOML file of one's own.
+    """Return a target by its name, by ``native`` this machine's, or from a TOML file of one's own.
 
     Raises:
         RecipeError: If there is no such target, or the file does not describe one.
     """
     if not name.endswith(".toml"):
-        return shipped(name)
+        return shipped(native() if name == NATIVE else name)
     if not Path(name).is_file():
         raise unknown(name)
     return read_target(Path(name))
@@ -206,7 +223,7 @@ def shipped(name: str) -> Target:
 
 def unknown(name: str) -> RecipeError:
     """Return what is said of a target that is not there."""
-    return RecipeError(f"there is no target '{name}'", f"known: {', '.join(known())}; or give a .toml file")
+    return RecipeError(f"there is no target '{name}'", f"known: {', '.join(known())}, {NATIVE}; or give a .toml file")
 
 
 def read_target(file: Path) -> Target:

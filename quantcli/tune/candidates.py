@@ -98,7 +98,7 @@ def grids_of(model: ir.Model, statistics: Statistics, recipe: Recipe, bits: Mapp
     for layer in placement.layers:
         for _, value, kind in layer.operands():
             if kind is Operand.WEIGHT:
-                integer = weight_grid(target, bits.get(str(value.name)))
+                integer = weight_grid(target, bits.get(str(value.name)), depthwise=layer.depthwise)
                 symmetric = target.weight.is_symmetric(integer.bits)
                 steps = integer.qmax if symmetric else integer.qmax - integer.qmin
                 weights[str(value.name)] = steps, symmetric

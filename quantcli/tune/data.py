@@ -12,6 +12,7 @@ from calibration.errors import DataError
 from calibration.hooks.onnxruntime import Runner
 from quantcli.evaluation.evaluate import run_padded
 from quantcli.evaluation.metrics import LABEL_METRICS, TopK, scores_of
+from quantcli.recipe import resolve_target
 from quantcli.scores import scored_alone
 from quantcli.tune.candidates import Samples
 from quantcli.tune.outputs import is_distribution
@@ -94,8 +95,10 @@ def scorer(source: LoadedModel, data: Data, recipe: Recipe) -> tuple[Callable[[b
         )
     expected, distance, probabilities = judged(runner, dataset, recipe.tune.metric)
 
+    exact = resolve_target(recipe).weight.pair_bits is None
+
     def score(written: bytes) -> tuple[Score, Score]:
-        model = Runner(written, what="the quantized model")
+        model = Runner(written, what="the quantized model", exact=exact)
         found, moved, _ = judged(model, dataset, recipe.tune.metric, probabilities)
         parts = [((found[part], expected[part]), (moved[part], distance[part])) for part in (~held, held)]
         return compared(*parts[0]), compared(*parts[1])

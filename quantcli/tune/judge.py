@@ -64,7 +64,8 @@ class Judge:
     def compared(self, candidate: Candidate, recipe: Recipe) -> dict[str, Difference]:
         """Return how a candidate's outputs differ from float's, by name; of those that are joined, each part."""
         plan = make_plan(candidate.model, candidate.statistics, recipe, candidate.tuning)
-        runner = Runner(model_bytes(WRITERS["qdq"](quantize(candidate.model, plan))), what="a candidate")
+        written = model_bytes(WRITERS["qdq"](quantize(candidate.model, plan)))
+        runner = Runner(written, what="a candidate", exact=plan.target.weight.pair_bits is None)
         comparison = Comparison()
         steps = {name: plan.tensors[name].scale[0] for name in runner.outputs if name in plan.tensors}
         for feeds, expected in zip(self.batches, self.expected, strict=True):

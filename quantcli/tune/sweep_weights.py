@@ -102,7 +102,7 @@ class SweepWeights:
         if name in self.rounded:  # another layer has it as well
             return
         node, weight = layer.node, np.asarray(constant(value), dtype=np.float32)
-        integer = weight_grid(self.target, self.bits.get(name))
+        integer = weight_grid(self.target, self.bits.get(name), depthwise=layer.depthwise)
         axes = {other.rule.weight_axis(other.node) for other in self.placement.layers if value in other.node.inputs}
         axis = axes.pop() if len(axes) == 1 and self.target.weight.per_channel else None
         channels = (

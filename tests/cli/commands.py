@@ -68,7 +68,7 @@ def sha256(path: Path | str) -> str:
 
 EVAL = ["eval", "kit/q.onnx", "--float", "kit/model.onnx", "--data", "kit/eval.npz", "--recipe", "kit/recipe.toml"]
 
-CONVERT = ["convert", "kit/model.onnx", "--stats", "kit/s.stats", "-o", "q.onnx"]
+CONVERT = ["convert", "kit/model.onnx", "--stats", "kit/s.stats", "--target", "native", "-o", "q.onnx"]
 
 MODELS = ("kit/model.onnx", "kit/q.onnx")
 

@@ -42,8 +42,10 @@ def test_converting_from_statistics_and_from_data_is_the_same(here: Path) -> Non
         (here / folder).mkdir()
     data = ["--data", "kit/cal.npz", *PIXELS]
     assert run(["calibrate", "kit/model.onnx", *data, "-o", "s.stats"]) == 0
-    assert run(["convert", "kit/model.onnx", "--stats", "s.stats", *data, "-o", "stats/q.onnx"]) == 0
-    assert run(["convert", "kit/model.onnx", *data, "-o", "data/q.onnx"]) == 0
+    assert (
+        run(["convert", "kit/model.onnx", "--stats", "s.stats", *data, "--target", "native", "-o", "stats/q.onnx"]) == 0
+    )
+    assert run(["convert", "kit/model.onnx", *data, "--target", "native", "-o", "data/q.onnx"]) == 0
     recipe = read_recipe(Path("kit/recipe.toml"))
     seen = calibrate("kit/model.onnx", "kit/cal.npz", recipe=recipe)
     convert("kit/model.onnx", "api/q.onnx", seen, "kit/cal.npz", recipe=recipe)
@@ -52,7 +54,19 @@ def test_converting_from_statistics_and_from_data_is_the_same(here: Path) -> Non
 
 
 def test_another_process_writes_the_same_bytes(here: Path) -> None:
-    command = ["convert", "kit/model.onnx", "--data", "kit/cal.npz", *PIXELS, "--samples", "9", "-o", "q.onnx"]
+    command = [
+        "convert",
+        "kit/model.onnx",
+        "--data",
+        "kit/cal.npz",
+        *PIXELS,
+        "--samples",
+        "9",
+        "--target",
+        "native",
+        "-o",
+        "q.onnx",
+    ]
     assert run(command) == 0
     first = pair("q.onnx")
     for seed in ("1", "2"):

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from quantcli import demo, pipeline
+from quantcli import Recipe, demo, pipeline
 
 
 def normalized(images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -43,7 +43,7 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chain(kit / "pairs.onnx", "MatMul", batch=2)
     chain(kit / "exp.onnx", "Exp")
     pipeline.calibrate(kit / "model.onnx", kit / "data.npz", kit / "s.stats")
-    pipeline.convert(kit / "model.onnx", kit / "q.onnx", kit / "s.stats")
+    pipeline.convert(kit / "model.onnx", kit / "q.onnx", kit / "s.stats", recipe=Recipe(target="native"))
     pipeline.convert(kit / "rows.onnx", kit / "rows.int8.onnx", data=kit / "rows.npz")
     return kit
 
