@@ -40,6 +40,11 @@ def check_repeatable(model: ir.Model, strict: bool = False) -> None:
     )
 
 
+def repeatable(model: ir.Model) -> bool:
+    """Tell whether a model gives the same twice."""
+    return not any(draws(node) for node in model.graph.all_nodes())
+
+
 def draws(node: ir.Node) -> bool:
     """Tell whether an operator draws random numbers."""
     if node.op_type != "Dropout":

@@ -55,7 +55,7 @@ def test_a_large_output_is_two_files_that_work(wide: Path, mode: str) -> None:
         "weights, 4 bits": ["--mode", "weights", "--weight-bits", "4", "--block-size", "32"],
         "dynamic": ["--mode", "dynamic"],
         "half float": ["--exclude", "p1_node", "--exclude", "p2_node"],
-        "qoperator": ["--format", "qoperator"],
+        "qoperator": ["--format", "qoperator", "--target", "native"],
     }
     output = wide.with_name("q.onnx")
     more = recipes.get(mode, [])

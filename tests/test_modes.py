@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from calibration.hooks.onnxruntime import Runner
-from calibration.hooks.pairs import exact
 from quantcli import Conversion, convert, verify
 from quantcli.arithmetic.affine import IntegerType
 from quantcli.arithmetic.blocks import block_parameters, dequantize_blocks, in_blocks, quantize_blocks
@@ -52,7 +51,7 @@ def as_written(path: Path, x: Array) -> Array:
     """Run a model with no fusions: those of ONNX Runtime round the activations of stored weights to 8 bits as well."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(exact(path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, {"x": x})[0])
 
 

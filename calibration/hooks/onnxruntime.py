@@ -75,7 +75,7 @@ class Runner:
         what: What to call the model in errors.
         profile: What the file of ONNX Runtime's profiler is to begin with; None for no profile.
         exact: Whether a quantized model is to give what ONNX says, where this machine's integer kernels do not
-            (`calibration.hooks.pairs`); of a model of two files it gives what they give.
+            (`calibration.hooks.pairs`).
 
     Raises:
         RunError: If ONNX Runtime refuses the model.
@@ -107,8 +107,10 @@ class Runner:
         if self.profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(self.profile)
-        if self.exact and not isinstance(model, Bundle):
-            model = pairs.exact(model)
+        if self.exact and isinstance(model, Bundle) and pairs.saturates():
+            pairs.as_it_stands(options)
+        elif self.exact and not isinstance(model, Bundle):
+            model = pairs.exact(model, options)
         try:
             if isinstance(model, Bundle):
                 values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in model.weights.values()]

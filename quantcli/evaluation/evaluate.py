@@ -34,7 +34,7 @@ from quantcli.files import path_of, path_or_none
 from quantcli.joined import parts_of
 from quantcli.load import LoadedModel, Opening, load
 from quantcli.progress import Progress, silent
-from quantcli.randomness import check_repeatable
+from quantcli.randomness import check_repeatable, repeatable
 from quantcli.recipe import Recipe, checked_recipe, checked_selection
 from quantcli.sources import Data
 from quantcli.targets import NATIVE
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Below so many dB of what it gives elsewhere, what a model gives on this machine is worth a warning: that is what 8 bits leave of float.
+# Below so many dB of what it gives elsewhere, what a model gives on this machine is worth a warning: as much is left by 8 bits.
 SATURATED = 30.0
 
 
@@ -183,8 +183,7 @@ def evaluate(
         measuring.update(run_padded(runner, feeds, batch), expected, labelled)
         progress("evaluate", stop, len(indices))
     value, reference_value = measuring.values(dataset.labels[indices] if dataset.labels is not None else None)
-    if candidate is not None and saturates():
-        warn_of_saturation(candidate, run_padded(runner, first, batch), first, batch)
+    warn_of_saturation(candidate, runner, first, batch)
     timing = None
     one = single(runner.inputs, first)
     if latency and source is not None and candidate is not None:
@@ -253,9 +252,12 @@ class Measuring:
 
 
 def warn_of_saturation(
-    candidate: LoadedModel, given: dict[str, NDArray[Any]], feeds: dict[str, NDArray[Any]], batch: int
+    candidate: LoadedModel | None, runner: Runner | ProgramRunner, feeds: dict[str, NDArray[Any]], batch: int
 ) -> None:
     """Warn where this machine's kernels give something else than ONNX says (`calibration.hooks.pairs`)."""
+    if candidate is None or not saturates() or not repeatable(candidate.graph):
+        return
+    given = run_padded(runner, feeds, batch)
     exact = run_padded(Runner(candidate.runnable, what=candidate.name, exact=True), feeds, batch)
     comparison = Comparison()
     comparison.update(exact, given)

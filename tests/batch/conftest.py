@@ -22,7 +22,7 @@ def filled(folder: Path) -> Path:
     np.savez(folder / "data.npz", x=x)
     np.savez(folder / "labelled.npz", x=x, labels=np.arange(16) % 10)
     (folder / "mine.py").write_text(METRICS)
-    (folder / "fast.toml").write_text('[tune]\neffort = "fast"\n')
+    (folder / "fast.toml").write_text('target = "native"\n[tune]\neffort = "fast"\n')
     (folder / "zoo.toml").write_text(ZOO)
     (folder / "failing.toml").write_text(FAILING)
     (folder / "elsewhere").mkdir()

@@ -18,7 +18,6 @@ import onnxruntime
 import pytest
 
 from calibration.hooks.onnxruntime import Runner
-from calibration.hooks.pairs import exact
 from quantcli import Conversion, Recipe, convert, verify
 from quantcli.integer import kernels
 from quantcli.integer.executor import Executor
@@ -236,7 +235,7 @@ def converted(folder: Path, case: Case, offset: float, recipe: Recipe = EVERYWHE
 def without_fusion(path: Path, x: Array) -> Array:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(exact(path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, {"x": x})[0])
 
 
