@@ -44,13 +44,15 @@ def lint(sidecar: Sidecar, target: Target, weights: Mapping[str, NDArray[np.inte
     found: list[Refusal] = []
     for layer in sidecar.layers:
         made_for = sidecar.target.multiplier.bits
-        reasons = [*tensor_reasons(layer, sidecar, target), *multiplier_reasons(layer, target, made_for)]
+        reasons = [*tensor_reasons(layer, sidecar, target, weights), *multiplier_reasons(layer, target, made_for)]
         reasons += pair_reasons(layer, sidecar, target, weights)
         found.extend(Refusal(layer.name, layer.operator, reason) for reason in reasons)
     return found
 
 
-def tensor_reasons(layer: LayerEntry, sidecar: Sidecar, target: Target) -> Iterator[str]:
+def tensor_reasons(
+    layer: LayerEntry, sidecar: Sidecar, target: Target, weights: Mapping[str, NDArray[np.integer]]
+) -> Iterator[str]:
     """Yield what a target cannot do with a layer's operands and outputs."""
     outputs = layer.outputs if layer.accumulator_scale is None else ()
     if layer.arithmetic == "stored":
@@ -62,7 +64,7 @@ def tensor_reasons(layer: LayerEntry, sidecar: Sidecar, target: Target) -> Itera
     for name in dict.fromkeys([*layer.inputs, *outputs]):
         tensor = sidecar.tensors[name]
         if tensor.role == "weight":
-            yield from weight_reasons(name, tensor, target)
+            yield from weight_reasons(name, tensor, target, target.weight.bits_of(depthwise(layer, weights.get(name))))
         elif tensor.role != "bias":
             wide = tensor.dtype == "int16" and target.activation.takes_both
             if tensor.dtype != target.activation.dtype and not wide:
@@ -77,16 +79,21 @@ def tensor_reasons(layer: LayerEntry, sidecar: Sidecar, target: Target) -> Itera
                 yield f"the scale of '{name}' is no power of two"
 
 
-def weight_reasons(name: str, tensor: TensorEntry, target: Target) -> Iterator[str]:
-    """Yield what a target cannot do with a weight."""
+def depthwise(layer: LayerEntry, values: NDArray[np.integer] | None) -> bool:
+    """Tell whether a layer may be a convolution of one filter per channel, as far as its weight tells."""
+    return layer.operator == "Conv" and (values is None or values.shape[1] == 1)
+
+
+def weight_reasons(name: str, tensor: TensorEntry, target: Target, bits: int) -> Iterator[str]:
+    """Yield what a target cannot do with a weight, of which it takes so many bits."""
     if len(tensor.scale) > 1 and not target.weight.per_channel:
         yield f"'{name}' has {len(tensor.scale)} scales, the target has one per tensor"
     has_wide = tensor.dtype == "int16" and target.weight.widest == 16
-    grids, end = tensor.grids, 1 << (target.weight.bits - 1)
-    shifted = grids is not None and grids.bits <= target.weight.bits and not target.weight.is_symmetric(grids.bits)
+    grids, end = tensor.grids, 1 << (bits - 1)
+    shifted = grids is not None and grids.bits <= bits and not target.weight.is_symmetric(grids.bits)
     if not (shifted or has_wide or -end <= tensor.qmin <= tensor.qmax < end):
         reached = tensor.qmax if tensor.qmax >= end else tensor.qmin
-        yield f"'{name}' reaches {reached}, the target's weights have {target.weight.bits} bits"
+        yield f"'{name}' reaches {reached}, the target's weights have {bits} bits"
     if tensor.grids is None and tensor.qmin < -tensor.qmax and target.weight.is_narrow(tensor.qmax.bit_length() + 1):
         yield f"'{name}' reaches {tensor.qmin}, the target's weights {-tensor.qmax}"
     if target.weight.power_of_two and not all(is_power_of_two(scale) for scale in tensor.scale):
@@ -121,6 +128,8 @@ def pair_reasons(
         return
     tensor, values = sidecar.tensors[layer.inputs[1]], weights.get(layer.inputs[1])
     if values is None or tensor.dtype == "int16":  # its products are those of floats there
+        return
+    if target.weight.depthwise_bits is not None and depthwise(layer, values):
         return
     channels = (
         values.reshape(1, -1)
