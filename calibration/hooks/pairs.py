@@ -29,6 +29,8 @@ WEIGHTS = {
     "QGemm": ((3, 5, 2),),
     "MatMulInteger": ((1, 3, 2),),
     "ConvInteger": ((1, 3, 2),),
+    "MatMulIntegerToFloat": ((1, 5, 4),),
+    "DynamicQuantizeMatMul": ((1, 3, None),),
     "DynamicQuantizeLSTM": ((1, 9, None), (2, 11, None)),
 }
 # A session's setting by which it does not make integer operators of QuantizeLinear and DequantizeLinear.
