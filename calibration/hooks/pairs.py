@@ -33,6 +33,8 @@ WEIGHTS = {
     "DynamicQuantizeMatMul": ((1, 3, None),),
     "DynamicQuantizeLSTM": ((1, 9, None), (2, 11, None)),
 }
+# What stands in the bytes of every quantized model: its operators' names, or parts of them.
+QUANTIZED = (b"DequantizeLinear", b"QLinear", b"QGemm", b"Integer", b"DynamicQuantize")
 # A session's setting by which it does not make integer operators of QuantizeLinear and DequantizeLinear.
 AS_IT_STANDS = "session.disable_quant_qdq"
 # The most bytes that a model can have in one message.
@@ -74,9 +76,10 @@ def exact(model: bytes | Path, options: Any) -> bytes | Path:
         return model
     import onnx
 
-    held = (
-        onnx.load_model_from_string(model) if isinstance(model, bytes) else onnx.load(model, load_external_data=False)
-    )
+    data = model if isinstance(model, bytes) else model.read_bytes()
+    if not any(name in data for name in QUANTIZED):
+        return model
+    held = onnx.load_model_from_string(data)
     if makes_signed(held):
         as_it_stands(options)
     if any(map(lies_elsewhere, held.graph.initializer)):
