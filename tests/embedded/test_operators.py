@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from pathlib import Path
@@ -13,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quantcli import Conversion, convert, verify_c
-from quantcli.embedded.check import compiler
+from quantcli.embedded import deliver
+from quantcli.embedded.check import compiler, run_source
 from quantcli.embedded.describe import read_description
 from quantcli.errors import EmbeddedError
 from quantcli.recipe import Layers, Multiplier, Recipe, Tune, Weight
@@ -56,6 +58,13 @@ def written(folder: Path, name: str) -> Conversion:
     return convert(model, folder / "c", data=folder / "d.npz", recipe=recipe, form="c")
 
 
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let convert's own look at what it wrote compile without optimizing: verify compiles again, and optimizes."""
+    monkeypatch.setattr(deliver, "run_source", functools.partial(run_source, flags=("-std=c99", "-O0")))
+
+
+@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("name", CASES)
 def test_c_source_is_the_executor(tmp_path: Path, name: str) -> None:
     message = LINEAR if name.startswith("Resize, linear") else REFUSED.get(name)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 CALIBRATE = "calibrate model.onnx --data data.npz -o new.stats"
-CONVERT = "convert model.onnx --data data.npz --target native -o new.onnx"
+CONVERT = "convert model.onnx --data data.npz --target native --effort fast -o new.onnx"
 EVAL = "eval q.onnx --data labelled.npz --no-latency"
 MAIN = [sys.executable, "-c", "from quantcli.cli import main; main()"]
 
