@@ -22,7 +22,8 @@ help:
 demo: .venv/installed  ## set up .venv, then quantize the embedded LeNet and show the result (./quantcli-demo)
 	$(BIN)/quantcli demo
 
-test: lint types unit  ## lint, type-check and run every test
+test: .venv/installed-dev  ## lint, type-check and run every test, side by side
+	@$(MAKE) --no-print-directory -j3 lint types unit
 
 lint: .venv/installed-dev  ## ruff, both checks
 	$(BIN)/ruff check .

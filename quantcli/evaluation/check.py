@@ -110,9 +110,8 @@ def self_check(
         result = quantized.run(feeds)
         speed = measured(runner, quantized, one) if source.size <= LARGEST else None
         if sidecar.target.weight.pair_bits is None and saturates() and repeatable(source.graph):
-            given = result
-            result = Runner(written, what="the quantized model", exact=True).run(feeds)
-            here = loss_here(*(compared(source.graph, reference, one) for one in (result, given)))
+            given, result = result, Runner(written, what="the quantized model", exact=True).run(feeds)
+            here = loss_here(*(compared(source.graph, reference, outputs) for outputs in (result, given)))
     else:  # it is not compiled here, and its speed says nothing
         given = {str(value.name): feeds[str(value.name)] for value in source.graph.graph.inputs}
         result, speed = outputs_of_program(program, given, tuple(reference)), None
