@@ -42,6 +42,8 @@ LARGEST = (1 << 31) - (1 << 20)
 SHIFT = 128
 # How the names of shifted constants end.
 SHIFTED = "/uint8"
+# What is said of such a machine.
+SAYS = "this machine's ONNX Runtime adds 8-bit products in pairs of 16 bits, where they saturate (x86 without VNNI)"
 # How many products are added up to try a kernel: more than one vector of them.
 TERMS = 64
 

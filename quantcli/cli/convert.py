@@ -241,12 +241,12 @@ def show(terminal: Terminal, done: Conversion) -> None:
 
 def warn_of_saturation(terminal: Terminal, check: SelfCheck) -> None:
     """Say what this machine's kernels lose of a model that is for others."""
+    from calibration.hooks.pairs import SAYS
     from quantcli.targets import NATIVE, native
 
     told = ", ".join(f"'{name}' {at:.1f} dB in place of {check.sqnr[name]:.1f}" for name, at in check.here.items())
     terminal.warn(
-        f"this machine's ONNX Runtime adds 8-bit products in pairs of 16 bits, where they saturate (x86 without VNNI): {told}; "
-        f"--target {NATIVE} makes the model for this machine ({native()}), and for every other x86"
+        f"{SAYS}: {told}; --target {NATIVE} makes the model for this machine ({native()}), and for every other x86"
     )
 
 

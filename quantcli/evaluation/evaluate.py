@@ -22,7 +22,7 @@ from calibration.datasets import (
 )
 from calibration.errors import DataError
 from calibration.hooks.onnxruntime import Runner
-from calibration.hooks.pairs import saturates
+from calibration.hooks.pairs import SAYS, saturates
 from quantcli import sidecar as sidecar_file
 from quantcli.errors import ModelError, UsageError, check_count, check_named, check_progress
 from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs
@@ -264,8 +264,8 @@ def warn_of_saturation(
     least = min((difference.sqnr for difference in comparison.outputs.values()), default=math.inf)
     if least < SATURATED:
         logger.warning(
-            "this machine's ONNX Runtime adds 8-bit products in pairs of 16 bits, where they saturate (x86 without VNNI): "
-            "what %s gives here is %.1f dB from what it gives elsewhere; convert --target %s makes a model for this machine",
+            "%s: what %s gives here is %.1f dB from what it gives elsewhere; convert --target %s makes a model for this machine",
+            SAYS,
             candidate.name,
             least,
             NATIVE,
