@@ -28,8 +28,9 @@ from quantcli.recipe import Activation, Layers, Tune, Weight
 from quantcli.tune import rounding
 from quantcli.tune import weights as of_weights
 from quantcli.tune.bias import channel_means, channel_sums, corrected
-from quantcli.tune.moments import Matrix, Patches, drawn_rows, matrix_of, moments_of
+from quantcli.tune.moments import Matrix, drawn_rows, matrix_of, moments_of
 from quantcli.tune.outputs import is_distribution, logarithms
+from quantcli.tune.patches import Patches, rows_in
 from quantcli.tune.ranges import PERCENTILES, Grid, best_range, drawn, largest, look, percentiles, places_of
 from quantcli.tune.room import wanted_samples
 from quantcli.tune.rounding import (
@@ -305,9 +306,11 @@ def test_few_rows_are_those_of_many(attributes: dict[str, Any], channels: int) -
     assert weight is not None
     weight.shape = ir.Shape((4, channels // group, 3, 2))
     x = normal(3, channels, 9, 8, seed=2)
-    few, many = (Patches.of(conv, x, wanted) for wanted in (1, 10000))
-    places = np.array([0, 1, 7, len(many) - 1])
-    assert (few.at(places, group) == many.at(places, group)).all()
+    places = np.array([0, 1, 7, rows_in(conv, x) - 1])
+    few, many = (np.full((group, len(places), 6 * channels // group), np.nan, dtype=np.float32) for _ in range(2))
+    for found, wanted in ((few, 1), (many, 10000)):
+        Patches.of(conv, x, wanted).put(places, found)
+    assert (few == many).all()
 
 
 @pytest.mark.parametrize(

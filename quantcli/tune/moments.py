@@ -6,11 +6,12 @@ that a choice of weights does to the layer's output, in the mean of squares, fol
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from quantcli.tune.patches import Patches, rows_in
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,112 +97,27 @@ def drawn_rows(
     else:
         wanted = max(min(ROWS_PER_INPUT * inputs, MANY_ROWS), ENOUGH_PER_INPUT * inputs)
     wanted = wanted // max(len(batches[0]), 1) + 1
-    found: list[tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]]] = [([], []) for _ in batches]
-    for number, versions in enumerate(zip(*batches, strict=True)):
-        samples, middle = len(versions[0]), 0
-        places: NDArray[np.intp] | None = None
-        for kept, values in zip(found, versions, strict=True):
-            rows = Patches.of(node, values, wanted) if node.op_type == "Conv" else values.reshape(-1, values.shape[-1])
-            if places is None:
-                count = len(rows)
-                places = (
-                    np.arange(count) if count <= wanted else np.sort(generator.choice(count, wanted, replace=False))
-                )
-                first = (samples // 2 if samples > 1 else number % 2) * (count // max(samples, 1))
-                middle = int(np.searchsorted(places, first)) if apart else len(places)
-            taken = rows.at(places, matrix.groups) if isinstance(rows, Patches) else rows[places][None]
-            kept[0].append(taken[:, :middle])
-            kept[1].append(taken[:, middle:])
-    middles = sum(part.shape[1] for part in found[0][0])
-    return [np.asarray(np.concatenate([*a, *b], axis=1), dtype=np.float32) for a, b in found], middles
-
-
-@dataclass(frozen=True, eq=False)
-class Patches:
-    """What a convolution's kernel meets: a row of inputs at every place of every sample.
-
-    Attributes:
-        padded: The data with its padding, seen with its channels last: (samples, spatial axes…, channels).
-        kernel: The kernel's lengths.
-        strides: Its strides.
-        dilations: Its dilations.
-    """
-
-    padded: NDArray[Any]
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...]
-
-    @classmethod
-    def of(cls, node: ir.Node, values: NDArray[Any], wanted: int) -> Patches:
-        """Return those of a Conv and its data operand, which is moved so that channels lie together if many rows are wanted."""
-        kernel = tuple(node.inputs[1].shape.numpy()[2:])  # type: ignore[union-attr]
-        ones = [1] * len(kernel)
-        strides, dilations = (
-            tuple(map(int, node.attributes.get_ints(name, ones))) for name in ("strides", "dilations")
-        )
-        extents = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
-        begins, ends = padding(node, values.shape[2:], extents, strides)
-        lengths = [b + n + e for b, n, e in zip(begins, values.shape[2:], ends, strict=True)]
-        seen = np.moveaxis(np.ascontiguousarray(values), 1, -1)
-        many = (
-            2 * wanted * math.prod(kernel) >= len(values) * math.prod(lengths)
-            and node.attributes.get_int("group", 1) == 1
-        )
-        if not many and not any((*begins, *ends)):
-            return cls(seen, kernel, strides, dilations)
-        outer = (len(values), *lengths, values.shape[1]) if many else (len(values), values.shape[1], *lengths)
-        zeros = np.zeros(outer, values.dtype)
-        padded = zeros if many else np.moveaxis(zeros, 1, -1)
-        padded[:, *(slice(b, b + n) for b, n in zip(begins, values.shape[2:], strict=True))] = seen
-        return cls(padded, kernel, strides, dilations)
-
-    @property
-    def places(self) -> tuple[int, ...]:
-        """How many places there are: samples, and along each spatial axis."""
-        lengths = zip(self.padded.shape[1:-1], self.kernel, self.strides, self.dilations, strict=True)
-        return (len(self.padded), *((n - (k - 1) * d - 1) // s + 1 for n, k, s, d in lengths))
-
-    def __len__(self) -> int:
-        return math.prod(self.places)
-
-    def at(self, rows: NDArray[np.intp], groups: int) -> NDArray[Any]:
-        """Return some of the rows, (groups, rows, inputs of a group)."""
-        places = np.unravel_index(rows, self.places)
-        if groups == 1 and self.dilations[-1] == 1 and self.padded.flags.c_contiguous:
-            return self.stretches()[places].reshape(1, len(rows), -1)
-        *apart, channel = (step // self.padded.itemsize for step in self.padded.strides)
-        begin = np.sum([p * s * far for p, s, far in zip(places, (1, *self.strides), apart, strict=True)], axis=0)
-        inside = np.zeros((), np.intp)
-        for length, dilation, far in zip(self.kernel, self.dilations, apart[1:], strict=True):
-            inside = inside[..., None] + np.arange(length) * (dilation * far)
-        within = np.arange(self.padded.shape[-1]).reshape(groups, 1, -1) * channel + inside.reshape(1, -1, 1)
-        every = self.padded if self.padded.flags.c_contiguous else np.moveaxis(self.padded, -1, 1)
-        found: NDArray[Any] = every.reshape(-1).take(begin[:, None] + within.reshape(groups, 1, -1))
-        return found
-
-    def stretches(self) -> NDArray[Any]:
-        """Return, at every place, what lies together: all channels of the taps along the last axis; a view of the data."""
-        sample, *spatial, _ = self.padded.strides
-        kernel, channels = self.kernel[:-1], self.kernel[-1] * self.padded.shape[-1]
-        starts = (step * far for step, far in zip(self.strides, spatial, strict=True))
-        taps = (dilation * far for dilation, far in zip(self.dilations[:-1], spatial[:-1], strict=True))
-        shape, strides = (*self.places, *kernel, channels), (sample, *starts, *taps, self.padded.itemsize)
-        return np.lib.stride_tricks.as_strided(self.padded, shape, strides, writeable=False)
-
-
-def padding(
-    node: ir.Node, sizes: Sequence[int], extents: Sequence[int], strides: Sequence[int]
-) -> tuple[list[int], list[int]]:
-    """Return what a convolution pads at the beginning and at the end of each spatial axis (ONNX Conv, ``auto_pad``)."""
-    count = len(sizes)
-    how = node.attributes.get_string("auto_pad", "NOTSET")
-    if how in {"SAME_UPPER", "SAME_LOWER"}:
-        totals = [max((-(-n // s) - 1) * s + k - n, 0) for n, k, s in zip(sizes, extents, strides, strict=True)]
-        small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
-        return (small, large) if how == "SAME_UPPER" else (large, small)
-    pads = [int(p) for p in node.attributes.get_ints("pads", [0] * 2 * count)] if how == "NOTSET" else [0] * 2 * count
-    return pads[:count], pads[count:]
+    chosen: list[tuple[NDArray[np.intp], int]] = []
+    for number, values in enumerate(batches[0]):
+        count, samples = rows_in(node, values), len(values)
+        places = np.arange(count) if count <= wanted else np.sort(generator.choice(count, wanted, replace=False))
+        first = (samples // 2 if samples > 1 else number % 2) * (count // max(samples, 1))
+        chosen.append((places, int(np.searchsorted(places, first)) if apart else len(places)))
+    middles, total = sum(middle for _, middle in chosen), sum(len(places) for places, _ in chosen)
+    found = [np.empty((matrix.groups, total, inputs), dtype=np.float32) for _ in batches]
+    for rows, version in zip(found, batches, strict=True):
+        fronts, backs = 0, middles
+        for values, (places, middle) in zip(version, chosen, strict=True):
+            front, back = fronts + middle, backs + len(places) - middle
+            if node.op_type == "Conv":
+                patches = Patches.of(node, values, wanted)
+                patches.put(places[:middle], rows[:, fronts:front])
+                patches.put(places[middle:], rows[:, backs:back])
+            else:
+                every = values.reshape(-1, values.shape[-1])
+                rows[0, fronts:front], rows[0, backs:back] = every[places[:middle]], every[places[middle:]]
+            fronts, backs = front, back
+    return found, middles
 
 
 @dataclass(frozen=True, eq=False)
