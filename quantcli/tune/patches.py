@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 def rows_in(node: ir.Node, values: NDArray[Any]) -> int:
     """Return how many rows a layer has in a batch of its data operand."""
     if node.op_type == "Conv":
-        count: int = len(values) * math.prod(Window.of(node, values.shape[2:]).places)
-        return count
-    return values.size // max(values.shape[-1], 1)
+        return len(values) * math.prod(Window.of(node, values.shape[2:]).places)
+    return math.prod(values.shape[:-1])
 
 
 @dataclass(frozen=True)
