@@ -280,15 +280,16 @@ class Sweep:
         operands: dict[int, Batches | NDArray[Any]] = {
             position: self.operand(value) for position, (value, kind) in kinds.items() if kind is Operand.OWN
         }
-        runs: dict[tuple[str, ...], Callable[..., list[NDArray[Any]]]] = {}
+        fixed = (1,) if node.op_type == "Conv" else ()
+        shared: dict[tuple[str, ...], Callable[..., list[NDArray[Any]]]] = {}
 
         def run(side: dict[ir.Value, Batches], replaced: dict[int, Batches | NDArray[Any]]) -> list[Batches]:
-            batches = []
+            batches, runs = [], {} if fixed else shared
             for batch in range(self.count):
                 arrays = [self.given(side, value, batch) for value in [*node.inputs, *captured(node)]]
                 for position, operand in replaced.items():
                     arrays[position] = operand[batch] if isinstance(operand, list) else operand
-                batches.append(run_cached(runs, node, arrays, self.model))
+                batches.append(run_cached(runs, node, arrays, self.model, fixed))
             return [list(column) for column in zip(*batches, strict=True)]
 
         real = run(self.real, {})
@@ -362,9 +363,10 @@ def run_cached(
     node: ir.Node,
     arrays: list[NDArray[Any] | None],
     model: ir.Model,
+    fixed: tuple[int, ...] = (),
 ) -> list[NDArray[Any]]:
     """Run one node by itself, with a session per kind of its inputs."""
     key = tuple("" if array is None else f"{array.dtype}{array.ndim}" for array in arrays)
     if key not in runs:
-        runs[key] = single_node(node, arrays, model)
+        runs[key] = single_node(node, arrays, model, fixed)
     return runs[key](arrays)
