@@ -115,8 +115,10 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     With ``max_drop`` widths are searched that keep ``metric`` within so many points of float's (`quantcli.tune.search`), those of
     the least ``cost``: the bytes of the weights, where it is None, or the time of a run on this machine.
     ``widen`` gives activations 16 bits that 8 hold worst, where the target has both (`quantcli.tune.wide`): None does so where
-    little is left otherwise. ``optimize`` times candidate plans on this machine and keeps the fastest (`quantcli.tune.latency`).
-    ``smooth`` evens the columns of what normalisations and gated units make (`quantcli.tune.smooth`), with
+    little is left otherwise. ``mixed`` gives the smallest of weights that the recipe wants narrower 8 bits
+    (`quantcli.tune.mixed`): None does so with effort best. ``optimize`` times candidate plans on this machine and keeps the
+    fastest (`quantcli.tune.latency`). ``smooth`` evens the columns of what normalisations and gated units make
+    (`quantcli.tune.smooth`), with
     ``smooth_alpha`` as the part of the difficulty that moves into the weights.
     """
 
@@ -140,6 +142,7 @@ class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vary: bool | None = None
     refit: bool | None = None
     widen: bool | None = None
+    mixed: bool | None = None
     optimize: Literal["latency"] | None = None
     smooth: bool | None = None
     smooth_alpha: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.6

@@ -290,6 +290,11 @@ def lost_less(terminal: Terminal, done: Conversion) -> None:
             f"activations of 16 bits: {len(wide)}, of which 8 would leave too little: {shown} "
             "(widen = false in the recipe's [tune] keeps 8)"
         )
+    if not done.attempts and (raised := mixed_weights(done.plan)):
+        terminal.say(
+            f"weights of {max(raised)} bits: the {len(raised)} smallest, for up to 3 % more bytes "
+            f"(mixed = false in the recipe's [tune] keeps {done.plan.target.weight.bits})"
+        )
     if done.tuned.smoothed and not terminal.verbose:
         readers = sum(len(even.layers) for even in done.tuned.smoothed)
         terminal.say(f"smoothed: the columns of {len(done.tuned.smoothed)} tensors that {readers} layers read")
@@ -365,6 +370,13 @@ def tuning(terminal: Terminal, tuned: Tuned) -> None:
     if terminal.verbose or len(tuned.tries) > 2:
         rows = [(one.name, f"{one.sqnr:.2f}", f"{one.seconds:.1f}", "kept" if one.kept else "") for one in tuned.tries]
         terminal.table("Tried", ("what", ">SQNR dB", ">seconds", ""), rows)
+
+
+def mixed_weights(plan: Plan) -> list[int]:
+    """Return the bits of the weights that are wider than the recipe wants them."""
+    width = plan.target.weight
+    bits = [one.integer.bits for one in plan.tensors.values() if one.role == "weight"]
+    return [each for each in bits if each > width.bits] if width.depthwise_bits is None else []
 
 
 def wide_activations(plan: Plan) -> list[str]:

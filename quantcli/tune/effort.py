@@ -16,8 +16,8 @@ default  one sweep over 64 samples, 256 for coarse weights: ranges and weight sc
          nothing is left of the outputs, with 16 bits for the activations that 8 hold worst, on targets that have both
 best     sweeps over 256 samples: the above, with the outputs' error of larger models, too; and then each of the two errors,
          compensation, ranges by error, regard to activations, equalization, centring and alignment the other way, kept where
-         that is better; where weights have less than 8 bits, the same on shifted and mirrored copies of images, too, and rounding
-         learned from there
+         that is better; where weights have less than 8 bits, the same on shifted and mirrored copies of images, too; with 8 bits
+         for the smallest weights, as far as all grow by 3 %; and rounding learned from there
 ======== ================================================================================================================
 """
 
@@ -38,6 +38,7 @@ from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.candidates import Candidate
 from quantcli.tune.choices import compensated_both_ways, first_choices, learns, open_steps
 from quantcli.tune.judge import Judge
+from quantcli.tune.mixed import MIXED_BITS, WORTH_MIXING, may_mix, mixed
 from quantcli.tune.smooth import Smoothed, smooth
 from quantcli.tune.trying import Try, Trying
 from quantcli.tune.wide import WIDE_BITS, may_widen, widened
@@ -137,22 +138,18 @@ def tune(
         plan = make_plan(final, seen, recipe, start.tuning)
         return Tuned(final, plan, evened, why_not="no layer has a weight to tune")
     trying = Trying(start, statistics, recipe, samples, observe, progress, judge)
-    for choice in first_choices(recipe, trying.equalizing, trying.batches, trying.images):
-        trying.attempt(choice)
-        if choice.equalize and not trying.found:  # there was nothing to scale
-            trying.attempt(choice.toggled("equalize"))
-    if trying.found and recipe.tune.compensation is None and compensated_both_ways(resolve_target(recipe)):
-        trying.attempt(trying.best.toggled("compensation"))
-    if trying.found and recipe.tune.bias is None and judge.unlike:
-        trying.attempt(trying.best.toggled("bias"))
+    first(trying)
     again = open_steps(recipe, observe is not None, trying.images) if recipe.tune.effort == "best" else []
     if not again and recipe.tune.ranges is None and all(one.sqnr <= found[0][0].sqnr for one, _ in trying.found):
         again = ["ranges"]
     for step in again if trying.found else []:
         trying.attempt(trying.other_way(step))
+    others: list[tuple[Try, Candidate]] = []
+    if (mixing := with_mixed(trying)) is not None:
+        trying, others = mixing, trying.found
     if trying.found and learns(recipe):
         trying.learn()
-    found += trying.found
+    found += [*others, *trying.found]
     found += wide(trying, max(one.sqnr for one, _ in found))
     best = max(range(len(found)), key=lambda place: (round(trying.worth(*found[place]) / MARGIN), -place))
     tries = tuple(replace(one, kept=place == best) for place, (one, _) in enumerate(found))
@@ -160,6 +157,35 @@ def tune(
     return Tuned(
         kept.model, make_plan(kept.model, kept.statistics, recipe, kept.tuning), kept.smoothed, kept.equalized, tries
     )
+
+
+def first(trying: Trying) -> None:
+    """Try what is tried in any case."""
+    recipe = trying.recipe
+    for choice in first_choices(recipe, trying.equalizing, trying.batches, trying.images):
+        trying.attempt(choice)
+        if choice.equalize and not trying.found:  # there was nothing to scale
+            trying.attempt(choice.toggled("equalize"))
+    if trying.found and recipe.tune.compensation is None and compensated_both_ways(resolve_target(recipe)):
+        trying.attempt(trying.best.toggled("compensation"))
+    if trying.found and recipe.tune.bias is None and trying.judge.unlike:
+        trying.attempt(trying.best.toggled("bias"))
+
+
+def with_mixed(trying: Trying) -> Trying | None:
+    """Return what the best choice makes with small weights of 8 bits; None where that is not wanted, or not worth it."""
+    base = mixed(trying.start, trying.recipe) if trying.found and may_mix(trying.recipe) else None
+    if base is None:
+        return None
+    what = f"{len(base.tuning.bits)} weights of {MIXED_BITS} bits"
+    again = replace(trying, start=base, found=[], choices=[], equal=None, learned={}, prepared={}, what=what)
+    again.attempt(trying.best)
+    least = max(one.sqnr for one, _ in trying.found) + WORTH_MIXING
+    for one, _ in again.found:
+        if one.sqnr >= least:
+            return again
+        logger.info("%s leave %.2f dB, which is not worth it", what, one.sqnr)
+    return None
 
 
 def wide(trying: Trying, sqnr: float) -> list[tuple[Try, Candidate]]:

@@ -76,7 +76,11 @@ class Try:
 
 @dataclass(eq=False)
 class Trying:
-    """The candidates of one model, as they are made."""
+    """The candidates of one model, as they are made.
+
+    Attributes:
+        what: What they all have, in words; empty for nothing of note.
+    """
 
     start: Candidate
     statistics: Statistics
@@ -91,6 +95,7 @@ class Trying:
     learned: dict[bool, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
     prepared: dict[Choice, tuple[Candidate, Gained]] = field(default_factory=dict)
     looked: Looked = field(default_factory=Looked)
+    what: str = ""
 
     @functools.cached_property
     def batches(self) -> int:
@@ -173,7 +178,8 @@ class Trying:
         if steps.ranges and steps.outputs and not (choice.centre or choice.align):
             self.learned[choice.equalize] = candidate.tuning.ranges
         self.choices.append(choice)
-        self.found.append((Try(choice.name, worth, time.perf_counter() - begun, gains), candidate))
+        name = f"{self.what}, {choice.name}" if self.what else choice.name
+        self.found.append((Try(name, worth, time.perf_counter() - begun, gains), candidate))
 
     def made(
         self, choice: Choice, batches: Sequence[Feeds], known: Mapping[str, Regularization] | None = None
