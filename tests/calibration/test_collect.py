@@ -673,11 +673,9 @@ def test_the_runner_tells_the_models_inputs() -> None:
 
 
 def test_what_a_model_failed_on_is_told_without_its_runtimes_source() -> None:
-    infos = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", ["n", 3]), ("y", None))
-    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy")
     shape = numpy_helper.from_array(np.array([4, -1]), "shape")
-    graph = helper.make_graph([helper.make_node("Reshape", ["x", "shape"], ["y"])], "t", infos[:1], infos[1:], [shape])
+    graph = helper.make_graph([helper.make_node("Reshape", ["x", "shape"], ["y"])], "t", [x], [y], [shape])
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     with pytest.raises(RunError) as failed:
         Runner(proto.SerializeToString(), what="m.onnx").run({"x": np.zeros((1, 3), np.float32)})
