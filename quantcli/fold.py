@@ -87,7 +87,7 @@ def folded_copy(model: ir.Model, opset: int, matrices: bool) -> ir.Model:
     from quantcli.dense import as_matrices
     from quantcli.factors import fold_factors
     from quantcli.recurrent import plain_recurrent
-    from quantcli.transposes import without_transposes
+    from quantcli.transposes import squeeze_later, without_transposes
     from quantcli.written_out import by_name
 
     folded = model.clone()
@@ -108,6 +108,7 @@ def folded_copy(model: ir.Model, opset: int, matrices: bool) -> ir.Model:
         elif node.op_type == "AveragePool" and node.domain == "":
             plain_average_pool(node)
     folded = by_name(folded)
+    squeeze_later(folded)
     canonical(folded)
     plain_recurrent(folded)
     fold_factors(folded)

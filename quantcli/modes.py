@@ -136,7 +136,7 @@ def why_float(node: ir.Node, recipe: Recipe, forced: bool) -> str | None:
         return "its first operand is transposed, or alpha is not 1"
     if recipe.mode == "dynamic":
         if node.op_type not in DYNAMIC:
-            return "the runtime has no kernel of dynamic integers for it"
+            return "the runtime has no kernel of dynamic integers for it; --mode weights stores its weights"
         if node.op_type == "LSTM" and node.attributes.get_int("layout", 0) != 0:
             return "its layout has the batch first, which the runtime's kernel of dynamic integers does not"
         if node.op_type == "Conv" and not forced:

@@ -1,7 +1,8 @@
 """Transpositions that converters of channels-last networks leave: moved behind what knows no order of axes, until they meet.
 
 Between Transpose(0, 2, 3, 1) and Transpose(0, 3, 1, 2) such networks compute with channels last. f(Transpose(x)) = Transpose(f(x))
-for whatever f works on single values, once constants and axes are those of x; and what then meets its inverse is gone.
+for whatever f works on single values, once constants and axes are those of x; and what then meets its inverse is gone. An axis of
+length 1 may come or go between two that meet, as where a convolution over one axis is written as one over two.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
+from quantcli.canonical import axes_of, rank_of
 from quantcli.fold import add_constant, constant
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-CHANNELS_LAST = ((0, 2, 3, 1), (0, 2, 3, 4, 1))
+CHANNELS_LAST = ((0, 2, 1), (0, 2, 3, 1), (0, 2, 3, 4, 1))
 # Operators on single values, whose other operands are numbers or absent.
 POINTWISE = frozenset(
     {"Abs", "Celu", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "Neg"}
     | {"Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Tanh", "ThresholdedRelu"}
 )
+CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 REDUCING = frozenset({"ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum"})
 
 
@@ -34,6 +37,7 @@ def without_transposes(model: ir.Model) -> ir.Model | None:
     for node in list(moved.graph):
         if node.op_type == "Transpose" and node.domain == "":
             cancel(node)
+            resize(node, moved.graph)
         else:
             move(node, moved.graph)
     passes.RemoveUnusedNodesPass()(moved)
@@ -61,6 +65,92 @@ def cancel(node: ir.Node) -> None:
         return
     if [first[axis] for axis in second] == list(range(len(first))):
         ir.convenience.replace_all_uses_with(node.outputs[0], before.inputs[0])  # type: ignore[arg-type]
+
+
+def resize(node: ir.Node, graph: ir.Graph) -> None:
+    """Put one Squeeze or Unsqueeze in the place of it between two transpositions, where they leave the other axes in order."""
+    between = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if between is None or between.op_type not in {"Squeeze", "Unsqueeze"} or between.domain:
+        return
+    before = between.inputs[0].producer() if between.inputs[0] is not None else None
+    first, second, given = permutation(before), permutation(node), axes_of(between)
+    if before is None or first is None or second is None or not given:
+        return
+    axes = {axis % max(len(first), len(second)) for axis in given}
+    if between.op_type == "Squeeze":
+        kept = [label for place, label in enumerate(first) if place not in axes]
+        order = [kept[axis] for axis in second]
+        changed = sorted(first[axis] for axis in axes)
+    else:
+        left = iter(first)
+        labels = [None if place in axes else next(left) for place in range(len(second))]
+        order = [label for axis in second if (label := labels[axis]) is not None]
+        changed = [place for place, axis in enumerate(second) if axis in axes]
+    if order != sorted(order):
+        return
+    stored = add_constant(graph, f"{node.outputs[0].name}_axes", np.array(changed, dtype=np.int64))
+    made = ir.node(between.op_type, [before.inputs[0], stored], name=node.name)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [made], [node.outputs[0]], made.outputs)
+
+
+def squeeze_later(model: ir.Model) -> None:
+    """Move every Squeeze of a convolution's spatial axes behind what works on single values, which the convolution then takes in.
+
+    Converters write a convolution over one axis as one over two, with what is added to it and its activation behind a Squeeze.
+    """
+    for node in list(model.graph):
+        if node.op_type != "Squeeze" or node.domain or node.inputs[0] is None:
+            continue
+        layer, rank = node.inputs[0].producer(), rank_of(node.inputs[0])
+        axes = sorted(axis % rank for axis in axes_of(node)) if rank else []
+        if layer is None or layer.domain or layer.op_type not in CONVOLUTIONS or not axes or axes[0] < 2:
+            continue
+        last: ir.Node | None = node if single_reader(node.inputs[0]) is node else None
+        while last is not None and (reader := single_reader(last.outputs[0])) is not None:
+            last = swapped(last, reader, axes, model.graph)
+
+
+def single_reader(value: ir.Value | None) -> ir.Node | None:
+    """Return the only node that reads a value, once; None where there are others, or the model gives it out."""
+    uses = () if value is None or value.is_graph_output() else value.uses()
+    return next(iter(uses)).node if len(uses) == 1 else None
+
+
+def swapped(node: ir.Node, reader: ir.Node, axes: list[int], graph: ir.Graph) -> ir.Node | None:
+    """Let what reads a Squeeze read what that reads, and return a Squeeze of what it makes; None where that cannot be said.
+
+    Args:
+        node: The Squeeze.
+        reader: The only node that reads what it makes.
+        axes: The axes that it takes away, in order.
+        graph: The graph.
+    """
+    x, squeezed, output = node.inputs[0], node.outputs[0], reader.outputs[0]
+    rank = rank_of(squeezed)
+    form = FORMS.get(reader.op_type) is broadcasting
+    if reader.domain or rank is None or not (form or reader.op_type in POINTWISE):
+        return None
+    inputs: list[ir.Value | None] = []
+    for value in reader.inputs:
+        held = constant(value)
+        if value is squeezed or value is None or (held is not None and (held.size == 1 and held.ndim <= rank)):
+            inputs.append(x if value is squeezed else value)
+        elif held is not None and held.ndim <= rank and form:
+            whole = np.expand_dims(held.reshape((1,) * (rank - held.ndim) + held.shape), axes)
+            inputs.append(add_constant(graph, f"{value.name}_unsqueezed", whole))
+        else:
+            return None
+    made = ir.node(reader.op_type, inputs, dict(reader.attributes), name=reader.name)
+    made.outputs[0].name, made.outputs[0].type = f"{output.name}_unsqueezed", output.type
+    if output.shape is None:  # as of operators that were put in the place of others
+        output.shape = squeezed.shape
+    shape = list(output.shape or ())
+    for axis in axes:
+        shape.insert(axis, 1)
+    made.outputs[0].shape = ir.Shape(shape)
+    later = ir.node("Squeeze", [made.outputs[0], *node.inputs[1:]], dict(node.attributes), name=node.name)
+    ir.convenience.replace_nodes_and_values(graph, reader, [node, reader], [made, later], [output], later.outputs)
+    return later
 
 
 def move(node: ir.Node, graph: ir.Graph) -> None:

@@ -1,13 +1,14 @@
-"""What a model writes out in several operators and ONNX has one for: HardSwish, Gelu and their like, and layer normalisations.
+"""What a model writes out in several operators and ONNX has one for: HardSwish, Gelu, PRelu, layer normalisations.
 
 Exporters of older operator sets write x·Clip(x + 3, 0, 6)/6 for HardSwish. As integer layers its four operators round to a grid
 each; the function by its name is one table, which rounds once, or one float kernel. A layer normalisation of nine operators is one
-LayerNormalization, which smoothing knows and runtimes have a kernel for.
+LayerNormalization, which smoothing knows and runtimes have a kernel for. Keras has no operator for a PRelu, and writes
+Relu(x) − α·Relu(−x).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +34,8 @@ NAMED: tuple[tuple[str, dict[str, float | str], dict[str, float], int], ...] = (
     ("Mish", {}, {}, 18),
 )
 NORMALISATION_OPSET = 17
+# The first whose PRelu broadcasts its slopes.
+PRELU_OPSET = 7
 # Operators of two numbers, and those of one that `tables` has: what functions are written out with.
 PAIRS: dict[str, Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]] = {
     "Add": np.add,
@@ -46,6 +49,14 @@ PAIRS: dict[str, Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np
 SINGLES = frozenset({"Relu", "Clip", "HardSigmoid", "Erf", "Tanh", "Softplus"})
 # Of those, what bends: without one of them nothing is a function that has a name.
 BENDING = SINGLES | {"Max", "Min"}
+# What a PRelu is written out with: what bends, and what is linear.
+BENDS: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
+    "Relu": lambda x: np.maximum(x, 0.0),
+    "Abs": np.abs,
+}
+LINEAR = {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply}
+# Where it is computed: a PRelu goes through zero, and is linear on both sides.
+SIDES = (-16.0, -1.0, -0.125, 0.0, 0.125, 1.0, 16.0)
 # The most operators that one of the functions is written out in: Gelu by Tanh, its cube as two products.
 LONGEST = 10
 # Where functions are compared: finely where they bend, and far out, where their arguments saturate.
@@ -53,7 +64,8 @@ FAR = np.geomspace(12.0, 1e4, 32)
 POINTS = np.concatenate([-FAR[::-1], np.linspace(-12.0, 12.0, 1201), FAR])
 # A model's constants have seven digits or 24 bits: 1/6 and √½ are off by up to 2^-22 of themselves. Such a factor within x·Φ(x) or
 # x·Clip(x/6 + ½, 0, 1) is worth up to 3·2^-22·(1 + |x|), below one of 2^-20.
-CLOSE = 2.0**-20 * (1.0 + np.abs(POINTS))
+CLOSEST = 2.0**-20
+CLOSE = CLOSEST * (1.0 + np.abs(POINTS))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,14 +76,18 @@ class Written:
         end: The node that gives its result.
         nodes: All its nodes.
         since: The operator set that has one operator for it.
-        node: That operator.
+        operator: That operator.
+        x: What it reads.
+        attributes: Its attributes.
         constants: Names and arrays of the constants that it reads behind its first operand.
     """
 
     end: ir.Node
     nodes: frozenset[ir.Node]
     since: int
-    node: ir.Node
+    operator: str
+    x: ir.Value
+    attributes: dict[str, float | str] = field(default_factory=dict)
     constants: tuple[tuple[str, NDArray[np.float32]], ...] = ()
 
 
@@ -89,10 +105,7 @@ def by_name(model: ir.Model) -> ir.Model:
     for written in list(written_out(model)):
         if written.since <= opset:
             held = [add_constant(model.graph, name, array) for name, array in written.constants]
-            written.node.resize_inputs(1 + len(held))
-            for position, value in enumerate(held):
-                written.node.replace_input_with(1 + position, value)
-            put(model.graph, written.end, written.node)
+            put(model.graph, written.end, ir.node(written.operator, [written.x, *held], written.attributes))
     passes.RemoveUnusedNodesPass()(model)
     return model
 
@@ -104,18 +117,27 @@ def written_out(model: ir.Model) -> Iterator[Written]:
     for end in reversed(list(model.graph)):
         if end in taken or end.domain:
             continue
-        found = normalisation(end) or function(end, places)
+        found = normalisation(end) or function(end, places, operands_of, named)
+        if found is None and end.op_type in {"Add", "Sub"}:
+            found = function(end, places, linear_operands, parametric)
         if found is not None and taken.isdisjoint(found.nodes):
             taken |= found.nodes
             yield found
 
 
-def function(end: ir.Node, places: dict[ir.Node, int]) -> Written | None:
-    """Return the named function of one tensor that ends with a node.
+def function(
+    end: ir.Node,
+    places: dict[ir.Node, int],
+    operands_of: Callable[[ir.Node], list[ir.Value] | None],
+    named: Callable[[ir.Node, list[ir.Node], ir.Value], Written | None],
+) -> Written | None:
+    """Return the function of one tensor that ends with a node.
 
     Args:
         end: The node.
         places: The nodes' places in the graph.
+        operands_of: Returns the tensors that an operator computes with; None where it is none that functions are written with.
+        named: Returns the function that nodes compute of a tensor, if it has a name.
     """
     nodes: list[ir.Node] = []
     operands: set[ir.Value] = set()
@@ -127,7 +149,7 @@ def function(end: ir.Node, places: dict[ir.Node, int]) -> Written | None:
         nodes.append(pending)
         operands.difference_update(pending.outputs)
         operands.update(found)
-        if len(operands) == 1 and len(nodes) > 1 and any(node.op_type in BENDING for node in nodes):
+        if len(operands) == 1 and len(nodes) > 1:
             (x,) = operands
             if (written := named(end, nodes, x)) is not None:
                 return written
@@ -144,6 +166,63 @@ def function(end: ir.Node, places: dict[ir.Node, int]) -> Written | None:
         ):
             return None
     return None
+
+
+def parametric(end: ir.Node, nodes: list[ir.Node], x: ir.Value) -> Written | None:
+    """Return the PRelu that nodes compute of a tensor: x above zero, below it x times a slope, one for all or one per channel."""
+    slopes = slopes_of(end, x, nodes) if any(node.op_type in BENDS for node in nodes) else None
+    if slopes is None or not broadcasts(slopes, x):
+        return None
+    held = (f"{end.outputs[0].name}_slopes", slopes if slopes.ndim else slopes.reshape(1))
+    return Written(end, frozenset(nodes), PRELU_OPSET, "PRelu", x, constants=(held,))
+
+
+def linear_operands(node: ir.Node) -> list[ir.Value] | None:
+    """Return the tensors that an operator of which PRelu is made computes with; None of any other."""
+    if node.domain or node.op_type not in {*BENDS, *LINEAR, "Neg"} or node.outputs[0].dtype != ir.DataType.FLOAT:
+        return None
+    return [value for value in node.inputs if value is not None and constant(value) is None] or None
+
+
+def slopes_of(end: ir.Node, x: ir.Value, nodes: list[ir.Node]) -> NDArray[np.float32] | None:
+    """Return the slopes below zero of the PRelu that nodes compute of a tensor; None where they compute something else.
+
+    Args:
+        end: The node that gives its result.
+        x: The tensor.
+        nodes: All the nodes.
+    """
+
+    def at(value: ir.Value | None, point: float) -> NDArray[np.float64]:
+        held = constant(value)
+        node = value.producer() if value is not None else None
+        if value is x:
+            return np.array(point)
+        if held is not None or node not in nodes or node is None:
+            return np.asarray(np.nan if held is None else held, dtype=np.float64)
+        given = [at(operand, point) for operand in node.inputs]
+        if node.op_type in LINEAR:
+            return np.asarray(LINEAR[node.op_type](*given))
+        return np.asarray(BENDS.get(node.op_type, np.negative)(given[0]))
+
+    with np.errstate(all="ignore"):
+        try:
+            found = {point: at(end.outputs[0], point) for point in SIDES}
+        except ValueError:  # constants that x alone joins
+            return None
+    slopes = -found[-1.0]
+    for point, values in found.items():
+        expected = point * (slopes if point < 0 else 1.0)
+        if not (np.abs(values - expected) <= CLOSEST * np.maximum(np.abs(expected), abs(point))).all():
+            return None
+    return slopes.astype(np.float32)
+
+
+def broadcasts(slopes: NDArray[np.float32], x: ir.Value) -> bool:
+    """Tell whether slopes leave a tensor's shape what it is."""
+    if x.shape is None or slopes.ndim > len(x.shape) or x.dtype != ir.DataType.FLOAT:
+        return False
+    return all(size in {1, axis} for size, axis in zip(slopes.shape[::-1], tuple(x.shape)[::-1], strict=False))
 
 
 def operands_of(node: ir.Node) -> list[ir.Value] | None:
@@ -170,6 +249,8 @@ def operands_of(node: ir.Node) -> list[ir.Value] | None:
 
 def named(end: ir.Node, nodes: list[ir.Node], x: ir.Value) -> Written | None:
     """Return the function by its name that nodes compute of a tensor; None where it has none."""
+    if not any(node.op_type in BENDING for node in nodes):
+        return None
     with np.errstate(all="ignore"):
         values: dict[ir.Value, NDArray[np.float64]] = {x: POINTS}
         for node in reversed(nodes):
@@ -177,7 +258,7 @@ def named(end: ir.Node, nodes: list[ir.Node], x: ir.Value) -> Written | None:
     y = values[end.outputs[0]]
     for operator, attributes, parameters, since in NAMED:
         if (np.abs(y - tables.FUNCTIONS[operator](POINTS, parameters)) <= CLOSE).all():
-            return Written(end, frozenset(nodes), since, ir.node(operator, [x], attributes))
+            return Written(end, frozenset(nodes), since, operator, x, attributes)
     return None
 
 
@@ -235,9 +316,9 @@ def normalisation(end: ir.Node) -> Written | None:
     if any(held is None for held in vectors) or escapes:
         return None
     names = (f"{end.outputs[0].name}_gamma", f"{end.outputs[0].name}_beta")
-    node = ir.node("LayerNormalization", [x], {"axis": -1, "epsilon": epsilon})
     constants = tuple((name, held) for name, held in zip(names, vectors, strict=False) if held is not None)
-    return Written(end, frozenset(nodes), NORMALISATION_OPSET, node, constants)
+    attributes: dict[str, float | str] = {"axis": -1, "epsilon": epsilon}
+    return Written(end, frozenset(nodes), NORMALISATION_OPSET, "LayerNormalization", x, attributes, constants)
 
 
 def made_by(value: ir.Value | None) -> ir.Node | None:

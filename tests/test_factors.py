@@ -35,6 +35,11 @@ PARTS: dict[str, Array] = {
     "d": normal(4, 1, 3, 3, seed=16),
     "e": normal(6, seed=17),
     "u": normal(6, 5, seed=18),
+    "line": normal(5, 4, 1, 5, seed=19),
+    "column": normal(5, 1, seed=20),
+    "flat": np.array([1, 4, 1, -1]),
+    "two": np.array([2]),
+    "zero": np.array([0]),
     "none": np.array(0.0, np.float32),
     "inf": np.array([1, 1, np.inf, 1, 1], np.float32).reshape(5, 1, 1),
 }
@@ -54,6 +59,26 @@ CASES: dict[str, tuple[list[onnx.NodeProto], list[str]]] = {
     "a transposed convolution": (
         [node("ConvTranspose", ["x", "t"], ["c"]), node("Mul", ["c", "f"], ["m"]), node("Add", ["m", "a"], ["o"])],
         ["ConvTranspose"],
+    ),
+    "behind a Squeeze, as converters write what has one axis": (
+        [
+            node("Reshape", ["x", "flat"], ["l"]),
+            node("Conv", ["l", "line"], ["c"]),
+            node("Squeeze", ["c", "two"], ["q"]),
+            node("Add", ["q", "column"], ["m"]),
+            node("Mul", ["m", "column"], ["p"]),
+            node("Add", ["p", "column"], ["o"]),
+        ],
+        ["Reshape", "Conv", "Squeeze"],
+    ),
+    "behind a Squeeze that moves the channels": (
+        [
+            node("Reshape", ["x", "flat"], ["l"]),
+            node("Conv", ["l", "line"], ["c"], strides=[1, 32]),
+            node("Squeeze", ["c", "zero"], ["q"]),
+            node("Mul", ["q", "column"], ["o"]),
+        ],
+        ["Reshape", "Conv", "Squeeze", "Mul"],
     ),
     "before an activation, with nothing to fold into": (
         [

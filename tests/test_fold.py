@@ -341,6 +341,54 @@ def test_transpositions_around_channels_last_arithmetic_vanish(tmp_path: Path, n
     assert sqnr(path, folded, {"x": normal(2, 6, 7, 3, seed=5)}) > FOLDED_SQNR
 
 
+LINE = [
+    node("Conv", ["x", "w"], ["c"]),
+    node("Squeeze", ["c"], ["q"], axes=[2]),
+    node("Transpose", ["q"], ["t"], perm=[0, 2, 1]),
+    node("Mul", ["t", "s"], ["m"]),
+    node("Relu", ["m"], ["r"]),
+]
+# What stands behind a convolution over one axis, written as one over two, and what then is left.
+BEHIND_LINE: dict[str, tuple[list[onnx.NodeProto], list[str]]] = {
+    "another such": (
+        [
+            node("Unsqueeze", ["r"], ["u"], axes=[1]),
+            node("Transpose", ["u"], ["p"], perm=[0, 3, 1, 2]),
+            node("Conv", ["p", "v"], ["y"]),
+        ],
+        ["Conv", "Relu", "Squeeze", "Unsqueeze", "Conv"],
+    ),
+    "a pool over the other axis": (
+        [
+            node("Unsqueeze", ["r"], ["u"], axes=[2]),
+            node("Transpose", ["u"], ["p"], perm=[0, 3, 1, 2]),
+            node("MaxPool", ["p"], ["k"], kernel_shape=[2, 1]),
+            node("Transpose", ["k"], ["n"], perm=[0, 2, 3, 1]),
+            node("Squeeze", ["n"], ["d"], axes=[2]),
+            node("Transpose", ["d"], ["y"], perm=[0, 2, 1]),
+        ],
+        ["Conv", "Relu", "Squeeze", "Unsqueeze", "MaxPool", "Squeeze"],
+    ),
+    "axes in another order": (
+        [node("Unsqueeze", ["r"], ["u"], axes=[1]), node("Transpose", ["u"], ["y"], perm=[0, 2, 1, 3])],
+        ["Conv", "Squeeze", "Transpose", "Mul", "Relu", "Unsqueeze", "Transpose"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND_LINE)
+def test_transpositions_around_what_has_one_axis_vanish(tmp_path: Path, name: str) -> None:
+    behind, left = BEHIND_LINE[name]
+    constants = {"w": normal(4, 3, 1, 2, seed=1), "v": normal(5, 4, 1, 2, seed=2), "s": normal(4, seed=3)}
+    nodes = [*LINE, *behind]
+    used = {value for n in nodes for value in n.input}
+    held = {key: value for key, value in constants.items() if key in used}
+    path = save(tmp_path / "m.onnx", nodes, {"x": ["N", 3, 1, 9]}, {"y": None}, held, opset=11)
+    folded = fold(ir.load(path))
+    assert operators(folded) == left
+    assert sqnr(path, folded, {"x": normal(2, 3, 1, 9, seed=5)}) > FOLDED_SQNR
+
+
 @pytest.mark.parametrize(
     ("last", "left"),
     [

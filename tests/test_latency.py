@@ -125,10 +125,10 @@ def test_a_model_that_runs_slower_than_float_is_told(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--effort", "fast"], "on this machine; --optimize latency looks for a faster plan"),
-        (["--effort", "fast", "--optimize", "latency"], "on this machine\n"),
-        (["--mode", "dynamic", "--include", "op:Conv"], "on this machine\n"),
-        (["--mode", "weights", "--include", "op:Conv"], "on this machine\n"),
+        (["--effort", "fast"], "on one thread of this machine; --optimize latency looks for a faster plan"),
+        (["--effort", "fast", "--optimize", "latency"], "on one thread of this machine\n"),
+        (["--mode", "dynamic", "--include", "op:Conv"], "on one thread of this machine\n"),
+        (["--mode", "weights", "--include", "op:Conv"], "on one thread of this machine\n"),
     ],
 )
 def test_a_faster_plan_is_looked_for_where_none_was(
@@ -156,14 +156,18 @@ def test_the_speed_is_that_of_one_sample_or_of_the_models_batch(
     path = save(tmp_path / "m.onnx", nodes, {"x": [batch, 3, 8, 8]}, {"y": None}, constants)
     run_with: list[int] = []
 
-    def measure(_reference: object, _quantized: object, feeds: dict[str, Array]) -> float:
+    def measure(reference: Runner, quantized: Runner, feeds: dict[str, Array]) -> float:
+        assert (reference.threads, quantized.threads) == (1, 1)
         run_with.append(len(feeds["x"]))
         return 1.5
 
     monkeypatch.setattr("quantcli.evaluation.check.measured", measure)
     assert run(["convert", str(path), "--data", str(data_for(tmp_path / "d.npz")), "-o", str(tmp_path / "q.onnx")]) == 0
     assert run_with == [rows]
-    assert f"speed: about 1.50 times float's, {rows} sample{'s' * (rows > 1)} at once" in capsys.readouterr().out
+    assert (
+        f"speed: about 1.50 times float's, {rows} sample{'s' * (rows > 1)} at once on one thread"
+        in capsys.readouterr().out
+    )
 
 
 def test_nothing_is_told_of_the_speed_of_what_is_meant_to_run_elsewhere(

@@ -105,6 +105,23 @@ def test_pooling_of_permuted_channels_is_a_mean(tmp_path: Path, rank: int, sizes
     assert min(done.check.sqnr.values()) > 25
 
 
+class Stacked(nn.Module):
+    """torch's stackings of what a list holds."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        pair = [part.reshape(len(x), -1, 1) for part in (x, 2 * x)]
+        return torch.hstack(pair), torch.vstack(pair), torch.dstack(pair)
+
+
+def test_stackings_are_concatenations(tmp_path: Path) -> None:
+    module, x = Stacked(), torch.randn(2, 3)
+    torch.export.save(torch.export.export(module, (x,)), tmp_path / "net.pt2")
+    source = load(tmp_path / "net.pt2")
+    assert not [node.op_type for node in source.graph.graph if "Sequence" in node.op_type]
+    found = Runner(source.runnable).run({"x": x.numpy()})
+    assert [values.tolist() for values in found.values()] == [values.tolist() for values in module(x)]
+
+
 def test_the_exported_program_is_what_eval_compares_with(saved: Path, tmp_path: Path) -> None:
     convert(saved / "net.pt2", tmp_path / "q.onnx", data=saved / "data.npz")
     found = evaluate(tmp_path / "q.onnx", saved / "data.npz", saved / "net.pt2", latency=False)

@@ -17,7 +17,7 @@ from torch import nn
 from calibration.datasets import InputSpec
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe, convert
-from quantcli.cli import main
+from quantcli.cli import main, run
 from quantcli.errors import ModelError, UsageError
 from quantcli.load import Opening, load
 from quantcli.load.torch import load_state, state_of
@@ -190,6 +190,31 @@ def test_other_axes_are_free_where_asked(tmp_path: Path) -> None:
     assert shapes == [(None, 3, 8, 8), (None, 3, None, None)]
     with pytest.raises(UsageError, match="--dynamic input:7 names no axis"):
         load(tmp_path / "m.pt", Opening(None, True, opening.inputs, (("input", 7),)))
+
+
+class Recurrent(nn.Module):
+    """A GRU of two layers, which is given its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(64, 64, 2)
+
+    def forward(self, x: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        made, last = self.gru(x, state)
+        return made, last
+
+
+def test_inputs_that_share_no_batch_are_as_they_are_described(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    torch.save(Recurrent().eval(), tmp_path / "m.pt")
+    np.savez(tmp_path / "runs.npz", x=normal(12, 5, 1, 64), state=normal(12, 2, 1, 64, seed=1))
+    shown = ["--trust-pickle", "--input", "x:5x1x64", "--input", "state:2x1x64"]
+    command = ["convert", str(tmp_path / "m.pt"), *shown, "--data", str(tmp_path / "runs.npz"), "--mode", "weights"]
+    assert run([*command, "-o", str(tmp_path / "q.onnx")]) == 0
+    assert "in batches of" not in capsys.readouterr().err
+    assert [spec.shape for spec in Runner(tmp_path / "q.onnx").inputs] == [(5, 1, 64), (2, 1, 64)]
 
 
 def test_a_tuple_of_outputs(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ NUMBERS: dict[str, Array] = {
 }  # fmt: skip
 HELD = NUMBERS | {
     "gamma": normal(5, seed=2), "beta": normal(1, 5, seed=3), "sixes": np.full(5, 6.0, np.float32), "rows": normal(4, 1, seed=4),
+    "stack": normal(2, 1, 4, 5, seed=5),
     "last": np.array([-1], np.int64), "first": np.array([1], np.int64),
 }  # fmt: skip
 SHIFTED = [node("Add", ["three", "x"], ["a"]), node("Clip", ["a", "zero", "six"], ["c"])]
@@ -75,6 +76,42 @@ FUNCTIONS: dict[str, tuple[list[onnx.NodeProto], list[str], int]] = {
         ["Mish"],
         18,
     ),
+    "PRelu, as Keras writes it": (
+        [node("Relu", ["x"], ["r"]), node("Neg", ["x"], ["n"]), node("Relu", ["n"], ["s"]), node("Mul", ["s", "gamma"], ["m"]),
+         node("Add", ["r", "m"], ["o"])],
+        ["PRelu"],
+        13,
+    ),
+    "PRelu behind a sum": (
+        [node("Add", ["x", "beta"], ["a"]), node("Relu", ["a"], ["r"]), node("Neg", ["a"], ["n"]), node("Relu", ["n"], ["s"]),
+         node("Mul", ["rows", "s"], ["m"]), node("Sub", ["r", "m"], ["o"])],
+        ["Add", "PRelu"],
+        13,
+    ),
+    "PRelu of magnitudes": (
+        [node("Abs", ["x"], ["b"]), node("Sub", ["x", "b"], ["d"]), node("Mul", ["gamma", "d"], ["m"]),
+         node("Mul", ["m", "half"], ["h"]), node("Relu", ["x"], ["r"]), node("Add", ["r", "h"], ["o"])],
+        ["PRelu"],
+        13,
+    ),
+    "PRelu of a single slope": (
+        [node("Relu", ["x"], ["r"]), node("Neg", ["x"], ["n"]), node("Relu", ["n"], ["s"]), node("Mul", ["s", "half"], ["m"]),
+         node("Sub", ["r", "m"], ["o"])],
+        ["LeakyRelu"],
+        13,
+    ),
+    "twice what is above zero": (
+        [node("Relu", ["x"], ["r"]), node("Neg", ["x"], ["n"]), node("Relu", ["n"], ["s"]), node("Mul", ["r", "two"], ["m"]),
+         node("Add", ["s", "m"], ["o"])],
+        ["Add", "Mul", "Neg", "Relu", "Relu"],
+        13,
+    ),
+    "slopes that x is broadcast to": (
+        [node("Relu", ["x"], ["r"]), node("Neg", ["x"], ["n"]), node("Relu", ["n"], ["s"]), node("Mul", ["s", "stack"], ["m"]),
+         node("Add", ["r", "m"], ["o"])],
+        ["Add", "Mul", "Neg", "Relu", "Relu"],
+        13,
+    ),
     "another bound": (
         [node("Add", ["x", "three"], ["a"]), node("Clip", ["a", "zero", "five"], ["c"]), node("Mul", ["x", "c"], ["o"])],
         ["Add", "Clip", "Mul"],
@@ -103,6 +140,7 @@ def folded(path: Path, opset: int, bound: Array) -> list[str]:
     """Fold a model, compare what it computes, and return its operators."""
     model = fold(load(path).graph)
     assert model.opset_imports[""] == opset
+    assert {use.node.graph for n in model.graph for value in n.inputs if value for use in value.uses()} == {model.graph}
     found, expected = Runner(model_bytes(model)).run({"x": X}), Runner(path).run({"x": X})
     assert list(found) == list(expected)
     for name, values in found.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 # Models of more bytes are run without copies of their weights, if a little slower.
 WORTH_SPARING = 1 << 30
+# Where in ONNX Runtime's source an error arose: a file, a line, and a C++ function with its signature.
+SOURCE = re.compile(
+    r"\S*onnxruntime/\S+:\d+ (?:[^()]|\(anonymous namespace\))*\([^()]*\)(?: const)?(?: \[with [^\]]*\])? ?"
+)
 DTYPES = {
     "tensor(float)": "float32",
     "tensor(double)": "float64",
@@ -171,7 +176,7 @@ class Runner:
         try:
             return dict(zip(names, self.session.run(names, feeds), strict=True))
         except Exception as error:
-            raise RunError(f"ONNX Runtime fails while running {self.what} ({first_line(error)})") from error
+            raise failure(self.what, feeds, error) from error
 
 
 class Frame:
@@ -210,8 +215,14 @@ class Frame:
                     np.copyto(self.views[name], values)
             self.session.run_with_iobinding(self.binding)
         except Exception as error:
-            raise RunError(f"ONNX Runtime fails while running {self.what} ({first_line(error)})") from error
+            raise failure(self.what, feeds, error) from error
         return dict(self.views)
+
+
+def failure(what: str, feeds: dict[str, NDArray[Any]], error: Exception) -> RunError:
+    """Return the error that says what a model was run on when the runtime failed."""
+    shapes = ", ".join(f"{name} {'x'.join(map(str, values.shape))}" for name, values in feeds.items())
+    return RunError(f"ONNX Runtime fails while running {what} on {shapes} ({first_line(error)})")
 
 
 def folder_size(path: Path) -> int:
@@ -222,5 +233,5 @@ def folder_size(path: Path) -> int:
 def first_line(error: Exception) -> str:
     """Return the telling part of a runtime's message: its last line, without the source position."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[-1] if lines else type(error).__name__
+    text = SOURCE.sub("", lines[-1]) if lines else type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."

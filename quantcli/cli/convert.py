@@ -221,7 +221,9 @@ def show(terminal: Terminal, done: Conversion) -> None:
     if done.check.slow and here:
         may_race = sidecar.mode == "static" and not done.trials
         remedy = "; --optimize latency looks for a faster plan" if may_race else ""
-        terminal.warn(f"it runs at {done.check.speed or 0:.2f} times float's speed on this machine{remedy}")
+        terminal.warn(
+            f"it runs at {done.check.speed or 0:.2f} times float's speed on one thread of this machine{remedy}"
+        )
     sizes = sidecar.float_model.bytes, sidecar.model.bytes
     stored = len(stored_layers(done))
     counts = [f"integer layers {len(plan.layers) - stored}"] if stored < len(plan.layers) else []
@@ -230,7 +232,9 @@ def show(terminal: Terminal, done: Conversion) -> None:
     terminal.say(f"{done.model}: {', '.join(counts)}")
     terminal.say(f"size: {sizes[0]:,} → {sizes[1]:,} bytes ({sizes[1] / sizes[0]:.0%})")
     if done.check.speed is not None and here:
-        terminal.say(f"speed: about {done.check.speed:.2f} times float's, {samples(done.check.batch)} at once")
+        terminal.say(
+            f"speed: about {done.check.speed:.2f} times float's, {samples(done.check.batch)} at once on one thread"
+        )
     for name, value in done.check.sqnr.items():
         parts = "".join(f", '{part}' {at:.1f} dB" for part, at in parts_within(name, done.check.parts).items())
         terminal.say(f"self-check: output '{name}' SQNR {value:.1f} dB over {samples(done.check.samples)}{parts}")

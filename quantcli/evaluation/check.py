@@ -37,6 +37,8 @@ LOOKS = ((0.25, 8), (1.0, 40))
 # Of how large a model: above, two of them would need too much memory.
 LARGEST = 1 << 28
 ENOUGH = 3
+# Threads of those runs, as `eval` has them: more wait for one another, and where something else holds a core they tell nothing.
+THREADS = 1
 # Below this a run is mostly the call itself.
 SHORTEST = 1e-4
 # Below this a self-check warns: the quantized output is then more noise than most uses bear.
@@ -53,7 +55,8 @@ class SelfCheck:
         samples: How many samples were run.
         sqnr: The SQNR of every real output against the float model, in dB, of what ONNX says that the model gives.
         suspects: Where an output lies below 10 dB, the layers that lost most.
-        speed: Float time ÷ quantized time over a few runs, roughly; None where that would take long, or hardly any time.
+        speed: Float time ÷ quantized time over a few runs on one thread, roughly; None where that would take long, or hardly any
+            time.
         batch: How many samples each of those runs had: one, unless the model fixes another number.
         parts: The SQNR of every part of outputs that are joined from several tensors, in dB.
         here: The SQNR of outputs of which this machine's kernels, which saturate (`calibration.hooks.pairs`), give less, in dB.
@@ -99,14 +102,15 @@ def self_check(
         RunError: If the runtime refuses what was written.
     """
     feeds = statistics.check_inputs
-    runner = Runner(source.runnable, what=source.name)
+    threads = THREADS if source.size <= LARGEST else 0
+    runner = Runner(source.runnable, threads, what=source.name)
     one = single(runner.inputs, feeds)
     reference = runner.run(feeds)
     here: dict[str, float] = {}
     if source.size > LARGEST:
         del runner
     if program is None:
-        quantized = Runner(written, what="the quantized model")
+        quantized = Runner(written, threads, what="the quantized model")
         result = quantized.run(feeds)
         speed = measured(runner, quantized, one) if source.size <= LARGEST else None
         if sidecar.target.weight.pair_bits is None and saturates() and repeatable(source.graph):

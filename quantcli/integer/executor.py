@@ -32,12 +32,17 @@ class Executor:
         sidecar: Its sidecar.
 
     Attributes:
-        islands: How often each operator without a layer ran on real numbers, by operator.
+        bridged: The operators without a layer that ran on real numbers, by node.
     """
 
     model: ir.Model
     sidecar: Sidecar
-    islands: Counter[str] = field(default_factory=Counter)
+    bridged: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def islands(self) -> Counter[str]:
+        """How many nodes of each operator without a layer ran on real numbers."""
+        return Counter(self.bridged.values())
 
     def __post_init__(self) -> None:
         self.model = expanded(self.model, self.sidecar)
@@ -132,7 +137,7 @@ class Executor:
         given = [None if v is None else self.real(str(v.name), integers, reals) for v in values]
         results = self.session(node, given)(given)
         if any(result.dtype.kind == "f" for result in results):
-            self.islands[node.op_type] += 1
+            self.bridged[str(node.name)] = node.op_type
         made = [value for value in node.outputs if value.name]
         reals.update({str(value.name): result for value, result in zip(made, results, strict=True)})
 

@@ -49,17 +49,22 @@ class Verification:
 
     Attributes:
         findings: Everything that differs without an explanation.
-        layers: How many layers were run.
+        names: The layers that were run.
         elements: How many integers were compared.
         ties: How many of them differ by one where the real value lies on a rounding tie.
-        islands: How often each operator that stays float was bridged.
+        islands: How many nodes of each operator that stays float were bridged.
     """
 
     findings: list[Finding] = field(default_factory=list)
-    layers: int = 0
+    names: set[str] = field(default_factory=set)
     elements: int = 0
     ties: int = 0
     islands: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def layers(self) -> int:
+        """How many layers were run."""
+        return len(self.names)
 
 
 def verify(held: Held, sidecar: Sidecar, batches: Iterable[dict[str, NDArray[Any]]]) -> Verification:
@@ -80,7 +85,7 @@ def verify(held: Held, sidecar: Sidecar, batches: Iterable[dict[str, NDArray[Any
         return result
     for entry in sidecar.layers:
         if entry.arithmetic == "stored":
-            result.layers += 1
+            result.names.add(entry.name)
             result.elements += sum(executor.stored[sidecar.tensors[name].integers].size for name in entry.inputs)
     given = {value.name for value in graph.graph.inputs}
     asked = [tensor.integers for tensor in sidecar.tensors.values() if tensor.role == "activation"]
@@ -270,7 +275,7 @@ def compare(
         except (IntegerError, ValueError, IndexError) as error:
             result.findings.append(Finding(entry.name, f"its integers cannot be computed ({error})"))
             continue
-        result.layers += 1
+        result.names.add(entry.name)
         for name, values in zip(entry.outputs, found, strict=False):
             if entry.accumulator_scale is not None:
                 compare_reals(layer, name, operands, values, seen[name], result)

@@ -48,7 +48,7 @@ def verify_weights(quantized: Held, sidecar: Sidecar) -> Verification:
         if node is None:
             result.findings.append(Finding(entry.name, "the model has no operator of that name"))
             continue
-        result.layers += 1
+        result.names.add(entry.name)
         for name, scale in scales_of(entry, node, sidecar):
             held = None if scale is None else stored.get(str(scale.name))
             if held is not None and held.ndim == 2 and (held == held[0]).all():

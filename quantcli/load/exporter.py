@@ -41,7 +41,7 @@ def expressed(program: Any, names: Sequence[str] | None, path: Path) -> bytes:
     """
     while True:
         try:
-            program = plainly_pooled(program)
+            program = plainly_stacked(plainly_pooled(program))
             return onnx_of(program, names)
         except Exception as error:
             simpler = without(untranslated(error, program), program)
@@ -128,6 +128,22 @@ def plainly_pooled(program: Any) -> Any:
         return program
     with quiet():
         return program.run_decompositions({target: mean_over(rank) for target, rank in poolings.items()})
+
+
+def plainly_stacked(program: Any) -> Any:
+    """Return a program whose stacking (torch.hstack and its like) is taken apart.
+
+    The exporter writes the list that those make first as a sequence, and at times with a tensor's type, which no runtime loads.
+    """
+    import torch
+
+    stackings = {getattr(torch.ops.aten, f"{name}stack").default for name in ("h", "v", "d")}
+    lists = {getattr(torch.ops.aten, f"atleast_{rank}d").Sequence for rank in (1, 2, 3)}
+    if not any(node.target in stackings | lists for node in program.graph.nodes):
+        return program
+    with quiet():
+        apart = dict(torch.export.default_decompositions())
+        return program.run_decompositions({target: apart[target] for target in stackings | lists})
 
 
 def untranslated(error: BaseException, program: Any) -> Any:

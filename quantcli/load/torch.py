@@ -421,11 +421,13 @@ def traced(
     except Exception as error:
         raise ModelError(f"{path} cannot be exported ({reason(error)}){where(error)}", remedy_for(error)) from error
     given = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"}
+    shared = not isinstance(axes, dict) or any(axes.values())
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if (
             node.op == "placeholder"
             and node.name in given
+            and shared
             and value is not None
             and value.ndim
             and isinstance(value.shape[0], int)
@@ -435,14 +437,15 @@ def traced(
 
 
 def axes_of(names: Sequence[str], tensors: Mapping[str, Any], opening: Opening) -> dict[str, dict[int, Any]]:
-    """Return the free axes of every input: the batch, and those that were asked for.
+    """Return the free axes of every input: the batch, if they share one, and those that were asked for.
 
     Raises:
         UsageError: If one is asked for that no input has.
     """
     import torch
 
-    free = {name: {0: torch.export.Dim.AUTO} if tensors[name].ndim else {} for name in names if name in tensors}
+    batch = {} if apart(opening) else {0: torch.export.Dim.AUTO}
+    free = {name: dict(batch) if tensors[name].ndim else {} for name in names if name in tensors}
     for name, axis in opening.dynamic:
         if name not in free or not 0 <= axis < tensors[name].ndim:
             there = ", ".join(f"{known} ({tensors[known].ndim} axes)" for known in free)
@@ -467,8 +470,8 @@ def example_inputs(
         for spec in opening.inputs:
             if spec.name not in names:
                 raise UsageError(f"the model takes no '{spec.name}'", f"its inputs are {', '.join(names)}")
-            sizes = [ROWS if axis == 0 else size or 1 for axis, size in enumerate(spec.shape)]
-            arrays[spec.name] = np.ones(sizes, dtype=spec.dtype)
+            first = spec.shape[:1] if apart(opening) else [ROWS][: len(spec.shape)]
+            arrays[spec.name] = np.ones([size or 1 for size in (*first, *spec.shape[1:])], dtype=spec.dtype)
     elif example is not None:
         arrays = example(names)
     for name in needed:
@@ -477,7 +480,14 @@ def example_inputs(
                 f"{path} takes '{name}', and there is no example of it",
                 f"describe its inputs, as in --input {name}:1x3x224x224, or name the data's arrays after them",
             )
-    return {name: torch.from_numpy(rows(arrays[name])) for name in names if name in arrays}
+    if not apart(opening):
+        arrays = {name: rows(array) for name, array in arrays.items()}
+    return {name: torch.from_numpy(arrays[name]) for name in names if name in arrays}
+
+
+def apart(opening: Opening) -> bool:
+    """Tell whether inputs that were described share no axis of samples, as a state of 2 x batch x units and a sequence do not."""
+    return len({spec.shape[0] for spec in opening.inputs if spec.shape}) > 1
 
 
 def as_precise_as(module: Any, tensors: dict[str, Any]) -> dict[str, Any]:

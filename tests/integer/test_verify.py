@@ -56,8 +56,8 @@ def test_what_convert_wrote_passes(copy: Path, capsys: pytest.CaptureFixture[str
     assert found.findings == []
     assert found.layers == 7
     assert found.elements > 16 * (3 + 8 + 8 + 8) * 64
-    assert run(["verify", str(copy / "q.json")]) == 0
-    assert "7 layers" in capsys.readouterr().out
+    assert run(["verify", str(copy / "q.json"), "--data", str(copy / "d.npz"), "--batch", "4"]) == 0
+    assert "7 layers" in capsys.readouterr().out  # in each of several batches
 
 
 def layer(document: Document, name: str) -> Document:
