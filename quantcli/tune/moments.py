@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 ROWS_PER_INPUT, MANY_ROWS, ENOUGH_PER_INPUT = 256, 8192, 4
 # Weights of less than 8 bits follow the moments further, and gain by more: by so many where those are no more numbers than that.
 COARSE_PER_INPUT, FEWEST_COARSE, COARSE_ROWS, MOST_NUMBERS = 12, 8192, 32768, 1 << 24
+# Of many groups there are fewer: no more numbers than that, but so many per input as are enough.
+ROOM = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,10 @@ def drawn_rows(
     generator = np.random.default_rng(seed)
     if coarse:
         most = min(COARSE_ROWS, MOST_NUMBERS // (matrix.groups * inputs))
-        wanted = max(FEWEST_COARSE, COARSE_PER_INPUT * inputs, most)
+        enough, wanted = COARSE_PER_INPUT * inputs, max(FEWEST_COARSE, most)
     else:
-        wanted = max(min(ROWS_PER_INPUT * inputs, MANY_ROWS), ENOUGH_PER_INPUT * inputs)
-    wanted = wanted // max(len(batches[0]), 1) + 1
+        enough, wanted = ENOUGH_PER_INPUT * inputs, min(ROWS_PER_INPUT * inputs, MANY_ROWS)
+    wanted = max(min(wanted, ROOM // (matrix.groups * inputs)), enough) // max(len(batches[0]), 1) + 1
     chosen: list[tuple[NDArray[np.intp], int]] = []
     for number, values in enumerate(batches[0]):
         count, samples = rows_in(node, values), len(values)
@@ -146,18 +148,17 @@ def moments_of(real: NDArray[np.float32] | None, made: NDArray[np.float32], cent
         made: The rows that the quantized layer meets.
         centred: Whether means are taken out, because the layer's bias makes up for them.
     """
-    mean = made.mean(axis=1, dtype=np.float64)
-    shift = (mean if centred else np.zeros_like(mean)).astype(np.float32)[:, None]
-    rows = made - shift
-    count = max(rows.shape[1], 1)
+    count = max(made.shape[1], 1)
+    ones = np.ones(made.shape[1], dtype=np.float32)
+    mean = (ones @ made).astype(np.float64) / count  # much faster than `numpy.mean` of so short rows
+    rows = made - mean.astype(np.float32)[:, None] if centred else made
     covariance = (rows.transpose(0, 2, 1) @ rows).astype(np.float64) / count
     cross = missed = None
     if real is not None:
         difference = real - made
         if centred:
-            means = difference.mean(axis=1, keepdims=True)
-            difference -= means
-            missed = means[:, 0].astype(np.float64)
+            missed = (ones @ difference).astype(np.float64) / count
+            difference -= missed.astype(np.float32)[:, None]
         cross = (difference.transpose(0, 2, 1) @ rows).astype(np.float64) / count
     return Moments(covariance, mean, cross, missed)
 
