@@ -84,6 +84,14 @@ def division(node: ir.Node, graph: ir.Graph) -> None:
         put(graph, node, ir.node("Mul", [x, add_constant(graph, f"{divisor.name}_inverse", inverse)]))  # type: ignore[union-attr]
 
 
+def negation(node: ir.Node, graph: ir.Graph) -> None:
+    """−x = x · (−1), to the bit."""
+    x = node.inputs[0]
+    if x is not None and x.dtype == ir.DataType.FLOAT and constant(x) is None:
+        minus = add_constant(graph, f"{node.outputs[0].name}_sign", np.array(-1, dtype=np.float32))
+        put(graph, node, ir.node("Mul", [x, minus]))
+
+
 def parametric_relu(node: ir.Node, graph: ir.Graph) -> None:
     """PRelu with a single slope is LeakyRelu."""
     slope = real_scalar(node.inputs[1])
@@ -92,13 +100,22 @@ def parametric_relu(node: ir.Node, graph: ir.Graph) -> None:
 
 
 def mean(node: ir.Node, graph: ir.Graph) -> None:
-    """ReduceMean over all axes behind the channels' is a global average pool."""
-    x = node.inputs[0]
+    """ReduceMean over all axes behind the channels' is a global average pool, one after the other as well."""
+    x, axes = node.inputs[0], axes_of(node)
+    keeps = node.attributes.get_int("keepdims", 1)
     rank = rank_of(x)
-    if rank is None or rank < 3 or sorted(axis % rank for axis in axes_of(node)) != list(range(2, rank)):
+    inner = None if x is None else x.producer()
+    if x is not None and inner is not None and inner.op_type == node.op_type and len(x.uses()) == 1:
+        before, first = rank_of(inner.inputs[0]), axes_of(inner)
+        alike = inner.attributes.get_int("keepdims", 1) == keeps
+        if rank is None or before is None or not first or not alike or x.is_graph_output():
+            return
+        left = [axis for axis in range(before) if keeps or axis not in {one % before for one in first}]
+        x, rank, axes = inner.inputs[0], before, (*first, *(left[axis % rank] for axis in axes))
+    if rank is None or rank < 3 or sorted(axis % rank for axis in axes) != list(range(2, rank)):
         return
     pool = ir.node("GlobalAveragePool", [x])
-    if node.attributes.get_int("keepdims", 1):
+    if keeps:
         put(graph, node, pool)
         return
     spatial = add_constant(graph, f"{node.outputs[0].name}_axes", np.arange(2, rank, dtype=np.int64))
@@ -158,6 +175,7 @@ def einsum(node: ir.Node, graph: ir.Graph) -> None:
 FORMS: dict[str, Callable[[ir.Node, ir.Graph], None]] = {
     "Sub": subtraction,
     "Div": division,
+    "Neg": negation,
     "Max": extreme,
     "Min": extreme,
     "PRelu": parametric_relu,

@@ -31,6 +31,7 @@ SAME: dict[str, tuple[onnx.NodeProto, dict[str, Array], list[str]]] = {
     ),
     "Div, a constant first": (node("Div", ["k", "x"], ["o"]), {"k": real(8.0)}, ["Div"]),
     "Div by what has no inverse": (node("Div", ["x", "k"], ["o"]), {"k": real(1e-45)}, ["Div"]),
+    "Neg": (node("Neg", ["x"], ["o"]), {}, ["Mul"]),
     "Max": (node("Max", ["x", "k"], ["o"]), {"k": real(0.3)}, ["Clip"]),
     "Min, constant first": (node("Min", ["k", "x"], ["o"]), {"k": normal(1, 1)}, ["Clip"]),
     "Max, one per channel": (node("Max", ["x", "k"], ["o"]), {"k": normal(4, 1, 1)}, ["Max"]),
@@ -80,6 +81,58 @@ def test_means_over_space_are_global_pools(tmp_path: Path, name: str) -> None:
     assert [n.op_type for n in folded.graph] == kinds
     found, expected = Runner(model_bytes(folded)).run({"x": X})["o"], Runner(path).run({"x": X})["o"]
     # Sums of 30 values in any order: 30·2^-24 of the mean of the magnitudes, each way.
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 2 * 30 * 2.0**-24 * np.abs(X).max()
+
+
+def test_rotated_halves_are_integers_throughout(tmp_path: Path) -> None:
+    """Positions of transformers (Su et al. 2021, arXiv 2104.09864): x·cos + (−x₂, x₁)·sin."""
+    halves = [
+        node("Split", ["x"], ["x1", "x2"], axis=2),
+        node("Neg", ["x2"], ["n"]),
+        node("Concat", ["n", "x1"], ["r"], axis=2),
+    ]
+    nodes = [
+        *halves,
+        node("Mul", ["x", "cos"], ["a"]),
+        node("Mul", ["r", "sin"], ["b"]),
+        node("Add", ["a", "b"], ["s"]),
+        node("MatMul", ["s", "w"], ["o"]),
+    ]
+    angles = np.arange(20, dtype=np.float32).reshape(1, 5, 4) / 7
+    constants = {"cos": np.cos(np.tile(angles, 2)), "sin": np.sin(np.tile(angles, 2)), "w": normal(8, 6, seed=3)}
+    path = save(tmp_path / "m.onnx", nodes, {"x": ["N", 5, 8]}, {"o": None}, constants)
+    np.savez(tmp_path / "d.npz", x=normal(32, 5, 8, seed=4))
+    done = convert(path, tmp_path / "q.onnx", data=tmp_path / "d.npz", recipe=Recipe(target="npu-int8"), verified=True)
+    assert not done.plan.floats
+
+
+STACKED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "dropped, the last one first": (
+        {"axes": [3], "keepdims": 0},
+        {"axes": [2], "keepdims": 0},
+        ["GlobalAveragePool", "Squeeze"],
+    ),
+    "dropped, the last one last": (
+        {"axes": [2], "keepdims": 0},
+        {"axes": [-1], "keepdims": 0},
+        ["GlobalAveragePool", "Squeeze"],
+    ),
+    "kept": ({"axes": [-1]}, {"axes": [2]}, ["GlobalAveragePool"]),
+    "not all": ({"axes": [3]}, {"axes": [1]}, ["ReduceMean", "ReduceMean"]),
+    "one kept": ({"axes": [3]}, {"axes": [2], "keepdims": 0}, ["ReduceMean", "ReduceMean"]),
+    "everything first": ({}, {"axes": [2, 3]}, ["ReduceMean", "ReduceMean"]),
+}
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_means_of_one_axis_after_the_other_are_global_pools(tmp_path: Path, name: str) -> None:
+    first, second, kinds = STACKED[name]
+    nodes = [node("ReduceMean", ["x"], ["m"], **first), node("ReduceMean", ["m"], ["o"], **second)]
+    path = save(tmp_path / "m.onnx", nodes, {"x": ["N", 4, 5, 6]}, {"o": None}, {})
+    folded = fold(load(path).graph)
+    assert [n.op_type for n in folded.graph] == kinds
+    found, expected = Runner(model_bytes(folded)).run({"x": X})["o"], Runner(path).run({"x": X})["o"]
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() <= 2 * 30 * 2.0**-24 * np.abs(X).max()
 

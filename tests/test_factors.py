@@ -114,10 +114,10 @@ FORWARD: dict[str, tuple[list[onnx.NodeProto], list[str]]] = {
         ["Relu", "Add", "Conv", "Conv"],
     ),
     "a factor alone": ([*ACTIVATED[:2], node("MatMul", ["m", "u"], ["o"])], ["Relu", "MatMul"]),
-    "another reader": ([*ACTIVATED, PADDED, node("Neg", ["n4"], ["o2"])], ["Relu", "Mul", "Add", "Conv", "Neg"]),
+    "another reader": ([*ACTIVATED, PADDED, node("Neg", ["n4"], ["o2"])], ["Relu", "Mul", "Add", "Conv", "Mul"]),
     "another reader of the multiple": (
         [*ACTIVATED, PADDED, node("Neg", ["m"], ["o2"])],
-        ["Relu", "Mul", "Add", "Conv", "Neg"],
+        ["Relu", "Mul", "Add", "Conv", "Mul"],
     ),
     "a factor per channel": (
         [ACTIVATED[0], node("Mul", ["r", "f4"], ["m"]), node("Conv", ["m", "wide"], ["o"])],

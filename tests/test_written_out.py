@@ -103,13 +103,13 @@ FUNCTIONS: dict[str, tuple[list[onnx.NodeProto], list[str], int]] = {
     "twice what is above zero": (
         [node("Relu", ["x"], ["r"]), node("Neg", ["x"], ["n"]), node("Relu", ["n"], ["s"]), node("Mul", ["r", "two"], ["m"]),
          node("Add", ["s", "m"], ["o"])],
-        ["Add", "Mul", "Neg", "Relu", "Relu"],
+        ["Add", "Mul", "Mul", "Relu", "Relu"],
         13,
     ),
     "slopes that x is broadcast to": (
         [node("Relu", ["x"], ["r"]), node("Neg", ["x"], ["n"]), node("Relu", ["n"], ["s"]), node("Mul", ["s", "stack"], ["m"]),
          node("Add", ["r", "m"], ["o"])],
-        ["Add", "Mul", "Neg", "Relu", "Relu"],
+        ["Add", "Mul", "Mul", "Relu", "Relu"],
         13,
     ),
     "another bound": (
