@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ from quantcli.pipeline import Conversion
 from quantcli.recipe import Tune, Weight
 from quantcli.tune import adaround, trying
 from quantcli.tune.adaround import Twin, affordable, drawn, together
+from quantcli.tune.choices import Choice
+from quantcli.tune.steps import NOTHING
 from tests.graphs import node, normal, residual_net, save
 
 
@@ -103,6 +107,7 @@ def test_it_gives_the_same_bytes_with_any_number_of_threads(
     try:
         for number in (1, 2):
             torch.set_num_threads(number)
+            monkeypatch.setattr(os, "cpu_count", lambda number=number: number)
             converted(model, data, tmp_path / f"{number}.onnx", adaround=True)
             assert torch.get_num_threads() == number
     finally:
@@ -120,12 +125,28 @@ def test_scales_of_powers_of_two_stay_so(
         assert (np.frexp(entry.scale)[0] == 0.5).all()
 
 
-def test_best_effort_learns_coarse_weights(
+@pytest.mark.parametrize(
+    ("sweeps", "expected"),
+    [
+        ({False: 20.0}, True),
+        ({True: 3.0}, True),
+        ({False: 20.0, True: 19.5}, True),
+        ({False: 20.0, True: 18.5}, False),
+    ],
+)
+def test_images_are_varied_unless_sweeps_over_such_copies_leave_less(sweeps: dict[bool, float], expected: bool) -> None:
+    choices = [Choice(False, False, False, NOTHING, vary) for vary in sweeps]
+    found = [(trying.Try("", sqnr, 0.0, {}), None) for sqnr in sweeps.values()]
+    tried: Any = SimpleNamespace(choices=choices, found=found)
+    assert trying.Trying.varies.fget(tried) is expected  # type: ignore[attr-defined]
+
+
+def test_best_effort_learns_weights_of_2_and_3_bits(
     tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adaround, "STEPS", 60)
     coarse = converted(model, data, tmp_path / "a.onnx", bits=3, effort="best")
-    fine = converted(model, data, tmp_path / "b.onnx", bits=8, effort="best")
+    fine = converted(model, data, tmp_path / "b.onnx", bits=4, effort="best")
     assert [one.name for one in coarse.tuned.tries if one.name.endswith("learned")]
     assert not [one.name for one in fine.tuned.tries if one.name.endswith("learned")]
 

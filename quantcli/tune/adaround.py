@@ -4,13 +4,16 @@ After AdaRound (Nagel et al. 2020, arXiv 2004.10568), whose layers are rounded o
 them. Here all layers move at once, towards the float model's outputs, from the integers that a sweep has found; a weight is a real
 number that is rounded on its way forward and not on its way back (the straight-through estimator, Bengio et al. 2013, arXiv
 1308.3432), and stays near the integer it began at. Scales have slopes of their own (LSQ, Esser et al. 2020, arXiv 1902.08153,
-section 2.1). A few hundred samples would be learned by heart: so they are shifted, mirrored and mixed with each other, and the
-float model says of each mixture what it gives.
+section 2.1). A few hundred samples would be learned by heart: so they are mixed with each other, images shifted and mirrored as
+well, and the float model says of each mixture what it gives. A spectrogram that is mirrored is no longer one: where a sweep over
+such copies has left less, they are mixed alone (a DS-CNN's 2 bits: 9.9 dB, 7.4 with shifts, 10.5 without).
 """
 
 from __future__ import annotations
 
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
 
 # Samples of a step, and the most and the fewest steps; a step takes the work of so many runs of a sample.
 BATCH, STEPS, FEWEST, RUNS = 32, 300, 60, 4
+# A batch is computed in parts of so many samples, beside each other.
+PART = 8
 # How often, and over how many samples, it is seen how far it has come.
 EVERY, PROBED = 10, 64
 # How many multiply-accumulates may go into all of it.
@@ -184,10 +189,9 @@ def learn(
     recipe: Recipe,
     batches: Sequence[Feeds],
     progress: Callable[[int, int], None],
+    vary: bool = True,
 ) -> Candidate:
     """Return a candidate whose weights, scales and biases were learned.
-
-    One thread does it: sums over several depend on how many there are.
 
     Args:
         base: What is begun with: a swept candidate.
@@ -195,6 +199,7 @@ def learn(
         recipe: What the user wants.
         batches: Samples to learn from.
         progress: Called with the steps done and their total.
+        vary: Whether images are shifted and mirrored.
 
     Raises:
         OutputError: If an operator has no counterpart in PyTorch.
@@ -208,7 +213,7 @@ def learn(
     torch.set_num_threads(1)
     try:
         learned, biases = begin(changed, plan, base, recipe)
-        train(changed, plan, float_model, learned, biases, whole, recipe, steps, progress)
+        train(changed, plan, float_model, learned, biases, whole, recipe, steps, progress, vary)
     finally:
         torch.set_num_threads(threads)
     scales = dict(base.tuning.scales)
@@ -283,6 +288,7 @@ def train(
     recipe: Recipe,
     steps: int,
     progress: Callable[[int, int], None],
+    vary: bool,
 ) -> None:
     """Move everything that is learned towards the float model's outputs (Adam, at a rate that falls like half a cosine).
 
@@ -293,11 +299,6 @@ def train(
     teacher, pupil = Twin(float_model, None, {}, {}), Twin(model, plan, learned, biases)
     aside = np.random.default_rng([recipe.calibration.seed, 1])
     masks = scored_alone(float_model)
-    parts = [drawn(whole, aside, masks) for _ in range(PROBED // BATCH)]
-    probe = {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in whole}
-    with torch.no_grad():
-        first = teacher.run(probe)
-    signal = {name: float(torch.square(values).mean()) + TINY for name, values in first.items()}
     free = not resolve_target(recipe).weight.power_of_two
     groups = [
         {"params": [one.real for one in learned.values()], "lr": RATES["weight"]},
@@ -306,31 +307,60 @@ def train(
     ]
     optimizer = torch.optim.Adam([group for group in groups if group["params"]])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    moved = [one for group in optimizer.param_groups for one in group["params"]]
 
     def noise(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Any:
         return sum(torch.square(found[name] - values).mean() / signal[name] for name, values in expected.items())
 
-    moved = [one for group in optimizer.param_groups for one in group["params"]]
-    least, best = math.inf, [one.detach().clone() for one in moved]
-    for step in range(steps + 1):
-        if step % EVERY == 0 or step == steps:
-            with torch.no_grad():
-                found = float(noise(pupil.run(probe), first))
-            if found < least:
-                least, best = found, [one.detach().clone() for one in moved]
-        if step == steps:
-            break
-        feeds = {name: torch.from_numpy(values) for name, values in drawn(whole, generator, masks).items()}
+    def expected_of(feeds: Mapping[str, Any]) -> dict[str, Any]:
         with torch.no_grad():
-            expected = teacher.run(feeds)
-        optimizer.zero_grad()
-        noise(pupil.run(feeds), expected).backward()
-        optimizer.step()
-        schedule.step()
-        progress(step + 1, steps)
+            return teacher.run(feeds)
+
+    def left(feeds: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
+        with torch.no_grad():
+            return float(noise(pupil.run(feeds), expected))
+
+    def slopes(feeds: Mapping[str, Any]) -> Sequence[Any]:
+        return torch.autograd.grad(noise(pupil.run(feeds), expected_of(feeds)), moved, materialize_grads=True)
+
+    # Parts are of one size and summed in order, by however many threads, each of which computes with one: the same bytes.
+    with ThreadPoolExecutor(min(BATCH // PART, os.cpu_count() or 1), initializer=one_thread) as workers:
+        probe = [part for _ in range(PROBED // BATCH) for part in parts_of(drawn(whole, aside, masks, vary))]
+        first = list(workers.map(expected_of, probe))
+        powers = {name: [torch.square(one[name]).mean() for one in first] for name in first[0]}
+        signal = {name: float(torch.stack(parts).mean()) + TINY for name, parts in powers.items()}
+        least, best = math.inf, [one.detach().clone() for one in moved]
+        for step in range(steps + 1):
+            if step % EVERY == 0 or step == steps:
+                found = sum(workers.map(left, probe, first))
+                if found < least:
+                    least, best = found, [one.detach().clone() for one in moved]
+            if step == steps:
+                break
+            found_slopes = list(workers.map(slopes, parts_of(drawn(whole, generator, masks, vary))))
+            for one, found_ones in zip(moved, zip(*found_slopes, strict=True), strict=True):
+                one.grad = torch.stack(found_ones).mean(dim=0)
+            optimizer.step()
+            schedule.step()
+            progress(step + 1, steps)
     with torch.no_grad():
         for one, values in zip(moved, best, strict=True):
             one.copy_(values)
+
+
+def one_thread() -> None:
+    """Let PyTorch compute with one thread in this one."""
+    torch.set_num_threads(1)
+
+
+def parts_of(feeds: Mapping[str, NDArray[Any]]) -> list[dict[str, Any]]:
+    """Return a batch in parts of one size, as tensors; whole where it has no such parts."""
+    count = len(next(iter(feeds.values())))
+    size = PART if count % PART == 0 else count
+    return [
+        {name: torch.from_numpy(values[start : start + size]) for name, values in feeds.items()}
+        for start in range(0, count, size)
+    ]
 
 
 def begun(tensor: TensorPlan, weight: NDArray[Any]) -> Learned:
@@ -347,9 +377,12 @@ def begun(tensor: TensorPlan, weight: NDArray[Any]) -> Learned:
 
 
 def drawn(
-    whole: Mapping[str, NDArray[Any]], generator: np.random.Generator, masks: Collection[str] = ()
+    whole: Mapping[str, NDArray[Any]],
+    generator: np.random.Generator,
+    masks: Collection[str] = (),
+    vary: bool = True,
 ) -> dict[str, NDArray[Any]]:
-    """Return a batch: samples drawn at random, images shifted and mirrored, reals but masks mixed in pairs."""
+    """Return a batch: samples drawn at random, images shifted and mirrored if they are to be, reals but masks mixed in pairs."""
     count = len(next(iter(whole.values())))
     size = min(BATCH, count)
     ours, others = generator.integers(0, count, size), generator.integers(0, count, size)
@@ -363,5 +396,5 @@ def drawn(
             continue
         shaped = part.reshape(-1, *[1] * (values.ndim - 1))
         mixed: NDArray[np.float32] = one * shaped + other * (np.float32(1) - shaped)
-        found[name] = varied(mixed, generator)
+        found[name] = varied(mixed, generator) if vary else mixed
     return found

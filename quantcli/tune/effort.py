@@ -16,8 +16,8 @@ default  one sweep over 64 samples, 256 for coarse weights: ranges and weight sc
          nothing is left of the outputs, with 16 bits for the activations that 8 hold worst, on targets that have both
 best     sweeps over 256 samples: the above, with the outputs' error of larger models, too; and then each of the two errors,
          compensation, ranges by error, regard to activations, equalization, centring and alignment the other way, kept where
-         that is better; where weights have less than 8 bits, the same on shifted and mirrored copies of images, too; with 8 bits
-         for the smallest weights, as far as all grow by 3 %; and rounding learned from there
+         that is better; where weights have less than 8 bits, the same on shifted and mirrored copies of images, too, and with 8
+         bits for the smallest weights, as far as all grow by 3 %; where they have 2 or 3, rounding learned from there
 ======== ================================================================================================================
 """
 
@@ -145,10 +145,11 @@ def tune(
     for step in again if trying.found else []:
         trying.attempt(trying.other_way(step))
     others: list[tuple[Try, Candidate]] = []
+    vary = trying.varies
     if (mixing := with_mixed(trying)) is not None:
         trying, others = mixing, trying.found
     if trying.found and learns(recipe):
-        trying.learn()
+        trying.learn(vary)
     found += [*others, *trying.found]
     found += wide(trying, max(one.sqnr for one, _ in found))
     best = max(range(len(found)), key=lambda place: (round(trying.worth(*found[place]) / MARGIN), -place))

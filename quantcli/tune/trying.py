@@ -48,6 +48,8 @@ CLEARLY_WORTH_EQUALIZING = 3.0
 LARGEST_WEIGHT = 1 << 24
 # By so many dB learned weights have to be better where others are still to be swept over all samples, which gains about as much.
 WORTH_LEARNING = 0.4
+# Where a sweep over varied copies of samples leaves so many dB less than one without, they are no samples of their kind.
+LESS_VARIED = 1.0
 # How many multiply-accumulates may go into ranges by what they do to the outputs, more where activations have less than 8 bits,
 # whose ranges matter most; and the least samples that tell something.
 AHEAD, AHEAD_NARROW = {"default": 10**11, "best": 10**13}, 5 * 10**11
@@ -257,8 +259,15 @@ class Trying:
         )
         return found if worth > kept.sqnr else candidate
 
-    def learn(self) -> None:
-        """Let the best candidate's weights be learned, and judge what comes of it."""
+    @property
+    def varies(self) -> bool:
+        """Whether shifted and mirrored images are samples like others, as far as the sweeps over them tell."""
+        worth = {choice: one.sqnr for choice, (one, _) in zip(self.choices, self.found, strict=False)}
+        pairs = [(sqnr, worth.get(replace(choice, vary=False))) for choice, sqnr in worth.items() if choice.vary]
+        return all(plain is None or sqnr >= plain - LESS_VARIED for sqnr, plain in pairs)
+
+    def learn(self, vary: bool) -> None:
+        """Let the best candidate's weights be learned, from varied images or not, and judge what comes of it."""
         from quantcli.tune.adaround import learn
 
         begun = time.perf_counter()
@@ -266,7 +275,7 @@ class Trying:
         before, base = self.found[best]
         progress = functools.partial(self.progress, f"tune {len(self.choices) + 1}")
         try:
-            candidate = learn(base, self.judge.model, self.recipe, self.samples.swept, progress)
+            candidate = learn(base, self.judge.model, self.recipe, self.samples.swept, progress, vary)
             worth = self.judge.sqnr(candidate)
         except (OutputError, PlanError) as error:
             logger.info("rounding is not learned: %s", error)
