@@ -280,7 +280,7 @@ class Sweep:
         operands: dict[int, Batches | NDArray[Any]] = {
             position: self.operand(value) for position, (value, kind) in kinds.items() if kind is Operand.OWN
         }
-        fixed = (1,) if node.op_type == "Conv" else ()
+        fixed = (1,) if node.op_type == "Conv" and constant(node.inputs[1]) is not None else ()
         shared: dict[tuple[str, ...], Callable[..., list[NDArray[Any]]]] = {}
 
         def run(side: dict[ir.Value, Batches], replaced: dict[int, Batches | NDArray[Any]]) -> list[Batches]:
