@@ -136,6 +136,7 @@ class PlacementFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         stored: Operators without an integer kernel, or with one that is slower than float, so that their weights alone are stored
             as integers, and what they compute stays float; Conv3d is a Conv over three spatial axes, NarrowConv one in
             groups of at most 4 input channels that is not depthwise.
+        steps: Operators without an integer kernel that are computed in steps that have one (`quantcli.steps`).
         real_outputs: The operators whose kernel gives reals straight from the accumulator; without an integer layer to read
             them, their outputs are not rounded to a grid.
         macs_per_value: How many multiply-accumulates a product of two activations must do per value that is quantized or
@@ -147,6 +148,7 @@ class PlacementFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     direct: tuple[Literal["Pad"], ...] = ()
     float_kernels: tuple[str, ...] = ()
     stored: tuple[Literal["Conv3d", "ConvTranspose", "NarrowConv"], ...] = ()
+    steps: tuple[Literal["HardSwish"], ...] = ()
     real_outputs: tuple[Literal["Gemm", "MatMul"], ...] = ()
     macs_per_value: Annotated[int, msgspec.Meta(ge=0)] = 0
 
