@@ -339,7 +339,7 @@ def test_a_range_reaches_no_further_than_its_readers_tell_apart(tmp_path: Path, 
     path = save(tmp_path / "m.onnx", nodes, {"x": ["N", 3, 8, 8]}, {"z": None}, constants, opset=20)
     x = normal(8, 3, 8, 8, seed=3)
     np.savez(tmp_path / "d.npz", x=x)
-    recipe = Recipe(target=target, tune=Tune(effort="fast"))
+    recipe = Recipe(target=target, layers=Layers(include=("*",)), tune=Tune(effort="fast"))
     done = convert(path, tmp_path / "q.onnx", data=tmp_path / "d.npz", recipe=recipe, verified=True)
     c = np.einsum("oi,nihw->nohw", weight[:, :, 0, 0].astype(np.float64), x.astype(np.float64))
     tensor = done.plan.tensors["c"]

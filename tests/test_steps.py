@@ -30,7 +30,7 @@ TARGETS = ["ort-x86", "ort-x86-avx2", "ort-arm"]
 
 def constants() -> dict[str, Array]:
     return {
-        "w": normal(16, 3, 3, 3, seed=1, scale=0.8),
+        "w": normal(16, 8, 3, 3, seed=1, scale=0.5),
         "b": normal(16, seed=2),
         "v": normal(16, 1, 3, 3, seed=3, scale=0.5),
         "t": normal(4, 16, 1, 1, seed=4, scale=0.3),
@@ -49,7 +49,7 @@ def nodes() -> list[onnx.NodeProto]:
 
 
 def samples(folder: Path) -> Path:
-    np.savez(folder / "data.npz", x=normal(16, 3, 9, 9, seed=9))
+    np.savez(folder / "data.npz", x=normal(16, 8, 9, 9, seed=9))
     return folder / "data.npz"
 
 
@@ -63,7 +63,7 @@ def converted(
     graph = graph or nodes()
     used = {name for one in graph for name in one.input}
     held = {name: array for name, array in constants().items() if name in used}
-    model = save(folder / "m.onnx", graph, {"x": ["N", 3, 9, 9]}, dict.fromkeys(outputs), held, opset=17)
+    model = save(folder / "m.onnx", graph, {"x": ["N", 8, 9, 9]}, dict.fromkeys(outputs), held, opset=17)
     recipe = recipe or Recipe(tune=FAST)
     return convert(model, folder / "q.onnx", data=samples(folder), recipe=recipe, verified=True, **more)
 
@@ -122,7 +122,7 @@ def test_a_gate_reaches_no_further_than_its_input_lets_it(tmp_path: Path) -> Non
     quiet[1].input[0] = "k"
     small = {"w": constants()["w"] * np.float32(0.02), "b": constants()["b"] * np.float32(0.02)}
     held = {**constants(), **small, "lo": np.array(-1, np.float32), "hi": np.array(1, np.float32)}
-    model = save(tmp_path / "m.onnx", quiet, {"x": ["N", 3, 9, 9]}, {"y": None}, held, opset=17)
+    model = save(tmp_path / "m.onnx", quiet, {"x": ["N", 8, 9, 9]}, {"y": None}, held, opset=17)
     done = convert(model, tmp_path / "q.onnx", data=samples(tmp_path), recipe=Recipe(tune=FAST), verified=True)
     u, gate = done.plan.tensors["c"], done.plan.tensors["s_gate"]
     highest = (255 - u.zero_point[0]) * u.scale[0]

@@ -141,6 +141,8 @@ class PlacementFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             them, their outputs are not rounded to a grid.
         macs_per_value: How many multiply-accumulates a product of two activations must do per value that is quantized or
             dequantized for it, so that it runs faster in integers (48 on AVX-512 with VNNI: 64 terms a product gain, 32 lose).
+        macs_before_steps: How many multiply-accumulates a convolution at a network's beginning must do per value that it reads or
+            makes, to be an integer layer where what it makes is read in `steps` alone (lengths that are not known count as 1).
     """
 
     pays: bool = False
@@ -151,6 +153,7 @@ class PlacementFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     steps: tuple[Literal["HardSwish"], ...] = ()
     real_outputs: tuple[Literal["Gemm", "MatMul"], ...] = ()
     macs_per_value: Annotated[int, msgspec.Meta(ge=0)] = 0
+    macs_before_steps: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
