@@ -258,10 +258,10 @@ def convert(
         decision = decided(source, folded, statistics, places, recipe, run, writer, judged, log, widths, progress)
         found, tuned = decision.statistics, decision.tuned
         final, plan = tuned.model, tuned.plan
-        explanations = explain(final, plan, explained)
         if strict:
             check_strict(plan, found, recipe.mode)
         quantized = quantize(final, plan)
+        plan, explanations = quantized.plan, explain(final, quantized.plan, explained)
         delivery = rendered(quantized, form, outputs.model, source)
     if found.synthetic and found.tensors:
         logger.warning("the ranges come from random data: the model is for trying out, not for use")

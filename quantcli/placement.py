@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 
@@ -163,7 +164,7 @@ def place(model: ir.Model, recipe: Recipe, barred: frozenset[str] = frozenset())
         excluded.setdefault(node, REASON)
     reasons = {node: reason for node in nodes if (reason := why_float(node, excluded)) is not None}
     stored = stored_by(target, [node for node in nodes if node not in reasons and node not in forced], reasons)
-    layers = Placing(nodes, reasons, target, forced).layers()
+    layers, reasons = settled(nodes, reasons, target, forced, bool(stored))
     if not layers and not stored:
         bodies = ((n, r) for n, r in reasons.items() if n.op_type in BODIES)
         first = next(bodies, next(iter(reasons.items()), None))
@@ -174,6 +175,26 @@ def place(model: ir.Model, recipe: Recipe, barred: frozenset[str] = frozenset())
     shares = frozenset() if "Softmax" in target.activation.fixed else within(layers, owner)
     fixed = {name: ends for name, ends in fixed.items() if name not in shares}
     return Placement(tuple(layers), floats, stored, owner, fixed, shares)
+
+
+def settled(
+    nodes: list[ir.Node], reasons: dict[ir.Node, str], target: Target, forced: frozenset[ir.Node], stored: bool
+) -> tuple[list[PlacedLayer], dict[ir.Node, str]]:
+    """Return the integer layers, and why the other operators are none; a network that is all beginning has layers there, too.
+
+    Args:
+        nodes: The operators on float data, in graph order.
+        reasons: Those that cannot be integer layers, with the reason.
+        target: What the runtime can do.
+        forced: Those that the recipe names to be quantized.
+        stored: Whether the weights of some are stored as integers.
+    """
+    found = dict(reasons)
+    layers = Placing(nodes, found, target, forced).layers()
+    if layers or stored or not target.placement.macs_before_steps:
+        return layers, found
+    placement = msgspec.structs.replace(target.placement, macs_before_steps=0)
+    return Placing(nodes, reasons, msgspec.structs.replace(target, placement=placement), forced).layers(), reasons
 
 
 def stored_by(target: Target, nodes: list[ir.Node], reasons: dict[ir.Node, str]) -> tuple[PlacedLayer, ...]:
@@ -302,6 +323,7 @@ class Placing:
         self.target, self.pays = target, target.placement.pays
         self.chains = absorptions(nodes, reasons)
         self.integers: set[ir.Value] = set()
+        self.placed: set[ir.Node] = set()
 
     def layers(self) -> list[PlacedLayer]:
         """Return the integer layers in graph order."""
@@ -317,6 +339,7 @@ class Placing:
                 continue
             taken.update(layer.absorbed)
             layers.append(layer)
+            self.placed.update((node, *layer.absorbed))
             if not layer.real:
                 self.integers.update(layer.outputs)
         return layers
@@ -343,7 +366,7 @@ class Placing:
         data = [value for _, value, _ in layer.operands() if constant(value) is None]
         floats = [value for value in data if value not in self.integers]
         if layer.rule.arithmetic is Arithmetic.ACCUMULATE:
-            return "it multiplies and accumulates", self.too_little(layer, floats)
+            return "it multiplies and accumulates", self.too_little(layer, floats) or self.light(layer, floats)
         if layer.node.op_type in self.target.placement.float_kernels and not any(
             map(self.computed_with, layer.outputs)
         ):
@@ -403,6 +426,40 @@ class Placing:
         return (
             f"{found:.0f} multiply-accumulates per value do not outweigh quantizing both operands, which takes {least}"
         )
+
+    def light(self, layer: PlacedLayer, floats: list[ir.Value]) -> str | None:
+        """Return why a convolution at the beginning gains too little: few multiply-accumulates, for a function that takes steps.
+
+        Float convolutions take such a HardSwish in, and one rounding behind several of them is cheaper, and loses less, than
+        several between them.
+        """
+        least = self.target.placement.macs_before_steps if self.pays else 0
+        node, found = layer.node, per_value(layer.node)
+        if node.op_type != "Conv" or not floats or found is None or found >= least or layer.absorbed:
+            return None
+        readers = list(layer.output.consumers())
+        if node in self.forced or LEARNED in node.meta or layer.output.is_graph_output() or not readers:
+            return None
+        if self.follows_layers(node) or not self.forced.isdisjoint(readers):
+            return None
+        if any(user.op_type not in self.target.placement.steps for user in readers):
+            return None
+        return (
+            f"{found:.0f} multiply-accumulates per value do not outweigh quantizing what it reads, and {readers[0].op_type} in "
+            f"steps, which a float convolution takes in; that takes {least}"
+        )
+
+    def follows_layers(self, node: ir.Node) -> bool:
+        """Tell whether an operator computes with what an integer layer made, however far before it."""
+        pending, seen = [node], {node}
+        while pending:
+            before = {value.producer() for value in pending.pop().inputs if value is not None} - seen
+            fresh = [one for one in before if one is not None]
+            if not self.placed.isdisjoint(fresh):
+                return True
+            seen.update(fresh)
+            pending.extend(fresh)
+        return False
 
     def mixture(self, layer: PlacedLayer, data: list[ir.Value], floats: list[ir.Value]) -> tuple[str, str | None]:
         """Judge an operator that combines integers with float values: whichever side is cheaper to convert gives way.

@@ -14,6 +14,7 @@ from quantcli.errors import PlanError
 from quantcli.fold import constant, unmapped
 from quantcli.plan import INT32
 from quantcli.rules import Arithmetic
+from quantcli.steps import in_steps
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -27,8 +28,8 @@ class QuantizedModel:
     """A model in integers.
 
     Attributes:
-        model: The folded float model that the plan speaks of; it is not changed.
-        plan: The plan.
+        model: The folded float model that the plan speaks of, with the target's steps in place of single operators.
+        plan: The plan, of those steps as well.
         constants: Weights, biases and constant operands as integers, by the names of the float tensors.
         tables: The lookup table of every table layer, by the layer's name: one entry per input integer, from qmin up; of a
             softmax its exponentials, one per distance from the largest input.
@@ -41,20 +42,25 @@ class QuantizedModel:
 
 
 def quantize(model: ir.Model, plan: Plan) -> QuantizedModel:
-    """Return the integers of every constant of the plan, and its tables.
+    """Return the integers of every constant of the plan, and its tables, where the target has steps for a layer, of those.
+
+    Args:
+        model: The folded float model that the plan speaks of; it is not changed.
+        plan: The plan.
 
     Raises:
         PlanError: If a bias does not fit int32 (the plan widens scales so that it does).
     """
-    nodes = {str(node.name): node for node in model.graph}
     constants = {}
     for name, tensor in plan.tensors.items():
         if tensor.role != "activation":
             value = model.graph.initializers[name]
             constants[name] = quantized_constant(tensor, np.asarray(constant(value)))
             unmapped(value)
+    model, plan, added = in_steps(model, plan)
+    nodes = {str(node.name): node for node in model.graph}
     found = {layer.name: layer_table(layer, nodes[layer.name], plan) for layer in plan.layers if has_table(layer, plan)}
-    return QuantizedModel(model, plan, constants, found)
+    return QuantizedModel(model, plan, constants | added, found)
 
 
 def has_table(layer: LayerPlan, plan: Plan) -> bool:

@@ -38,7 +38,8 @@ Anything else stays float, too, with its reason in the sidecar. What the integer
 TARGETS_PREFACE = """\
 Where a target has float kernels beside its integer ones, an operator becomes an integer layer only where that pays
 ([recipes.md](recipes.md), `[placement]`): operators with float kernels only where an integer kernel reads what they make;
-products that float operators read give reals. Of some operators the weights alone are stored as integers, and what they
+products that float operators read give reals. A HardSwish behind a convolution or dense layer is computed in steps that have
+integer kernels, as a sum and a product. Of some operators the weights alone are stored as integers, and what they
 compute stays float."""
 MODES_PREFACE = """\
 Without calibration data (`--mode`), operators with constant weights of 512 values or more:"""
@@ -104,8 +105,8 @@ def operators_page() -> str:
         TARGETS_PREFACE,
         "\n".join(
             [
-                "| target | float kernels | weights alone stored | gives reals | written on integers |",
-                "|---|---|---|---|---|",
+                "| target | float kernels | in steps | weights alone stored | gives reals | written on integers |",
+                "|---|---|---|---|---|---|",
                 *map(target_row, known()),
             ]
         ),
@@ -118,7 +119,13 @@ def operators_page() -> str:
 def target_row(name: str) -> str:
     """Return what a target keeps float, or writes in a form of its own."""
     placement = load_target(name).placement
-    parts = (placement.float_kernels, placement.stored, placement.real_outputs, placement.direct)
+    parts = (
+        placement.float_kernels,
+        placement.steps,
+        placement.stored,
+        placement.real_outputs,
+        placement.direct,
+    )
     return f"| {name} | " + " | ".join(", ".join(part) or "—" for part in parts) + " |"
 
 

@@ -58,7 +58,7 @@ ORDER = [
     {"quantcli.logarithms", "quantcli.bodies", "quantcli.bounds"},
     {"quantcli.placement", "quantcli.masks"},
     {"quantcli.plan"},
-    {"quantcli.tune", "quantcli.modes"},
+    {"quantcli.tune", "quantcli.modes", "quantcli.steps"},
     {"quantcli.quantize"},
     {"quantcli.write"},
     {"quantcli.coherence"},

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -391,7 +392,7 @@ def test_a_clip_to_what_is_no_number_stays_float(tmp_path: Path) -> None:
 )
 def test_what_a_float_kernel_makes_is_rounded_behind_constants(tmp_path: Path, layers: Layers) -> None:
     constants = {
-        "w": normal(8, 3, 3, 3, seed=1, scale=0.3),
+        "w": normal(8, 8, 3, 3, seed=1, scale=0.3),
         "c": np.array([-0.5], np.float32),
         "v": normal(8, 1, 3, 3, seed=2, scale=0.3),
     }
@@ -403,8 +404,71 @@ def test_what_a_float_kernel_makes_is_rounded_behind_constants(tmp_path: Path, l
         node("Relu", ["e"], ["y"]),
     ]
     recipe = Recipe(layers=layers, tune=Tune(effort="fast"))
-    done = converted(tmp_path, nodes, constants, normal(16, 3, 9, 9, seed=3), ["N", 3, 9, 9], recipe)
+    done = converted(tmp_path, nodes, constants, normal(16, 8, 9, 9, seed=3), ["N", 8, 9, 9], recipe)
     asked = layers != Layers()
-    assert [layer.operator for layer in done.plan.layers] == ["Conv", *(["HardSwish", "Add"] if asked else []), "Conv"]
+    operators = [layer.operator for layer in done.tuned.plan.layers]
+    assert operators == ["Conv", *(["HardSwish", "Add"] if asked else []), "Conv"]
     assert ("s" in done.plan.tensors) == asked
     assert "a" in done.plan.tensors
+
+
+def leading() -> list[onnx.NodeProto]:
+    """A convolution of images, a depthwise one, one of many channels and another depthwise one, each with a HardSwish behind it."""
+    return [
+        node("Conv", ["x", "w"], ["a"], strides=[2, 2]),
+        node("HardSwish", ["a"], ["b"]),
+        node("Conv", ["b", "v"], ["c"], group=16),
+        node("HardSwish", ["c"], ["d"]),
+        node("Conv", ["d", "u"], ["e"]),
+        node("HardSwish", ["e"], ["f"]),
+        node("Conv", ["f", "t"], ["g"], group=32),
+        node("HardSwish", ["g"], ["h"]),
+        node("Conv", ["h", "s"], ["y"]),
+    ]
+
+
+LEADING: dict[str, Array] = {
+    "w": normal(16, 3, 3, 3, seed=1, scale=0.3),
+    "v": normal(16, 1, 3, 3, seed=2, scale=0.3),
+    "u": normal(32, 16, 3, 3, seed=3, scale=0.1),
+    "t": normal(32, 1, 3, 3, seed=4, scale=0.3),
+    "s": normal(4, 32, 1, 1, seed=5, scale=0.3),
+}
+FLOATS: dict[str, tuple[Recipe, list[str]]] = {
+    "on x86": (Recipe(), ["a_node", "b_node", "c_node", "d_node"]),
+    "on Arm, where it was not measured": (Recipe(target="ort-arm"), []),
+    "on an accelerator": (Recipe(target="npu-int8"), []),
+    "everywhere": (Recipe(layers=Layers(everywhere=True)), []),
+}
+
+
+@pytest.mark.parametrize("case", FLOATS)
+def test_light_convolutions_at_the_beginning_stay_float_with_their_hard_swish(tmp_path: Path, case: str) -> None:
+    """Of 15 and 5 multiply-accumulates per value, then one of 80; what follows integers is an integer layer however light."""
+    recipe, expected = FLOATS[case]
+    recipe = msgspec.structs.replace(recipe, tune=Tune(effort="fast"))
+    done = converted(tmp_path, leading(), LEADING, normal(16, 3, 21, 21, seed=6), ["N", 3, 21, 21], recipe)
+    assert [layer.name for layer in done.plan.floats] == expected
+    reasons = [layer.reason for layer in done.plan.floats if layer.operator == "Conv"]
+    assert all("HardSwish in steps" in reason for reason in reasons)
+    assert min(done.check.sqnr.values()) > 25
+
+
+def test_a_network_that_is_all_beginning_has_integer_layers(tmp_path: Path) -> None:
+    nodes = [
+        node("Conv", ["x", "w"], ["a"], strides=[2, 2]),
+        node("HardSwish", ["a"], ["b"]),
+        node("GlobalAveragePool", ["b"], ["y"]),
+    ]
+    x, recipe = normal(16, 3, 21, 21, seed=6), Recipe(tune=Tune(effort="fast"))
+    done = converted(tmp_path, nodes, {"w": LEADING["w"]}, x, ["N", 3, 21, 21], recipe)
+    assert "Conv" in [layer.operator for layer in done.plan.layers]
+
+
+def test_a_clamp_or_a_name_makes_them_integer_layers(tmp_path: Path) -> None:
+    swish = ["HardSwish", "Relu"]
+    for operator, layers in zip(swish, (Layers(include=("*",)), Layers()), strict=True):
+        graph = [node(operator, ["a"], ["b"]) if one.output[0] == "b" else one for one in leading()]
+        recipe = Recipe(layers=layers, tune=Tune(effort="fast"))
+        done = converted(tmp_path, graph, LEADING, normal(16, 3, 21, 21, seed=6), ["N", 3, 21, 21], recipe)
+        assert done.plan.floats == ()

@@ -75,10 +75,13 @@ def layer_sqnrs(
                 continue
             scale, zero_point = np.array(tensor.scale, dtype=np.float32), np.array(tensor.zero_point)
             given = dequantize(found[tensor.integers], scale, zero_point, None)
+            # What readers do not tell apart is not lost where a grid cuts it off.
+            seen = cut(expected[name], ends[name])
             if tensor.moved is not None:
-                differences[name].update(moved(expected[name], tensor.moved), given)
-            else:  # what readers do not tell apart is not lost where a grid cuts it off
-                differences[name].update(cut(expected[name], ends[name]), cut(given, ends[name]))
+                lowest, highest = (moved(np.full_like(seen, end), tensor.moved) for end in ends[name])
+                differences[name].update(moved(seen, tensor.moved), np.clip(given, lowest, highest))
+            else:
+                differences[name].update(seen, cut(given, ends[name]))
     layers = []
     for layer in sidecar.layers:
         if layer.outputs[0] not in differences:

@@ -52,9 +52,10 @@ def scaled(sidecar: Sidecar) -> Iterator[tuple[str, TensorEntry]]:
     for name, entry in sidecar.tensors.items():
         if entry.moved is not None:
             raise ModelError(
-                f"'{name}' is not the float model's (equalization, centring or alignment has changed it), and this format speaks "
-                "of that model",
-                "convert with equalize = false, centre = false and align = false in [tune], or choose tflite or csv",
+                f"'{name}' is not the float model's (equalization, centring, alignment or steps have changed it), and this "
+                "format speaks of that model",
+                "convert with equalize = false, centre = false and align = false in [tune], for a target without steps in "
+                "[placement], or choose tflite or csv",
             )
         if entry.blocks is not None:
             raise ModelError(

@@ -136,10 +136,13 @@ class PlacementFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         stored: Operators without an integer kernel, or with one that is slower than float, so that their weights alone are stored
             as integers, and what they compute stays float; Conv3d is a Conv over three spatial axes, NarrowConv one in
             groups of at most 4 input channels that is not depthwise.
+        steps: Operators without an integer kernel that are computed in steps that have one (`quantcli.steps`).
         real_outputs: The operators whose kernel gives reals straight from the accumulator; without an integer layer to read
             them, their outputs are not rounded to a grid.
         macs_per_value: How many multiply-accumulates a product of two activations must do per value that is quantized or
             dequantized for it, so that it runs faster in integers (48 on AVX-512 with VNNI: 64 terms a product gain, 32 lose).
+        macs_before_steps: How many multiply-accumulates a convolution at a network's beginning must do per value that it reads or
+            makes, to be an integer layer where what it makes is read in `steps` alone (lengths that are not known count as 1).
     """
 
     pays: bool = False
@@ -147,8 +150,10 @@ class PlacementFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     direct: tuple[Literal["Pad"], ...] = ()
     float_kernels: tuple[str, ...] = ()
     stored: tuple[Literal["Conv3d", "ConvTranspose", "NarrowConv"], ...] = ()
+    steps: tuple[Literal["HardSwish"], ...] = ()
     real_outputs: tuple[Literal["Gemm", "MatMul"], ...] = ()
     macs_per_value: Annotated[int, msgspec.Meta(ge=0)] = 0
+    macs_before_steps: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
