@@ -29,7 +29,7 @@ def test_lenet_keeps_its_accuracy_in_integers() -> None:
     found = re.search(r"float ([\d.]+) %, integers ([\d.]+) %", text)
     assert found is not None
     assert float(found[1]) - float(found[2]) <= 0.2
-    assert "{'LogSoftmax': 20}" in text
+    assert "{'LogSoftmax': 1}" in text
 
 
 def test_dorefa_trains_and_becomes_integers() -> None:
