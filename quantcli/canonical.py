@@ -101,17 +101,8 @@ def parametric_relu(node: ir.Node, graph: ir.Graph) -> None:
 
 def mean(node: ir.Node, graph: ir.Graph) -> None:
     """ReduceMean over all axes behind the channels' is a global average pool, one after the other as well."""
-    x, axes = node.inputs[0], axes_of(node)
-    keeps = node.attributes.get_int("keepdims", 1)
-    rank = rank_of(x)
-    inner = None if x is None else x.producer()
-    if x is not None and inner is not None and inner.op_type == node.op_type and len(x.uses()) == 1:
-        before, first = rank_of(inner.inputs[0]), axes_of(inner)
-        alike = inner.attributes.get_int("keepdims", 1) == keeps
-        if rank is None or before is None or not first or not alike or x.is_graph_output():
-            return
-        left = [axis for axis in range(before) if keeps or axis not in {one % before for one in first}]
-        x, rank, axes = inner.inputs[0], before, (*first, *(left[axis % rank] for axis in axes))
+    x, axes = averaged(node)
+    rank, keeps = rank_of(x), node.attributes.get_int("keepdims", 1)
     if rank is None or rank < 3 or sorted(axis % rank for axis in axes) != list(range(2, rank)):
         return
     pool = ir.node("GlobalAveragePool", [x])
@@ -120,6 +111,19 @@ def mean(node: ir.Node, graph: ir.Graph) -> None:
         return
     spatial = add_constant(graph, f"{node.outputs[0].name}_axes", np.arange(2, rank, dtype=np.int64))
     put(graph, node, pool, ir.node("Squeeze", [pool.outputs[0], spatial]))
+
+
+def averaged(node: ir.Node) -> tuple[ir.Value | None, tuple[int, ...]]:
+    """Return what a ReduceMean averages and over which axes of it, with one right before it that nobody else reads."""
+    x, axes, keeps = node.inputs[0], axes_of(node), node.attributes.get_int("keepdims", 1)
+    inner = None if x is None else x.producer()
+    if x is None or inner is None or inner.op_type != "ReduceMean" or len(x.uses()) != 1 or x.is_graph_output():
+        return x, axes
+    rank, first = rank_of(inner.inputs[0]), axes_of(inner)
+    if rank is None or not first or inner.attributes.get_int("keepdims", 1) != keeps:
+        return x, axes
+    left = [axis for axis in range(rank) if keeps or axis not in {one % rank for one in first}]
+    return inner.inputs[0], (*first, *(left[axis % len(left)] for axis in axes))
 
 
 def total(node: ir.Node, graph: ir.Graph) -> None:

@@ -121,7 +121,7 @@ STACKED: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "kept": ({"axes": [-1]}, {"axes": [2]}, ["GlobalAveragePool"]),
     "not all": ({"axes": [3]}, {"axes": [1]}, ["ReduceMean", "ReduceMean"]),
     "one kept": ({"axes": [3]}, {"axes": [2], "keepdims": 0}, ["ReduceMean", "ReduceMean"]),
-    "everything first": ({}, {"axes": [2, 3]}, ["ReduceMean", "ReduceMean"]),
+    "everything first": ({}, {"axes": [2, 3]}, ["ReduceMean", "GlobalAveragePool"]),
 }
 
 

@@ -294,9 +294,11 @@ def lost_less(terminal: Terminal, done: Conversion) -> None:
             f"activations of 16 bits: {len(wide)}, of which 8 would leave too little: {shown} "
             "(widen = false in the recipe's [tune] keeps 8)"
         )
+    from quantcli.tune.mixed import GROWTH
+
     if not done.attempts and (raised := mixed_weights(done.plan)):
         terminal.say(
-            f"weights of {max(raised)} bits: the {len(raised)} smallest, for up to 3 % more bytes "
+            f"weights of {max(raised)} bits: the {len(raised)} smallest, for up to {GROWTH:.0%} more bytes "
             f"(mixed = false in the recipe's [tune] keeps {done.plan.target.weight.bits})"
         )
     if done.tuned.smoothed and not terminal.verbose:
