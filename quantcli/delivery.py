@@ -19,7 +19,7 @@ from quantcli.integer.held import Held
 from quantcli.integer.verify import verify as compare_integers
 from quantcli.integer.weights import verify_weights as compare_weights
 from quantcli.probe import LARGEST_MODEL, model_bytes, split, weight_bytes
-from quantcli.recipe import resolve_target
+from quantcli.recipe import resolve_target, with_integer_start
 from quantcli.sidecar import FileEntry
 from quantcli.tune.wide import may_widen
 from quantcli.tune.widths import AROUND, FLOAT, STORED, WIDE, WIDEST, Width
@@ -240,11 +240,18 @@ def check_search(recipe: Recipe, form: str, resume: bool, validate: bool) -> Non
         raise UsageError(f"--cost latency times ONNX Runtime, and {what} not run there", "leave it out")
 
 
-def for_form(recipe: Recipe, form: str) -> Recipe:
-    """Return a recipe for a form.
+def for_form(recipe: Recipe, form: str, strict: bool = False) -> Recipe:
+    """Return a recipe for a form, and for a model in which nothing is to stay float.
 
     C has no float operators beside its integers, and quantizes whatever can be. Activations of two widths are for QDQ alone.
+
+    Args:
+        recipe: What the user wants.
+        form: What is written.
+        strict: Whether the first convolutions are to be integer layers, too, where float is faster.
     """
+    if strict:
+        recipe = with_integer_start(recipe)
     if form == "qdq":
         return recipe
     recipe = msgspec.structs.replace(recipe, tune=msgspec.structs.replace(recipe.tune, widen=False))

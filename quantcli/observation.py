@@ -27,6 +27,7 @@ from quantcli.files import path_or_none, staged
 from quantcli.known import holders, known_of, poolable
 from quantcli.masks import possible, unresolvable
 from quantcli.placement import place
+from quantcli.recipe import with_integer_start
 from quantcli.probe import with_highest, with_outputs
 from quantcli.scores import scores
 from quantcli.tune.smooth import columns_needed
@@ -202,8 +203,12 @@ class Observation:
         return replace(blank, samples=part.stop - part.start, tensors=self.finished, check_inputs=seen.kept)
 
     def first_needed(self) -> tuple[str, ...]:
-        """Return the tensors that the plan needs, whether or not it finds masks: other data, or other grids, find others."""
-        names, masked = place(self.folded, self.recipe).observed(), possible(self.folded)
+        """Return the tensors that the plan needs, whether or not it finds masks: other data, or other grids, find others.
+
+        Those of the first convolutions are among them where they stay float, so that ``integer_start`` and ``--strict`` have them.
+        """
+        names, masked = place(self.folded, with_integer_start(self.recipe)).observed(), possible(self.folded)
+        names += place(self.folded, self.recipe).observed()
         with contextlib.suppress(PlanError):  # without those, nothing may be left
             if masked:
                 names += place(self.folded, self.recipe, masked).observed()

@@ -204,7 +204,8 @@ def convert(
         recipe: What the user wants; None for the defaults.
         labels: A CSV that names the image files of the data.
         split: Keep only the CSV's rows of this split.
-        strict: Refuse where an operator stays float or a weight channel is dead.
+        strict: Refuse where an operator stays float or a weight channel is dead. The first convolutions are integer layers then
+            even where float is faster.
         verified: Run the integer executor against the runtime before the files get their names.
         form: ``qdq`` (QuantizeLinear/DequantizeLinear), ``qoperator`` (QLinearConv and its like), ``c`` (C source) or ``c-params``
             (parameters alone, as a header).
@@ -223,7 +224,7 @@ def convert(
         ReportedError: If anything given cannot be used, or the written model does not work; nothing is written then.
     """
     check_wishes(form, explained, until, function, synthetic, progress)
-    recipe, run = for_form(checked_recipe(recipe), form), checked_run(run)
+    recipe, run = for_form(checked_recipe(recipe), form, strict), checked_run(run)
     check_places(recipe, statistics, data, function, synthetic)
     check_search(recipe, form, run.resume, validate is not None)
     outputs = places_of(path_of(output, "output"), form, recipe, name, until)

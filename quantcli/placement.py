@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 import onnx_ir as ir
 
+from quantcli.beginning import beginning
 from quantcli.bodies import BODIES, why_whole
 from quantcli.cost import per_value, values_of
 from quantcli.errors import PlanError, UsageError
@@ -189,12 +189,12 @@ def settled(
         forced: Those that the recipe names to be quantized.
         stored: Whether the weights of some are stored as integers.
     """
-    found = dict(reasons)
+    first = beginning(nodes, reasons, target.placement, forced)
+    found = {**reasons, **first}
     layers = Placing(nodes, found, target, forced).layers()
-    if layers or stored or not target.placement.macs_before_steps:
+    if layers or stored or not first:
         return layers, found
-    placement = msgspec.structs.replace(target.placement, macs_before_steps=0)
-    return Placing(nodes, reasons, msgspec.structs.replace(target, placement=placement), forced).layers(), reasons
+    return Placing(nodes, reasons, target, forced).layers(), reasons
 
 
 def stored_by(target: Target, nodes: list[ir.Node], reasons: dict[ir.Node, str]) -> tuple[PlacedLayer, ...]:
@@ -323,7 +323,6 @@ class Placing:
         self.target, self.pays = target, target.placement.pays
         self.chains = absorptions(nodes, reasons)
         self.integers: set[ir.Value] = set()
-        self.placed: set[ir.Node] = set()
 
     def layers(self) -> list[PlacedLayer]:
         """Return the integer layers in graph order."""
@@ -339,7 +338,6 @@ class Placing:
                 continue
             taken.update(layer.absorbed)
             layers.append(layer)
-            self.placed.update((node, *layer.absorbed))
             if not layer.real:
                 self.integers.update(layer.outputs)
         return layers
@@ -366,7 +364,7 @@ class Placing:
         data = [value for _, value, _ in layer.operands() if constant(value) is None]
         floats = [value for value in data if value not in self.integers]
         if layer.rule.arithmetic is Arithmetic.ACCUMULATE:
-            return "it multiplies and accumulates", self.too_little(layer, floats) or self.light(layer, floats)
+            return "it multiplies and accumulates", self.too_little(layer, floats)
         if layer.node.op_type in self.target.placement.float_kernels and not any(
             map(self.computed_with, layer.outputs)
         ):
@@ -426,40 +424,6 @@ class Placing:
         return (
             f"{found:.0f} multiply-accumulates per value do not outweigh quantizing both operands, which takes {least}"
         )
-
-    def light(self, layer: PlacedLayer, floats: list[ir.Value]) -> str | None:
-        """Return why a convolution at the beginning gains too little: few multiply-accumulates, for a function that takes steps.
-
-        Float convolutions take such a HardSwish in, and one rounding behind several of them is cheaper, and loses less, than
-        several between them.
-        """
-        least = self.target.placement.macs_before_steps if self.pays else 0
-        node, found = layer.node, per_value(layer.node)
-        if node.op_type != "Conv" or not floats or found is None or found >= least or layer.absorbed:
-            return None
-        readers = list(layer.output.consumers())
-        if node in self.forced or LEARNED in node.meta or layer.output.is_graph_output() or not readers:
-            return None
-        if self.follows_layers(node) or not self.forced.isdisjoint(readers):
-            return None
-        if any(user.op_type not in self.target.placement.steps for user in readers):
-            return None
-        return (
-            f"{found:.0f} multiply-accumulates per value do not outweigh quantizing what it reads, and {readers[0].op_type} in "
-            f"steps, which a float convolution takes in; that takes {least}"
-        )
-
-    def follows_layers(self, node: ir.Node) -> bool:
-        """Tell whether an operator computes with what an integer layer made, however far before it."""
-        pending, seen = [node], {node}
-        while pending:
-            before = {value.producer() for value in pending.pop().inputs if value is not None} - seen
-            fresh = [one for one in before if one is not None]
-            if not self.placed.isdisjoint(fresh):
-                return True
-            seen.update(fresh)
-            pending.extend(fresh)
-        return False
 
     def mixture(self, layer: PlacedLayer, data: list[ir.Value], floats: list[ir.Value]) -> tuple[str, str | None]:
         """Judge an operator that combines integers with float values: whichever side is cheaper to convert gives way.

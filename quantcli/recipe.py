@@ -92,12 +92,14 @@ class Layers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Patterns are those of a shell (``*``, ``?``, ``[…]``) and are matched against the layers' names; ``op:Conv`` matches
     operators instead. A pattern that matches nothing is an error. With ``everywhere`` whatever can be an integer layer is one,
-    not only what pays on the target; a layer that ``include`` names is one in any case.
+    not only what pays on the target; a layer that ``include`` names is one in any case. With ``integer_start`` so are the first
+    convolutions of a network, where the target's runtime computes those faster in float.
     """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     everywhere: bool = False
+    integer_start: bool = False
 
 
 class Tune(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -246,6 +248,18 @@ def keeping(recipe: Recipe, floats: tuple[str, ...]) -> Recipe:
     return msgspec.structs.replace(recipe, layers=layers)
 
 
+def with_integer_start(recipe: Recipe) -> Recipe:
+    """Return a recipe by which the first convolutions are integer layers wherever they can be."""
+    return msgspec.structs.replace(recipe, layers=msgspec.structs.replace(recipe.layers, integer_start=True))
+
+
+def placement_of(layers: Layers, placement: PlacementFormat) -> PlacementFormat:
+    """Return what a target says of where integers pay, as far as a recipe asks for that."""
+    if layers.everywhere:
+        return PlacementFormat()
+    return placement.from_the_start() if layers.integer_start else placement
+
+
 def resolve_target(recipe: Recipe) -> Target:
     """Return the recipe's target with the recipe's own wishes laid over it.
 
@@ -266,7 +280,7 @@ def resolve_target(recipe: Recipe) -> Target:
         activation=activation,
         weight=weight,
         multiplier=overlaid(target.multiplier, bits=recipe.multiplier.bits, rounding=recipe.multiplier.rounding),
-        placement=PlacementFormat() if recipe.layers.everywhere else target.placement,
+        placement=placement_of(recipe.layers, target.placement),
     )
 
 

@@ -323,6 +323,11 @@ quantization_options = together(
         help="Quantize whatever can be, or what pays on the target.  [default: what pays]",
     ),
     click.option(
+        "--integer-start/--fast-start",
+        default=None,
+        help="Quantize a network's first convolutions, too, where float computes them faster.  [default: what is faster]",
+    ),
+    click.option(
         "--smooth/--no-smooth",
         default=None,
         help="Even the columns of what normalisations and gated units make (SmoothQuant).  "
@@ -393,6 +398,7 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
         "layers": {
             **{key: list(options.get(key) or ()) or None for key in ("include", "exclude")},
             "everywhere": options.get("everywhere"),
+            "integer_start": options.get("integer_start"),
         },
         "tune": {
             "smooth": options.get("smooth"),

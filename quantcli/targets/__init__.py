@@ -143,6 +143,10 @@ class PlacementFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             dequantized for it, so that it runs faster in integers (48 on AVX-512 with VNNI: 64 terms a product gain, 32 lose).
         macs_before_steps: How many multiply-accumulates a convolution at a network's beginning must do per value that it reads or
             makes, to be an integer layer where what it makes is read in `steps` alone (lengths that are not known count as 1).
+        first_terms: Up to how many terms a sum of a convolution over images may have for float to be faster at a network's
+            beginning, where convolutions alone read it (`quantcli.beginning`); 0 for none.
+        first_filters: Up to how many filters such a convolution has.
+        first_filters_before_depthwise: Up to how many, where depthwise convolutions read it, which are faster in float, too.
     """
 
     pays: bool = False
@@ -154,6 +158,13 @@ class PlacementFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     real_outputs: tuple[Literal["Gemm", "MatMul"], ...] = ()
     macs_per_value: Annotated[int, msgspec.Meta(ge=0)] = 0
     macs_before_steps: Annotated[int, msgspec.Meta(ge=0)] = 0
+    first_terms: Annotated[int, msgspec.Meta(ge=0)] = 0
+    first_filters: Annotated[int, msgspec.Meta(ge=0)] = 0
+    first_filters_before_depthwise: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+    def from_the_start(self) -> PlacementFormat:
+        """Return the same with integer layers at a network's beginning as elsewhere."""
+        return msgspec.structs.replace(self, macs_before_steps=0, first_terms=0)
 
 
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
