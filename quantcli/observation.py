@@ -27,8 +27,8 @@ from quantcli.files import path_or_none, staged
 from quantcli.known import holders, known_of, poolable
 from quantcli.masks import possible, unresolvable
 from quantcli.placement import place
-from quantcli.recipe import with_integer_start
 from quantcli.probe import with_highest, with_outputs
+from quantcli.recipe import with_integer_start
 from quantcli.scores import scores
 from quantcli.tune.smooth import columns_needed
 
