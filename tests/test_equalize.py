@@ -294,6 +294,29 @@ def test_equalization_absorbs_what_relu_never_cuts(tmp_path: Path) -> None:
     assert (np.asarray(constant(changed.graph.initializers["b1"]))[[0, 2]] < [2, 2]).all()
 
 
+@pytest.mark.parametrize("off", [0, 40, 99])
+def test_what_a_single_sample_takes_a_relu_down_to_is_not_absorbed(tmp_path: Path, off: int) -> None:
+    """Whether the sample is swept or not, nothing of the Relu's grid lies below zero, where it would have no integer layer."""
+    tensors = {
+        "w1": np.eye(3, dtype=np.float32)[:, :, None, None] * np.array([0.1, 1, 10], np.float32)[:, None, None, None],
+        "b1": np.array([5, 5, 5], np.float32),
+        "w2": normal(2, 3, 1, 1, seed=2),
+    }
+    nodes = [node("Conv", ["x", "w1", "b1"], ["a"]), node("Relu", ["a"], ["r"]), node("Conv", ["r", "w2"], ["y"])]
+    model = save(tmp_path / "m.onnx", nodes, {"x": ["N", 3, 4, 4]}, {"y": None}, tensors)
+    x = np.abs(normal(100, 3, 4, 4, seed=3))
+    x[off, 1, 0, 0] = -6.0
+    np.savez(tmp_path / "d.npz", x=x)
+    recipe = Recipe(tune=Tune(equalize=True, samples=16, ranges=False))
+    done = convert(model, tmp_path / "q.onnx", data=tmp_path / "d.npz", recipe=recipe)
+    entry = done.sidecar.tensors["r"]
+    assert entry.moved is not None
+    assert entry.moved.shift[1] == 0
+    assert entry.moved.shift[0] < -3
+    assert (entry.lo, entry.zero_point) == ([0.0], [0])
+    assert done.plan.layers[0].clamp == (0, 255)
+
+
 def clipping(path: Path, bound: float, column: float = 1.0) -> Path:
     """A convolution of uneven channels, a Clip, and another convolution, with so large weights of the second channel."""
     spread, columns = np.array([[1, 10, 0.1, 5], [1, column, 1, 1]], np.float32)

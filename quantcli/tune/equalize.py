@@ -206,7 +206,7 @@ class Equalization:
         spreads = self.spreads()
         factors, gained = self.solve(spreads, self.met(self.looked_at()))
         changed = self.apply(factors)
-        absorbed = self.absorb()
+        absorbed = self.absorb(factors)
         reasons = {(name, reason) for name, reason in self.channels.frozen.values()}
         count = int((factors != 1).sum())
         refused, exact = tuple(sorted(reasons)), self.is_exact(factors, spreads)
@@ -375,8 +375,12 @@ class Equalization:
             changed[str(use.node.name)] = None
         return list(changed)
 
-    def absorb(self) -> int:
-        """Move what a Relu never cuts from a layer's bias into the biases behind it, where no padding stands between."""
+    def absorb(self, factors: NDArray[np.float64]) -> int:
+        """Move what a Relu never cuts from a layer's bias into the biases behind it, where no padding stands between.
+
+        What samples that are not run here take the Relu down to is known by its extremes: a shift below that would change the model,
+        and leave the Relu's grid integers below zero, which ONNX Runtime computes such layers in float for.
+        """
         pairs = [pair for node in self.model.graph if (pair := self.absorbing(node)) is not None]
         names = [str(relu.inputs[0].name) for _, relu, _ in pairs if relu.inputs[0] is not None]
         if not pairs:
@@ -389,11 +393,13 @@ class Equalization:
                 lowest[name] = np.minimum(lowest[name], found) if name in lowest else found
         total = 0
         for (layer, relu, readers), name in zip(pairs, names, strict=True):
-            held = np.maximum(lowest[name].astype(np.float64), 0.0)
+            held, given = np.maximum(lowest[name].astype(np.float64), 0.0), relu.outputs[0]
+            if (seen := self.extremes.get(str(given.name))) is not None:
+                held = np.minimum(held, np.maximum(seen.minimum / factors[self.channels.roots(given)], 0.0))
             if not held.any():
                 continue
             total += int(np.count_nonzero(held))
-            self.held |= {layer.outputs[0]: held, relu.outputs[0]: held}
+            self.held |= {layer.outputs[0]: held, given: held}
             move_bias(layer, readers, held, self.model.graph)
         return total
 
