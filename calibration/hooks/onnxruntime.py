@@ -81,6 +81,7 @@ class Runner:
         profile: What the file of ONNX Runtime's profiler is to begin with; None for no profile.
         exact: Whether a quantized model is to give what ONNX says, where this machine's integer kernels do not
             (`calibration.hooks.pairs`).
+        optimized: Where to write the graph as ONNX Runtime has optimized it; None for nowhere.
 
     Raises:
         RunError: If ONNX Runtime refuses the model.
@@ -93,8 +94,9 @@ class Runner:
         what: str = "the model",
         profile: Path | None = None,
         exact: bool = False,
+        optimized: Path | None = None,
     ) -> None:
-        self.what, self.threads, self.profile, self.exact = what, threads, profile, exact
+        self.what, self.threads, self.profile, self.exact, self.optimized = what, threads, profile, exact, optimized
         self.again = model if callable(model) else None
         self.loaded: Any = self.load(model() if callable(model) else model)
 
@@ -112,6 +114,8 @@ class Runner:
         if self.profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(self.profile)
+        if self.optimized is not None:
+            options.optimized_model_filepath = str(self.optimized)
         if self.exact and isinstance(model, Bundle) and pairs.saturates():
             pairs.as_it_stands(options)
         elif self.exact and not isinstance(model, Bundle):

@@ -216,14 +216,8 @@ def show(terminal: Terminal, done: Conversion) -> None:
             terminal.warn(f"where the hardware has it, more is left with {' or '.join(finer)}")
     # Models for other targets run in ONNX Runtime to be checked, not to be used.
     here = sidecar.target.placement.pays and not in_c
-    if done.check.here and here:
-        warn_of_saturation(terminal, done.check)
-    if done.check.slow and here:
-        may_race = sidecar.mode == "static" and not done.trials
-        remedy = "; --optimize latency looks for a faster plan" if may_race else ""
-        terminal.warn(
-            f"it runs at {done.check.speed or 0:.2f} times float's speed on one thread of this machine{remedy}"
-        )
+    if here:
+        warn_of_runtime(terminal, done)
     sizes = sidecar.float_model.bytes, sidecar.model.bytes
     stored = len(stored_layers(done))
     counts = [f"integer layers {len(plan.layers) - stored}"] if stored < len(plan.layers) else []
@@ -252,6 +246,23 @@ def warn_of_saturation(terminal: Terminal, check: SelfCheck) -> None:
     terminal.warn(
         f"{SAYS}: {told}; --target {NATIVE} makes the model for this machine ({native()}), and for every other x86"
     )
+
+
+def warn_of_runtime(terminal: Terminal, done: Conversion) -> None:
+    """Say what ONNX Runtime loses on this machine: accuracy, integer kernels, time."""
+    check = done.check
+    if check.here:
+        warn_of_saturation(terminal, check)
+    if named := check.unfused:
+        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+        terminal.warn(
+            f"ONNX Runtime computes {len(named)} of the integer layers in float, no faster than the float model: "
+            f"{', '.join(named[:3])}{more}"
+        )
+    if check.slow:
+        may_race = done.sidecar.mode == "static" and not done.trials
+        remedy = "; --optimize latency looks for a faster plan" if may_race else ""
+        terminal.warn(f"it runs at {check.speed or 0:.2f} times float's speed on one thread of this machine{remedy}")
 
 
 def finer_options(target: Target, mode: str) -> list[str]:
@@ -480,6 +491,7 @@ def as_document(done: Conversion) -> dict[str, Any]:
             "low": done.check.low,
             "speed": done.check.speed,
             "here_db": done.check.here,
+            "unfused": list(done.check.unfused),
             "suspects": [
                 {"name": s.name, "operator": s.operator, "sqnr_db": s.sqnr, "lost_db": s.lost}
                 for s in done.check.suspects

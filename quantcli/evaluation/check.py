@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,13 +16,13 @@ from calibration.hooks.pairs import saturates
 from quantcli.errors import OutputError
 from quantcli.evaluation.compare import LayerSqnr, layer_sqnrs, worst
 from quantcli.evaluation.metrics import Comparison
+from quantcli.evaluation.unfused import unfused
 from quantcli.integer.held import Held
 from quantcli.joined import parts_of
 from quantcli.randomness import repeatable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -59,6 +61,7 @@ class SelfCheck:
             time.
         batch: How many samples each of those runs had: one, unless the model fixes another number.
         parts: The SQNR of every part of outputs that are joined from several tensors, in dB.
+        unfused: The integer layers that ONNX Runtime computes in float, of targets that it is the runtime of.
         here: The SQNR of outputs of which this machine's kernels, which saturate (`calibration.hooks.pairs`), give less, in dB.
     """
 
@@ -69,6 +72,7 @@ class SelfCheck:
     batch: int = 1
     parts: dict[str, float] = field(default_factory=dict)
     here: dict[str, float] = field(default_factory=dict)
+    unfused: tuple[str, ...] = ()
 
     @property
     def slow(self) -> bool:
@@ -107,10 +111,11 @@ def self_check(
     one = single(runner.inputs, feeds)
     reference = runner.run(feeds)
     here: dict[str, float] = {}
+    in_float: tuple[str, ...] = ()
     if source.size > LARGEST:
         del runner
     if program is None:
-        quantized = Runner(written, threads, what="the quantized model")
+        quantized, in_float = loaded(written, threads, sidecar, source.size <= LARGEST)
         result = quantized.run(feeds)
         speed = measured(runner, quantized, one) if source.size <= LARGEST else None
         if sidecar.target.weight.pair_bits is None and saturates() and repeatable(source.graph):
@@ -133,7 +138,24 @@ def self_check(
         held = Held.of_bytes(written) if isinstance(written, bytes) else Held.of_file(written)
         suspects = tuple(worst(layer_sqnrs(source.graph, held.model, sidecar, [feeds])))
     count, batch = (samples_in(rows) for rows in (feeds, one))
-    return SelfCheck(count, sqnr, suspects, speed, batch, parts, here)
+    return SelfCheck(count, sqnr, suspects, speed, batch, parts, here, in_float)
+
+
+def loaded(written: bytes | Path, threads: int, sidecar: Sidecar, small: bool) -> tuple[Runner, tuple[str, ...]]:
+    """Return a quantized model, loaded, and which of its integer layers are computed in float; none are looked for in large ones.
+
+    Args:
+        written: The model, or its file.
+        threads: Threads within an operator.
+        sidecar: Its sidecar.
+        small: Whether its optimized graph may be written to a file.
+    """
+    what = "the quantized model"
+    if not small or sidecar.mode != "static" or not sidecar.target.placement.pays:
+        return Runner(written, threads, what=what), ()
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        return Runner(written, threads, what=what, optimized=optimized), unfused(optimized, sidecar)
 
 
 def compared(model: ir.Model, reference: dict[str, NDArray[Any]], given: dict[str, NDArray[Any]]) -> Comparison:

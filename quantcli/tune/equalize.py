@@ -378,8 +378,8 @@ class Equalization:
     def absorb(self, factors: NDArray[np.float64]) -> int:
         """Move what a Relu never cuts from a layer's bias into the biases behind it, where no padding stands between.
 
-        What samples that are not run here take the Relu down to is known by its extremes: a shift below that would change the model,
-        and leave the Relu's grid integers below zero, which ONNX Runtime computes such layers in float for.
+        How low samples that are not run here take the Relu is known by its extremes. A shift below that would change the model, and
+        put integers below zero on the Relu's grid, for which ONNX Runtime computes the layer in float.
         """
         pairs = [pair for node in self.model.graph if (pair := self.absorbing(node)) is not None]
         names = [str(relu.inputs[0].name) for _, relu, _ in pairs if relu.inputs[0] is not None]
