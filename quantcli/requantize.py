@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from quantcli.errors import ModelError
 from quantcli.fold import add_constant, constant
-from quantcli.integer.expand import Expansion
+from quantcli.integer.expand import Expansion, quantizer_before
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,8 +33,9 @@ def float_again(model: ir.Model) -> ir.Model:
     for node in list(graph):
         if node.op_type == "DequantizeLinear":
             dequantized(node, graph)
-    for node in list(graph):
-        if node.op_type == "QuantizeLinear" and not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
+    for node in reversed(list(graph)):  # a Clip of integers before the QuantizeLinear that it stands behind
+        unread = not node.outputs[0].uses() and not node.outputs[0].is_graph_output()
+        if unread and (node.op_type == "QuantizeLinear" or quantizer_before(node) is not None):
             graph.remove(node, safe=True)
     return copy
 
@@ -48,7 +49,9 @@ def dequantized(node: ir.Node, graph: ir.Graph) -> None:
     source, output = node.inputs[0], node.outputs[0]
     scale = constant(node.inputs[1])
     producer = source.producer() if source is not None else None
-    held = constant(source)
+    held, within = constant(source), None
+    if producer is not None and (quantizer := quantizer_before(producer)) is not None:
+        producer, within = quantizer, (constant(producer.inputs[1]), constant(producer.inputs[2]))
     if scale is None:
         raise ModelError(f"the scale of '{node.name}' is not constant", "convert the float model")
     if held is not None and source is not None:
@@ -56,7 +59,7 @@ def dequantized(node: ir.Node, graph: ir.Graph) -> None:
         reals = of_integers(held, scale, zero_point, node)
         replace(node, add_constant(graph, f"{output.name}_reals", reals), graph)
     elif producer is not None and producer.op_type == "QuantizeLinear" and producer.inputs[0] is not None:
-        low, high = saturation(producer, source)
+        low, high = saturation(producer, source, within)
         bounds = [add_constant(graph, f"{output.name}_{name}", value) for name, value in (("low", low), ("high", high))]
         clip = ir.node("Clip", [producer.inputs[0], *bounds], name=f"{node.name or output.name}_clip")
         graph.insert_before(node, clip)
@@ -87,8 +90,15 @@ def of_integers(
     return np.asarray((held.astype(np.float32) - offset) * factor, dtype=np.float32)
 
 
-def saturation(quantizer: ir.Node, integers: ir.Value | None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def saturation(
+    quantizer: ir.Node, integers: ir.Value | None, within: tuple[NDArray[Any] | None, NDArray[Any] | None] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return the lowest and the highest real that a QuantizeLinear lets through.
+
+    Args:
+        quantizer: The QuantizeLinear.
+        integers: What it gives.
+        within: The lowest and the highest of its integers, where a Clip keeps them within fewer than their type has.
 
     Raises:
         ModelError: If its parameters are computed, or differ by channel.
@@ -102,8 +112,11 @@ def saturation(quantizer: ir.Node, integers: ir.Value | None) -> tuple[NDArray[n
         )
     kind = (integers.dtype.numpy() if integers is not None and integers.dtype is not None else None) or zero_point.dtype
     limits = np.iinfo(kind if np.dtype(kind).kind in "iu" else zero_point.dtype)
+    ends = [int(limits.min), int(limits.max)]
+    if within is not None:
+        ends = [end if bound is None else int(bound.item()) for end, bound in zip(ends, within, strict=True)]
     step, middle = np.float32(scale.reshape(())), int(zero_point.reshape(()))
-    low, high = (np.asarray(np.float32(limit - middle) * step, np.float32) for limit in (limits.min, limits.max))
+    low, high = (np.asarray(np.float32(end - middle) * step, np.float32) for end in ends)
     return low, high
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quantcli.arithmetic.affine import IntegerType, dequantize, quantize
-from quantcli.integer.expand import EDGES, expanded
+from quantcli.integer.expand import EDGES, expanded, quantizer_before
 from quantcli.integer.layer import IntegerError, Layer, multiplier_bits
 from quantcli.integer.layers import run_layer
 from quantcli.island import captured, single_node
@@ -153,9 +153,12 @@ class Executor:
 
 
 def is_edge(node: ir.Node) -> bool:
-    """Tell whether a node keeps reals on a narrow grid: a Clip that a QuantizeLinear alone reads, named after its output."""
-    readers = {user.op_type for user in node.outputs[0].consumers()}
-    return node.op_type == "Clip" and readers == {"QuantizeLinear"} and str(node.name) == str(node.outputs[0].name)
+    """Tell whether a node keeps a tensor on a narrow grid: a Clip beside its QuantizeLinear, named after its own output."""
+    if node.op_type != "Clip" or str(node.name) != str(node.outputs[0].name):
+        return False
+    return quantizer_before(node) is not None or {user.op_type for user in node.outputs[0].consumers()} == {
+        "QuantizeLinear"
+    }
 
 
 def is_fence(node: ir.Node) -> bool:

@@ -80,6 +80,10 @@ class Expansion:
                 continue
             if operator is not None:
                 self.expand(node, *operator)
+            elif node.op_type == "Clip" and (parameters := self.held(node.inputs[0])) is not None:
+                self.parameters[str(node.outputs[0].name)] = (
+                    parameters  # it keeps a tensor's integers within a narrower grid
+                )
             elif node.op_type not in EDGES and node.inputs and self.held(node.inputs[0]) is not None:
                 self.expand_move(node)
             elif node.op_type == "QuantizeLinear":
@@ -186,3 +190,9 @@ def weight_axis(node: ir.Node, operator: str) -> int:
     if operator == "Gemm":
         return 0 if node.attributes.get_int("transB", 0) else 1
     return 0 if operator == "Conv" else 1
+
+
+def quantizer_before(node: ir.Node) -> ir.Node | None:
+    """Return the QuantizeLinear whose integers a Clip keeps within fewer than their type has; None where there is none."""
+    producer = node.inputs[0].producer() if node.op_type == "Clip" and node.inputs[0] is not None else None
+    return producer if producer is not None and producer.op_type == "QuantizeLinear" else None

@@ -17,6 +17,7 @@ from quantcli.arithmetic.affine import (
     symmetric_parameters,
     whole_reciprocal,
 )
+from quantcli.integer.expand import quantizer_before
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,6 +75,8 @@ def tensor_findings(executor: Executor) -> Iterator[Finding]:
             dequantizers.setdefault(tables.get(names[0], names), []).append(node)
         elif node.op_type == "QuantizeLinear":
             quantizers.setdefault(str(node.outputs[0].name), []).append(node)
+        elif (quantizer := quantizer_before(node)) is not None:
+            quantizers.setdefault(str(node.outputs[0].name), []).append(quantizer)
     for name, tensor in sidecar.tensors.items():
         layer = reader_of(sidecar, name)
         found = dequantizers.get((tensor.integers, tensor.reals), [])

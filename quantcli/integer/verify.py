@@ -19,6 +19,7 @@ from quantcli.arithmetic.fixed_point import headroom_multipliers, headroom_of, s
 from quantcli.arithmetic.tables import exponentials, table
 from quantcli.integer.exact import FLOAT32_ERROR, exact, function_parameters
 from quantcli.integer.executor import Executor, is_fence, quantized
+from quantcli.integer.expand import quantizer_before
 from quantcli.integer.layer import IntegerError, Layer, multiplier_bits
 from quantcli.integer.layers import centred_magnitudes, real_output, run_layer, terms_of
 from quantcli.integer.stated import (
@@ -206,9 +207,16 @@ def multiplier_findings(
 
 
 def expected_clamp(executor: Executor, entry: LayerEntry) -> tuple[int, int]:
-    """Return the grid, narrowed by the absorbed activations that are still in the model (those that are not do nothing more)."""
+    """Return the grid, narrowed by the absorbed activations that are still in the model, or by the Clip of integers in their place.
+
+    Those that are not there do nothing more than saturation does.
+    """
     output = executor.sidecar.tensors[entry.outputs[0]]
     lowest, highest = output.qmin, output.qmax
+    kept = executor.nodes.get(output.integers)
+    if kept is not None and quantizer_before(kept) is not None:
+        low, high = clip_bounds(executor, kept)
+        lowest, highest = int(max(lowest, low)), int(min(highest, high))
     for name in entry.absorbed:
         node = executor.nodes.get(name)
         if node is None:

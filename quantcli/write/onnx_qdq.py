@@ -26,7 +26,7 @@ from quantcli.write.onnx_dynamic import DynamicProducts
 
 if TYPE_CHECKING:
     from quantcli.arithmetic.blocks import Blocks
-    from quantcli.plan import LayerPlan, TensorPlan
+    from quantcli.plan import LayerPlan, Plan, TensorPlan
     from quantcli.quantize import QuantizedModel
 
 
@@ -37,6 +37,8 @@ LOOKED_UP = "_looked_up"
 # What ends the name of a Clip that keeps reals on a narrow grid.
 ON_GRID = "_on_grid"
 ENDS = ("_lowest", "_highest")
+# What ends the name of integers of 8 bits before a Clip keeps them within fewer.
+SATURATED = "_saturated"
 # What ends the name of a weight's integers as floats (`quantcli.write.onnx_stored`).
 UNSCALED = "_unscaled"
 # The finest steps of a softmax's output that ONNX Runtime's integer kernel can do, per value that it spreads over; below e^5.
@@ -51,6 +53,7 @@ SUFFIXES = (
     FENCE,
     LOOKED_UP,
     ON_GRID,
+    SATURATED,
     UNSCALED,
     *ENDS,
 )
@@ -110,6 +113,7 @@ class Writer:
         self.dynamic = DynamicProducts(graph, self.mark)
         self.stored: dict[str, ir.Value] = {}
         self.parameters: dict[str, tuple[ir.Value, ir.Value | None]] = {}
+        self.within = bounds_of_integers(self.plan)
 
     def write(self) -> None:
         """Rewrite the graph."""
@@ -165,11 +169,11 @@ class Writer:
                     move_integers(node, [target])
 
     def drop_absorbed(self, layer: LayerPlan) -> None:
-        """Remove activations that saturation does already: those behind a layer whose clamp is its whole grid."""
+        """Remove activations that saturation, or a Clip of integers, does: those behind a layer whose clamp is its whole grid."""
         if layer.clamp is None:
             return
         grid = self.plan.tensors[layer.outputs[0]].integer
-        if layer.clamp != (grid.qmin, grid.qmax):
+        if layer.clamp != (grid.qmin, grid.qmax) and layer.outputs[0] not in self.within:
             return
         for name in layer.absorbed:
             node = self.nodes[name]
@@ -248,10 +252,10 @@ class Writer:
         for_all = tensor.name in self.plan.made
         scale, zero_point = self.parameter_values(tensor)
         to_integer = ir.node("QuantizeLinear", [value, scale, zero_point], name=f"{tensor.name}_QuantizeLinear")
-        stored = to_integer.outputs[0]
-        stored.name = names["integers"]
-        to_real = self.dequantize_node(tensor, stored, names["reals"])
-        onto = self.onto_grid(tensor, value) if is_narrow(tensor) else None
+        stored, kept = to_integer.outputs[0], self.kept_within(tensor, to_integer)
+        stored.name = names["integers"] if kept is None else f"{tensor.name}{SATURATED}{self.mark}"
+        to_real = self.dequantize_node(tensor, stored if kept is None else kept.outputs[0], names["reals"])
+        onto = self.onto_grid(tensor, value) if kept is None and is_narrow(tensor) else None
         first = to_integer if onto is None else onto
         if onto is not None:
             to_integer.replace_input_with(0, onto.outputs[0])
@@ -265,7 +269,7 @@ class Writer:
             for node, position in list(value.uses()):
                 if str(node.name) in self.layers and node is not first:
                     node.replace_input_with(position, to_real.outputs[0])
-        nodes = [*([] if onto is None else [onto]), to_integer, to_real]
+        nodes = [node for node in (onto, to_integer, kept, to_real) if node is not None]
         producer = value.producer()
         if producer is not None and (self.may_be_fused(producer) or (for_all and wraps_around(producer, tensor))):
             producer = self.fence(producer, value, first)
@@ -273,6 +277,22 @@ class Writer:
             self.graph.insert_before(self.graph[0], nodes)
         else:
             self.graph.insert_after(producer, nodes)
+
+    def kept_within(self, tensor: TensorPlan, quantizer: ir.Node) -> ir.Node | None:
+        """Return the Clip that keeps a tensor's integers within fewer than their type has; None where saturation does.
+
+        Before the QuantizeLinear, on reals, it would keep ONNX Runtime from finding an integer kernel.
+        """
+        if tensor.name not in self.within:
+            return None
+        bounds = [
+            add_constant(self.graph, f"{tensor.name}{end}{self.mark}", np.array(bound, dtype=tensor.integer.dtype))
+            for end, bound in zip(ENDS, self.within[tensor.name], strict=True)
+        ]
+        name = self.names[tensor.name]["integers"]
+        node = ir.node("Clip", [quantizer.outputs[0], *bounds], name=name)
+        node.outputs[0].name = name
+        return node
 
     def onto_grid(self, tensor: TensorPlan, value: ir.Value) -> ir.Node:
         """Return the Clip that keeps reals on a grid narrower than its type, whose saturation would let more through."""
@@ -356,6 +376,26 @@ class Writer:
         if tensor.integer.bits == 4:
             array = array.astype(ml_dtypes.uint4)
         return scale, add_constant(self.graph, f"{tensor.name}_zero_point{self.mark}", array)
+
+
+def bounds_of_integers(plan: Plan) -> dict[str, tuple[int, int]]:
+    """Return the lowest and highest integers of activations of 8 bits whose type has more, where the runtime clips integers.
+
+    They are those of a grid of fewer bits, or what a Relu or Clip behind a layer lets through.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    if not plan.target.placement.pays:
+        return found
+    for name, tensor in plan.tensors.items():
+        if tensor.role == "activation" and tensor.integer.dtype.itemsize == 1 and is_narrow(tensor):
+            found[name] = tensor.integer.qmin, tensor.integer.qmax
+    for layer in plan.layers:
+        made = plan.tensors.get(layer.outputs[0])
+        if layer.clamp is None or made is None or made.same_as is not None or made.integer.dtype.itemsize > 1:
+            continue
+        if layer.absorbed and layer.clamp != (made.integer.qmin, made.integer.qmax):
+            found[layer.outputs[0]] = layer.clamp
+    return found
 
 
 def wraps_around(node: ir.Node, tensor: TensorPlan) -> bool:
