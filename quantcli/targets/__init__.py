@@ -27,7 +27,7 @@ MultiplierBits = Literal[8, 16, 32]
 class ActivationFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How activations are quantized: per tensor, affine or symmetric.
 
-    ``bits`` is the width of the grid, where that is less than the type's: a Clip stands before its QuantizeLinear then. ``widest``
+    ``bits`` is the width of the grid, where that is less than the type's: a Clip stands beside its QuantizeLinear then. ``widest``
     is 16 where the runtime takes int16 activations beside those of 8 bits: tuning may raise single ones to it.
     ``same_scale`` lists the operators (of AveragePool, GlobalAveragePool, ReduceMean) whose output has the parameters of its input,
     ``fixed`` those (of Softmax) whose output has the grid of the operator's whole range everywhere, as TFLite's has 1/256: without
