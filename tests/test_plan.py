@@ -137,8 +137,12 @@ def test_a_relu_with_a_neighbour_is_a_layer_of_its_own(tmp_path: Path) -> None:
 
 
 def test_symmetric_targets_keep_a_clamp_of_their_own(tmp_path: Path, net: Path) -> None:
-    """With zero point 0 in int8, saturation does not do what Relu does: the clamp and the node stay."""
+    """With zero point 0 in int8, saturation does not do what Relu does: the clamp stays, as the node or as a Clip of integers."""
     recipe = Recipe(activation=Activation(dtype="int8", symmetric=True))
+    done = convert(net, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz"), recipe=recipe)
+    kept = [n for n in onnx.load(done.model).graph.node if n.op_type in {"Clip", "Relu"}]
+    assert {n.input[0].removesuffix("_saturated") for n in kept} >= {"r1"}
+    recipe = Recipe(target="npu-int8")
     done = convert(net, tmp_path / "q.onnx", data=data_for(tmp_path / "d.npz"), recipe=recipe)
     assert layer(done.plan, "c1_node").clamp == (0, 127)
     assert {tensor.zero_point for tensor in done.plan.tensors.values() if tensor.axis is None} == {(0,)}
