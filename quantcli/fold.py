@@ -83,6 +83,7 @@ def quiet(*loggers: str) -> Iterator[None]:
 
 def folded_copy(model: ir.Model, opset: int, matrices: bool) -> ir.Model:
     """Return a copy of a float model after every rewrite."""
+    from quantcli.branches import add_branches
     from quantcli.canonical import canonical
     from quantcli.dense import as_matrices
     from quantcli.factors import fold_factors
@@ -112,6 +113,8 @@ def folded_copy(model: ir.Model, opset: int, matrices: bool) -> ir.Model:
     canonical(folded)
     plain_recurrent(folded)
     fold_factors(folded)
+    while add_branches(folded):
+        fold_factors(folded)
     if matrices:
         as_matrices(folded)
         join_reshapes(folded)

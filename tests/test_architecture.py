@@ -45,6 +45,7 @@ ORDER = [
         "quantcli.written_out",
         "quantcli.transposes",
         "quantcli.factors",
+        "quantcli.branches",
         "quantcli.recurrent",
         "quantcli.shapes",
         "quantcli.scores",

@@ -129,7 +129,8 @@ def test_what_a_sum_reads_as_well_is_in_integers(tmp_path: Path) -> None:
     nodes = [
         node("Conv", ["x", "first"], ["a"], pads=[1, 1, 1, 1]),
         node("Conv", ["a", "pointwise"], ["b"]),
-        node("Add", ["a", "b"], ["s"]),
+        node("Relu", ["b"], ["r"]),
+        node("Add", ["a", "r"], ["s"]),
         node("GlobalAveragePool", ["s"], ["y"]),
     ]
     assert floats(save(tmp_path / "m.onnx", nodes, {"x": ["N", 3, SIDE, SIDE]}, {"y": None}, constants)) == []

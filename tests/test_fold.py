@@ -163,12 +163,12 @@ def test_batch_norm_behind_a_shared_convolution_is_not_folded_into_it(tmp_path: 
     nodes = [
         node("Conv", ["x", "w"], ["c"]),
         node("BatchNormalization", ["c", *NORM], ["n"]),
-        node("Add", ["c", "n"], ["y"]),
+        node("Mul", ["c", "n"], ["y"]),
     ]
     constants = {"w": normal(6, 4, 3, 3), **batch_norm(6, 2)}
     path = save(tmp_path / "m.onnx", nodes, {"x": [1, 4, 7, 7]}, {"y": None}, constants)
     folded = fold(ir.load(path))
-    assert operators(folded) == ["Conv", "Conv", "Add"]
+    assert operators(folded) == ["Conv", "Conv", "Mul"]
     assert sqnr(path, folded, {"x": normal(1, 4, 7, 7, seed=20)}) > FOLDED_SQNR
 
 

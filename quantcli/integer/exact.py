@@ -69,6 +69,12 @@ def exact(layer: Layer, operands: list[NDArray[np.int64]]) -> Exact | None:
         if operator in JOINS:
             return of_terms(layer, JOINS[operator](layer, terms))
         found = of_terms(layer, terms[0], -terms[1] if operator == "Sub" else terms[1])
+        # QLinearAdd takes zero points off last: its terms are S_a/S_y·q_a, S_b/S_y·q_b and z_y − S_a/S_y·z_a − S_b/S_y·z_b.
+        zero_points = [layer.zero_point(name) for name in layer.entry.inputs]
+        parts = zip(operands, zero_points, scales, strict=True)
+        whole = [(np.abs(q.astype(np.float64)) + abs(z)) * scale for q, z, scale in parts]
+        last = abs(layer.zero_point(layer.entry.outputs[0])) + 1
+        found = replace(found, float_error=(whole[0] + whole[1] + last) * FLOAT32_ERROR)
         if layer.entry.multipliers[-1].operand is None:
             return found
         # Where n is bounded, M0 is off by half a unit at most, which may be more than its last of all bits (`summed_fixed_point`).
