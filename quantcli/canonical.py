@@ -144,7 +144,8 @@ def chained(node: ir.Node, graph: ir.Graph, operator: str) -> None:
 def einsum(node: ir.Node, graph: ir.Graph) -> None:
     """Einsum over one shared letter is a matrix product between transpositions.
 
-    With letters that both operands keep (a batch), each may have one letter of its own; without, the first may have any number.
+    The second operand may have one letter of its own, the first any number: all but the last of them go in front of those that both
+    keep (a batch), as positions of images do whose distances are told apart by axis.
     """
     equation = node.attributes.get_string("equation", "").replace(" ", "")
     if len(node.inputs) != 2 or equation.count("->") != 1 or "." in equation or equation.count(",") != 1:
@@ -157,20 +158,23 @@ def einsum(node: ir.Node, graph: ir.Graph) -> None:
     summed = [letter for letter in a if letter in b and letter not in result]
     rows, columns = ([letter for letter in term if letter not in other] for term, other in ((a, b), (b, a)))
     kept = set(rows) | set(columns) <= set(result)
-    if not kept or len(summed) != 1 or len(columns) != 1 or not rows or (batch and len(rows) != 1):
+    if not kept or len(summed) != 1 or len(columns) != 1 or not rows:
         return
     nodes: list[ir.Node] = []
 
     def arranged(value: ir.Value | None, term: str, order: list[str]) -> ir.Value | None:
         if list(term) == order:
             return value
-        nodes.append(ir.node("Transpose", [value], {"perm": [term.index(letter) for letter in order]}))
+        axes, held = [term.index(letter) for letter in order], constant(value)
+        if held is not None:
+            return add_constant(graph, f"{node.outputs[0].name}_arranged", held.transpose(axes))
+        nodes.append(ir.node("Transpose", [value], {"perm": axes}))
         return nodes[-1].outputs[0]
 
-    first = arranged(node.inputs[0], a, batch + rows + summed)
+    first = arranged(node.inputs[0], a, rows[:-1] + batch + rows[-1:] + summed)
     second = arranged(node.inputs[1], b, batch + summed + columns)
     nodes.append(ir.node("MatMul", [first, second]))
-    made = batch + rows + columns
+    made = rows[:-1] + batch + rows[-1:] + columns
     if made != list(result):
         nodes.append(ir.node("Transpose", [nodes[-1].outputs[0]], {"perm": [made.index(letter) for letter in result]}))
     put(graph, node, *nodes)

@@ -1,7 +1,9 @@
-"""Factors and addends per channel: gathered into one of each, and folded into the convolution before them.
+"""Factors and addends per channel: gathered into one of each, and folded into the convolution or dense layer before them.
 
 Networks of some exporters write a normalisation as BatchNormalization, Mul and Add. (x·a + b)·c + d = x·(a·c) + (b·c + d), and
-behind a convolution of weights W and bias v it is a convolution of weights W·a·c and bias (v·a + b)·c + d.
+behind a convolution of weights W and bias v it is a convolution of weights W·a·c and bias (v·a + b)·c + d. So it is behind a dense
+layer, whose channels are the last axis: there transformers scale what they add (LayerScale), often once axes were put together,
+apart or in another order.
 
 What stands behind an activation goes forward instead, into the layers that read it, where it is a single number:
 W·(x·a + b) = (W·a)·(x + b/a), and a convolution without padding takes W·b into its bias. A factor per channel stays: it would make
@@ -10,6 +12,7 @@ rows of weights differ that share a scale.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 
 # The axis of a weight's output channels.
 CHANNELS = {"Conv": 0, "ConvTranspose": 1}
+DENSE = frozenset({"Gemm", "MatMul"})
+# Operators that give the values they read to other axes, each one once.
+MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 # Layers whose result is a multiple of their first operand, but for the bias.
 LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
@@ -31,6 +37,7 @@ def fold_factors(model: ir.Model) -> None:
     """Fold what multiplies and adds constants per channel, as far as the tensors between have no other reader."""
     for node in list(model.graph):
         if node.graph is model.graph and node.domain == "" and node.op_type in {"Mul", "Add"}:
+            before_moves(node, model.graph)
             fold(node, model.graph)
     if any(LEARNED in node.meta for node in model.graph):
         return  # what it learned its grids for stays
@@ -123,6 +130,68 @@ def add_to_bias(layer: ir.Node, number: float, graph: ir.Graph) -> None:
     layer.replace_input_with(2, add_constant(graph, f"{layer.outputs[0].name}_bias", total.astype(np.float32)))
 
 
+def before_moves(node: ir.Node, graph: ir.Graph) -> None:
+    """Put one Mul or Add of constants per channel before what moves a layer's values, where it may be folded into the layer."""
+    x, held = operands(node)
+    if x is None or held is None or x.shape is None or held.ndim > len(x.shape):
+        return
+    long = [axis for axis, size in enumerate(held.shape, len(x.shape) - held.ndim) if size != 1]
+    if len(long) > 1 or held.size != (x.shape[long[0]] if long else 1):
+        return
+    axis, value, mover = long[0] if long else None, x, None
+    while (maker := value.producer()) is not None and maker.op_type in MOVES and not maker.domain and alone(value):
+        if axis is not None and (axis := axis_before(maker, axis)) is None:
+            return
+        value, mover = maker.inputs[0], maker  # type: ignore[assignment]
+    channels = channel_axis(value) if alone(value) else None
+    if mover is None or channels is None or axis not in {None, channels}:
+        return
+    output, place = node.outputs[0], list(node.inputs).index(x)
+    ir.convenience.replace_all_uses_with(output, x, replace_graph_outputs=True)
+    x.name, output.name, output.shape = output.name, f"{value.name}_{node.op_type.lower()}", value.shape
+    node.replace_input_with(place, value)
+    across = held.reshape([-1 if at == channels else 1 for at in range(len(value.shape or ()))])
+    node.replace_input_with(place ^ 1, add_constant(graph, f"{output.name}_channels", across))
+    mover.replace_input_with(0, output)
+    graph.remove(node)
+    graph.insert_before(mover, node)
+
+
+def alone(value: ir.Value) -> bool:
+    """Tell whether a tensor has one reader and is not given out."""
+    return len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def axis_before(mover: ir.Node, axis: int) -> int | None:
+    """Return the axis of a mover's input whose values lie along an axis of its output; None where there is none."""
+    if mover.op_type == "Transpose":
+        order = mover.attributes.get_ints("perm", ())
+        return order[axis] if order else None
+    source, made = mover.inputs[0], mover.outputs[0]
+    if source is None or source.shape is None or made.shape is None:
+        return None
+    inner = made.shape[axis:]
+    for place in range(len(source.shape)):
+        sizes = source.shape[place:]
+        known = all(isinstance(size, int) for size in (*sizes, *inner))
+        if known and sizes[0] == inner[0] and math.prod(sizes) == math.prod(inner):
+            return place
+    return None
+
+
+def channel_axis(value: ir.Value) -> int | None:
+    """Return the axis along which a tensor has a layer's channels, constants added to it or not; None where no layer makes it."""
+    maker = value.producer()
+    if maker is None or maker.domain or value.shape is None or LEARNED in maker.meta:
+        return None
+    if maker.op_type in {"Mul", "Add"}:
+        x, _ = operands(maker)
+        return channel_axis(x) if x is not None and alone(x) else None
+    if maker.op_type not in LINEAR or constant(maker.inputs[1]) is None:
+        return None
+    return CHANNELS.get(maker.op_type, len(value.shape) - 1)
+
+
 def fold(node: ir.Node, graph: ir.Graph) -> None:
     """Fold one Mul or Add of a constant into what is before it."""
     x, held = operands(node)
@@ -135,6 +204,8 @@ def fold(node: ir.Node, graph: ir.Graph) -> None:
     channels = per_channel(held, rank, x.shape[1] if x.shape is not None and rank and rank > 1 else None)
     if before.op_type in CHANNELS and channels is not None:
         into_convolution(node, before, channels, graph)
+    elif before.op_type in DENSE and LEARNED not in before.meta:
+        into_dense(node, before, held, graph)
     elif before.op_type in {"Mul", "Add"}:
         together(node, before, held, graph)
 
@@ -189,6 +260,43 @@ def into_convolution(node: ir.Node, layer: ir.Node, values: NDArray[np.float64],
             layer.resize_inputs(3)
             layer.replace_input_with(2, value)
     take_over(node, layer.outputs[0], graph)
+
+
+def into_dense(node: ir.Node, layer: ir.Node, held: NDArray[np.float32], graph: ir.Graph) -> None:
+    """Fold constants per column into a dense layer's weight and bias.
+
+    An addend behind a MatMul of three and more axes stays, which `quantcli.dense` takes into the layer.
+    """
+    x, weight = layer.outputs[0], constant(layer.inputs[1])
+    bias = constant(layer.inputs[2]) if len(layer.inputs) > 2 else None
+    if weight is None or weight.ndim != 2 or weight.dtype != np.float32 or len(layer.inputs[1].uses()) > 1:  # type: ignore[union-attr]
+        return
+    transposed = layer.attributes.get_int("transB", 0)
+    columns = weight.shape[0 if transposed else 1]
+    across = held.reshape(-1)
+    if x.shape is None or held.ndim > len(x.shape) or across.size not in {1, columns}:
+        return
+    if across.size > 1 and held.shape[-1] == 1:  # along another axis
+        return
+    if any(layer.attributes.get_float(factor, 1.0) != 1.0 for factor in ("alpha", "beta")):
+        return
+    if len(layer.inputs) > 2 and layer.inputs[2] is not None and (bias is None or bias.shape != (columns,)):
+        return
+    values = np.broadcast_to(across, (columns,)).astype(np.float64)
+    total = np.zeros(columns) if bias is None else bias.astype(np.float64)
+    if node.op_type == "Mul":
+        scaled = weight.astype(np.float64) * values.reshape((-1, 1) if transposed else (1, -1))
+        layer.replace_input_with(1, add_constant(graph, f"{layer.inputs[1].name}_scaled", scaled.astype(np.float32)))  # type: ignore[union-attr]
+        total = total * values
+    elif len(x.shape) == 2:
+        layer.op_type = "Gemm"
+        total = total + values
+    else:
+        return
+    if node.op_type == "Add" or bias is not None:
+        layer.resize_inputs(3)
+        layer.replace_input_with(2, add_constant(graph, f"{node.outputs[0].name}_bias", total.astype(np.float32)))
+    take_over(node, x, graph)
 
 
 def together(node: ir.Node, before: ir.Node, held: NDArray[np.float32], graph: ir.Graph) -> None:

@@ -36,6 +36,8 @@ ROUNDS = 8
 KEPT = "quantcli.kept"
 # Ranks of what a depthwise convolution of one weight per channel takes in BatchNorm's place: with one or two spatial axes.
 DEPTHWISE_RANKS = (3, 4)
+# What operators leave a tensor as it is with, as their second operand.
+NEUTRAL = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1}
 # Operators of models that have been quantized before.
 QUANTIZED = frozenset({
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger",
@@ -231,10 +233,6 @@ def simplify(model: ir.Model) -> ir.Model:
     from quantcli.shapes import settle_shapes
 
     chosen = [
-        rules.add_0_rule,
-        rules.sub_0_rule,
-        rules.mul_by_1_rule,
-        rules.div_by_1_rule,
         rules.dropout_zero_rule,
         rules.dropout_inference_rule,
         rules.no_op_cast_rule,
@@ -266,6 +264,7 @@ def simplify(model: ir.Model) -> ir.Model:
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         empty_pads(model)
         lone_batches(model)
+        neutral_constants(model)
         drop_identities(model)
         passes.RemoveUnusedNodesPass()(model)
         rewriter.rewrite(model, pattern_rewrite_rules=chosen)
@@ -290,6 +289,19 @@ def empty_pads(model: ir.Model) -> None:
         if pads is not None and not pads.any():
             same = ir.node("Identity", [node.inputs[0]], name=node.name)
             ir.convenience.replace_nodes_and_values(model.graph, node, [node], [same], node.outputs, same.outputs)
+
+
+def neutral_constants(model: ir.Model) -> None:
+    """Replace every operator that adds or takes away zero, or multiplies or divides by one, by an Identity.
+
+    The library's own rules take anything below 1e-8 for zero: what keeps a divisor, or what a logarithm is taken of, from being so.
+    """
+    for node in list(model.graph.all_nodes()):
+        neutral = NEUTRAL.get(node.op_type) if not node.domain else None
+        held = constant(node.inputs[1]) if neutral is not None else None
+        if held is not None and held.ndim == 0 and held == neutral and node.graph is not None:
+            same = ir.node("Identity", [node.inputs[0]], name=node.name)
+            ir.convenience.replace_nodes_and_values(node.graph, node, [node], [same], node.outputs, same.outputs)
 
 
 def lone_batches(model: ir.Model) -> None:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from quantcli.beginning import beginning
 from quantcli.bodies import BODIES, why_whole
 from quantcli.cost import per_value, values_of
+from quantcli.divisors import DIVISOR, under_divisions
 from quantcli.errors import PlanError, UsageError
 from quantcli.fold import constant, unmapped
 from quantcli.load.learned import LEARNED
@@ -162,6 +163,8 @@ def place(model: ir.Model, recipe: Recipe, barred: frozenset[str] = frozenset())
             )
     for node in under_logarithms(model) - forced:
         excluded.setdefault(node, REASON)
+    for node in under_divisions(model, target.placement.real_outputs) - forced:
+        excluded.setdefault(node, DIVISOR)
     reasons = {node: reason for node in nodes if (reason := why_float(node, excluded)) is not None}
     stored = stored_by(target, [node for node in nodes if node not in reasons and node not in forced], reasons)
     layers, reasons = settled(nodes, reasons, target, forced, bool(stored))

@@ -56,7 +56,7 @@ ORDER = [
         "quantcli.island",
     },
     {"quantcli.rules", "quantcli.integer_operators", "quantcli.cost"},
-    {"quantcli.logarithms", "quantcli.bodies", "quantcli.bounds", "quantcli.beginning"},
+    {"quantcli.logarithms", "quantcli.divisors", "quantcli.bodies", "quantcli.bounds", "quantcli.beginning"},
     {"quantcli.placement", "quantcli.masks"},
     {"quantcli.plan"},
     {"quantcli.tune", "quantcli.modes", "quantcli.steps"},

@@ -10,11 +10,11 @@ import onnx
 import pytest
 
 from calibration.hooks.onnxruntime import Runner
-from quantcli import Recipe, convert
+from quantcli import Recipe, convert, verify
 from quantcli.fold import fold
 from quantcli.load import load
 from quantcli.probe import model_bytes
-from quantcli.recipe import Layers
+from quantcli.recipe import Layers, Tune
 from tests.graphs import Array, node, normal, real, save
 
 X = normal(3, 4, 5, 6, seed=1)
@@ -146,6 +146,10 @@ EINSUMS = {
     "bid, de -> bie": ((3, 4, 5), (5, 6), True),
     "abid,ed->aibe": ((3, 2, 4, 5), (6, 5), True),
     "ij,jk->ki": ((4, 5), (5, 6), True),
+    "byhwc,hkc->byhwk": ((2, 3, 4, 5, 6), (4, 7, 6), True),  # relative positions of vision transformers
+    "byhwc,wkc->byhwk": ((2, 3, 4, 5, 6), (5, 7, 6), True),
+    "bhwc,wkc->wkhb": ((2, 4, 5, 6), (5, 7, 6), True),
+    "bij,bjkl->bikl": ((3, 4, 5), (3, 5, 2, 6), False),  # two letters of the second's own
     "bij,bjk->bi": ((3, 4, 5), (3, 5, 6), False),  # sums over k alone
     "bijk,bjk->bi": ((3, 4, 5, 2), (3, 5, 2), False),  # two letters summed
     "bi,bj->bij": ((3, 4), (3, 5), False),  # nothing summed
@@ -172,6 +176,28 @@ def test_einsums_of_one_shared_letter_are_products(tmp_path: Path, equation: str
     magnitudes = np.einsum(equation.replace(" ", ""), np.abs(a).astype(np.float64), np.abs(b).astype(np.float64))
     assert found.shape == exact.shape
     assert (np.abs(found - exact) <= magnitudes * 24 * 2.0**-24).all()  # at most 20 terms, and their products
+
+
+@pytest.mark.parametrize("target", ["ort-x86", "npu-int8"])
+def test_a_table_of_relative_positions_is_a_weight(tmp_path: Path, target: str) -> None:
+    table, x = normal(4, 7, 6, seed=2), normal(8, 3, 4, 5, 6, seed=1)
+    path = save(
+        tmp_path / "m.onnx",
+        [node("Einsum", ["x", "t"], ["o"], equation="byhwc,hkc->byhwk")],
+        {"x": ["N", 3, 4, 5, 6]},
+        {"o": None},
+        {"t": table},
+    )
+    np.savez(tmp_path / "d.npz", x=x)
+    recipe = Recipe(target=target, tune=Tune(effort="fast"), layers=Layers(everywhere=True))
+    done = convert(path, tmp_path / "q.onnx", data=tmp_path / "d.npz", recipe=recipe)
+    assert [layer.operator for layer in done.sidecar.layers] == ["MatMul"]
+    assert verify(done.sidecar_path, tmp_path / "d.npz").findings == []
+    found, expected = (Runner(m).run({"x": x})["o"] for m in (done.model, path))
+    # Values and weights are off by half a step each, six products are added up, and the sum is rounded once more.
+    steps = 2 * np.abs(x).max() / 254, 2 * np.abs(table).max() / 254, 2 * np.abs(expected).max() / 254
+    bound = 3 * (steps[0] * np.abs(table).max() + steps[1] * np.abs(x).max() + steps[0] * steps[1]) + steps[2]
+    assert np.abs(found - expected).max() <= bound
 
 
 def test_padding_is_written_on_integers(tmp_path: Path) -> None:

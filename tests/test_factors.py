@@ -1,4 +1,4 @@
-"""Factors and addends per channel are gathered, and folded into convolutions: the values stay what they are."""
+"""Factors and addends per channel are gathered, and folded into convolutions and dense layers: the values stay what they are."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ PARTS: dict[str, Array] = {
     "a": normal(1, 5, 1, 1, seed=10),
     "s": np.array(0.7, np.float32),
     "rows": normal(5, 4, 1, seed=11),
+    "rows4": normal(4, 1, 1, seed=25),
     **{f"{k}4": v for k, v in (("f", normal(4, 1, 1, seed=12)), ("a", normal(4, 1, 1, seed=13)))},
     "z": np.array([-0.3], np.float32),
     "wide": normal(6, 4, 1, 1, seed=14),
@@ -41,10 +42,28 @@ PARTS: dict[str, Array] = {
     "two": np.array([2]),
     "zero": np.array([0]),
     "none": np.array(0.0, np.float32),
+    "w4": normal(4, 5, seed=21, scale=0.3),
+    "long": normal(5, 6, seed=22, scale=0.3),
+    "r5": normal(5, seed=23),
+    "rows5": np.array([-1, 5]),
+    "rows6": np.array([-1, 6]),
+    "back": np.array([-1, 24, 5]),
+    "mixed": np.array([-1, 10]),
+    "r10": normal(10, seed=24),
     "inf": np.array([1, 1, np.inf, 1, 1], np.float32).reshape(5, 1, 1),
 }
 NORM = node("BatchNormalization", ["c", "gamma", "beta", "mean", "variance"], ["n"])
 CONV = node("Conv", ["x", "w", "b"], ["c"])
+
+# A dense layer of four axes with 5 columns, one of two axes, and one whose columns are channels again behind a Transpose.
+WIDE, FLAT = node("MatMul", ["x", "u"], ["c"]), node("Reshape", ["c", "rows5"], ["l"])
+LAST = [
+    node("Transpose", ["x"], ["t0"], perm=[0, 2, 3, 1]),
+    node("MatMul", ["t0", "w4"], ["c"]),
+    node("Add", ["c", "r5"], ["b0"]),
+]
+ROWS = node("Reshape", ["x", "rows6"], ["l6"])
+NORM_OF_ROWS = node("BatchNormalization", ["l", "gamma", "beta", "mean", "variance"], ["n"])
 
 CASES: dict[str, tuple[list[onnx.NodeProto], list[str]]] = {
     "normalisation of three operators": (
@@ -94,6 +113,44 @@ CASES: dict[str, tuple[list[onnx.NodeProto], list[str]]] = {
     "another reader": (
         [CONV, node("Mul", ["c", "f"], ["m"]), node("Relu", ["c"], ["r"]), node("Add", ["m", "r"], ["o"])],
         ["Conv", "Mul", "Relu", "Add"],
+    ),
+    "a dense layer that a normalisation of rows follows": (
+        [WIDE, FLAT, NORM_OF_ROWS, node("Reshape", ["n", "back"], ["o"])],
+        ["Reshape", "Gemm", "Reshape"],
+    ),
+    "one of two axes": (
+        [ROWS, node("MatMul", ["l6", "u"], ["l"]), NORM_OF_ROWS, node("Relu", ["n"], ["o"])],
+        ["Reshape", "Gemm", "Relu"],
+    ),
+    "a transposed weight": (
+        [
+            ROWS,
+            node("Gemm", ["l6", "long", "r5"], ["c"], transB=1),
+            node("Mul", ["gamma", "c"], ["m"]),
+            node("Mul", ["m", "s"], ["o"]),
+        ],
+        ["Reshape", "Gemm"],
+    ),
+    "a scale of what a block adds": (
+        [WIDE, node("Add", ["c", "r5"], ["m"]), node("Mul", ["m", "gamma"], ["o"])],
+        ["Reshape", "Gemm", "Reshape"],
+    ),
+    "behind a Transpose": (
+        [*LAST, node("Transpose", ["b0"], ["c0"], perm=[0, 3, 1, 2]), node("Mul", ["c0", "a"], ["o"])],
+        ["Transpose", "Reshape", "Gemm", "Reshape", "Transpose"],
+    ),
+    "a number behind axes of which none is the columns'": (
+        [WIDE, node("Reshape", ["c", "mixed"], ["m"]), node("Mul", ["m", "s"], ["o"])],
+        ["MatMul", "Reshape"],
+    ),
+    "columns that were mixed": (
+        [WIDE, node("Reshape", ["c", "mixed"], ["m"]), node("Mul", ["m", "r10"], ["o"])],
+        ["MatMul", "Reshape", "Mul"],
+    ),
+    "along another axis than the columns": ([WIDE, node("Mul", ["c", "rows4"], ["o"])], ["MatMul", "Mul"]),
+    "a move with another reader": (
+        [WIDE, FLAT, node("Mul", ["l", "gamma"], ["o"]), node("Relu", ["l"], ["o2"])],
+        ["MatMul", "Reshape", "Mul", "Relu"],
     ),
     "not per channel": ([CONV, node("Mul", ["c", "rows"], ["o"])], ["Conv", "Mul"]),
     "not finite": ([CONV, node("Mul", ["c", "inf"], ["o"])], ["Conv", "Mul"]),

@@ -221,6 +221,29 @@ def test_constant_expressions_and_identities_vanish(tmp_path: Path) -> None:
     assert sqnr(path, folded, {"x": normal(1, 4, 7, 7, seed=20)}) == np.inf
 
 
+@pytest.mark.parametrize(
+    ("operator", "number", "expected"),
+    [
+        ("Add", 0.0, ["Log"]),
+        ("Sub", 0.0, ["Log"]),
+        ("Mul", 1.0, ["Log"]),
+        ("Div", 1.0, ["Log"]),
+        ("Add", 1e-9, ["Add", "Log"]),  # without it the logarithm would be one of zero
+        ("Sub", -1e-15, ["Add", "Log"]),
+        ("Mul", 1.0 + 1e-6, ["Mul", "Log"]),
+    ],
+)
+def test_what_adds_zero_or_multiplies_by_one_vanishes_and_no_other(
+    tmp_path: Path, operator: str, number: float, expected: list[str]
+) -> None:
+    nodes = [node(operator, ["x", "c"], ["s"]), node("Log", ["s"], ["y"])]
+    path = save(tmp_path / "m.onnx", nodes, {"x": [None]}, {"y": None}, {"c": np.array(number, np.float32)})
+    folded = fold(ir.load(path))
+    assert operators(folded) == expected
+    x = np.array([0.0, 0.5, 2.0], dtype=np.float32)[0 if len(expected) == 2 and operator != "Mul" else 1 :]
+    assert np.array_equal(Runner(model_bytes(folded)).run({"x": x})["y"], Runner(path).run({"x": x})["y"])
+
+
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (0.5, 2.0)])
 @pytest.mark.parametrize("bias", [(6,), (1, 6), (1,), ()])
 def test_gemm_has_no_factors_and_a_vector_bias(

@@ -67,7 +67,7 @@ def test_what_a_logarithm_is_taken_of_stays_float(tmp_path: Path, target: str) -
     assert [layer.name for layer in done.plan.layers] == ["y_node"]
     reasons = {layer.name: layer.reason for layer in done.plan.floats}
     assert {name for name, reason in reasons.items() if reason == REASON} == {
-        f"{name}_node" for name in ("parts", "rr", "ii", "power", "banded")
+        f"{name}_node" for name in ("parts", "rr", "ii", "power", "banded", "floored")
     }
     named, lower = front_end(tmp_path, target, ("parts_node", "y_node"))  # the recipe may ask for it all the same
     assert [layer.name for layer in named.plan.layers] == ["parts_node", "y_node"]
