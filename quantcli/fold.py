@@ -298,9 +298,11 @@ def neutral_constants(model: ir.Model) -> None:
     """
     for node in list(model.graph.all_nodes()):
         neutral = NEUTRAL.get(node.op_type) if not node.domain else None
-        held = constant(node.inputs[1]) if neutral is not None else None
-        if held is not None and held.ndim == 0 and held == neutral and node.graph is not None:
-            same = ir.node("Identity", [node.inputs[0]], name=node.name)
+        held, x = (constant(node.inputs[1]), node.inputs[0]) if neutral is not None else (None, None)
+        if held is None or x is None or held.size != 1 or held.item() != neutral or node.graph is None:
+            continue
+        if held.ndim == 0 or (x.shape is not None and held.ndim <= len(x.shape)):  # else it adds axes
+            same = ir.node("Identity", [x], name=node.name)
             ir.convenience.replace_nodes_and_values(node.graph, node, [node], [same], node.outputs, same.outputs)
 
 

@@ -233,11 +233,12 @@ def test_constant_expressions_and_identities_vanish(tmp_path: Path) -> None:
         ("Mul", 1.0 + 1e-6, ["Mul", "Log"]),
     ],
 )
+@pytest.mark.parametrize("shape", [(), (1,)])
 def test_what_adds_zero_or_multiplies_by_one_vanishes_and_no_other(
-    tmp_path: Path, operator: str, number: float, expected: list[str]
+    tmp_path: Path, operator: str, number: float, expected: list[str], shape: tuple[int, ...]
 ) -> None:
     nodes = [node(operator, ["x", "c"], ["s"]), node("Log", ["s"], ["y"])]
-    path = save(tmp_path / "m.onnx", nodes, {"x": [None]}, {"y": None}, {"c": np.array(number, np.float32)})
+    path = save(tmp_path / "m.onnx", nodes, {"x": [None]}, {"y": None}, {"c": np.full(shape, number, np.float32)})
     folded = fold(ir.load(path))
     assert operators(folded) == expected
     x = np.array([0.0, 0.5, 2.0], dtype=np.float32)[0 if len(expected) == 2 and operator != "Mul" else 1 :]
