@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -116,3 +117,12 @@ def test_convert_names_layers_in_float(
     assert "computes 2 of the integer layers in float, no faster than the float model: a_node, y_node" in told
     assert run([*asked, str(tmp_path / "q.onnx"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["self_check"]["unfused"] == ["a_node", "y_node"]
+
+
+def test_without_room_for_temporary_files_nothing_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    done = convert(clipped(tmp_path), tmp_path / "q.onnx", data=tmp_path / "d.npz", recipe=Recipe(tune=FAST))
+    assert done.check.unfused == ()
+    assert min(done.check.sqnr.values()) > 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calibration.datasets import samples_in, single
+from calibration.errors import RunError
 from calibration.hooks.onnxruntime import Runner
 from calibration.hooks.pairs import saturates
 from quantcli.errors import OutputError
@@ -151,11 +153,12 @@ def loaded(written: bytes | Path, threads: int, sidecar: Sidecar, small: bool) -
         small: Whether its optimized graph may be written to a file.
     """
     what = "the quantized model"
-    if not small or sidecar.mode != "static" or not sidecar.target.placement.pays:
-        return Runner(written, threads, what=what), ()
-    with tempfile.TemporaryDirectory() as folder:
-        optimized = Path(folder) / "optimized.onnx"
-        return Runner(written, threads, what=what, optimized=optimized), unfused(optimized, sidecar)
+    if small and sidecar.mode == "static" and sidecar.target.placement.pays:
+        # Where there is no room for temporary files, nothing is looked for; what is wrong with the model is told below.
+        with contextlib.suppress(OSError, RunError), tempfile.TemporaryDirectory() as folder:
+            optimized = Path(folder) / "optimized.onnx"
+            return Runner(written, threads, what=what, optimized=optimized), unfused(optimized, sidecar)
+    return Runner(written, threads, what=what), ()
 
 
 def compared(model: ir.Model, reference: dict[str, NDArray[Any]], given: dict[str, NDArray[Any]]) -> Comparison:
