@@ -282,7 +282,14 @@ CASES: dict[str, Case] = {
     **{f"{op}, broadcast": two(op, (4, 1, 8), (1, 8, 1)) for op in ("Add", "Sub", "Mul")},
     **{f"{op}, with itself": behind(op, ["c", "c"]) for op in ("Add", "Sub", "Mul")},
     **{
-        f"{op}, Relu": case(CONV, node(op, ["c", "x"], ["t"]), node("Relu", ["t"], ["o"]), layers=f"Conv {op}", **W0)
+        f"{op}, Relu": case(
+            CONV,
+            node(op, ["c", "y"], ["t"]),
+            node("Relu", ["t"], ["o"]),
+            layers=f"Conv {op}",
+            inputs=((4, 8, 8), (4, 8, 8)),
+            **W0,
+        )
         for op in ("Add", "Sub", "Mul")
     },
     "Concat": case(CONV, node("Sigmoid", ["c"], ["s"]), node("Concat", ["c", "s", "x"], ["o"], axis=1), **W0),

@@ -170,7 +170,7 @@ REFUSED: dict[str, tuple[Case, str, str]] = {
         "its data is float",
     ),
     "a move of the input to an output": (
-        refused(node("Add", ["c", "x"], ["o"]), node("Transpose", ["x"], ["p"]), layers="Conv Add"),
+        refused(node("Mul", ["c", "x"], ["o"]), node("Transpose", ["x"], ["p"]), layers="Conv Mul"),
         "Transpose",
         "its data is float",
     ),
