@@ -90,9 +90,8 @@ def few_filters(
 
 def is_depthwise(node: ir.Node) -> bool:
     """Tell whether a convolution has one filter for each channel, and so its own input channel for each filter."""
-    shape = node.inputs[1].shape if node.inputs[1] is not None else None
-    groups = node.attributes.get_int("group", 1)
-    return shape is not None and groups > 1 and shape[:2] == (groups, 1)
+    shape = node.inputs[1].shape if node.op_type == "Conv" and node.inputs[1] is not None else None
+    return shape is not None and shape[:2] == (node.attributes.get_int("group", 1), 1)
 
 
 def makes_little(value: ir.Value) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from quantcli.beginning import beginning
+from quantcli.beginning import beginning, is_depthwise
 from quantcli.bodies import BODIES, why_whole
 from quantcli.cost import per_value, values_of
 from quantcli.divisors import DIVISOR, under_divisions
@@ -96,8 +96,7 @@ class PlacedLayer:
     @property
     def depthwise(self) -> bool:
         """Whether it is a convolution of one filter per channel."""
-        shape = self.node.inputs[1].shape if self.node.op_type == "Conv" and self.node.inputs[1] is not None else None
-        return shape is not None and shape[:2] == (self.node.attributes.get_int("group", 1), 1)
+        return is_depthwise(self.node)
 
     def operands(self) -> list[tuple[int, ir.Value, Operand]]:
         """Return position, value and kind of every operand that has parameters; a computed weight is an activation."""

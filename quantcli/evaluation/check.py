@@ -63,8 +63,8 @@ class SelfCheck:
             time.
         batch: How many samples each of those runs had: one, unless the model fixes another number.
         parts: The SQNR of every part of outputs that are joined from several tensors, in dB.
-        unfused: The integer layers that ONNX Runtime computes in float, of targets that it is the runtime of.
         here: The SQNR of outputs of which this machine's kernels, which saturate (`calibration.hooks.pairs`), give less, in dB.
+        unfused: The integer layers that ONNX Runtime computes in float, of targets that it is the runtime of.
     """
 
     samples: int

@@ -81,9 +81,8 @@ class Expansion:
             if operator is not None:
                 self.expand(node, *operator)
             elif node.op_type == "Clip" and (parameters := self.held(node.inputs[0])) is not None:
-                self.parameters[str(node.outputs[0].name)] = (
-                    parameters  # it keeps a tensor's integers within a narrower grid
-                )
+                # It keeps a tensor's integers within a narrower grid.
+                self.parameters[str(node.outputs[0].name)] = parameters
             elif node.op_type not in EDGES and node.inputs and self.held(node.inputs[0]) is not None:
                 self.expand_move(node)
             elif node.op_type == "QuantizeLinear":
