@@ -51,7 +51,7 @@ from quantcli.load import load
 from quantcli.observation import BATCH_BYTES, LARGEST_BATCH
 from quantcli.placement import place
 from quantcli.probe import model_bytes, with_highest, with_outputs
-from quantcli.recipe import Activation, Tune
+from quantcli.recipe import Activation, Tune, with_integer_start
 
 ENTRIES = ("resnet56_cifar10", "mobilenetv1_025_imagenet", "dscnn_kws")
 WHAT = ("time", "subset", "memory", "merge", "kill", "accuracy")
@@ -90,11 +90,11 @@ class Case:
     def __init__(self, bed: Any, name: str, threads: int) -> None:
         self.path = bed_folder() / "models" / bed.BED[name]["onnx"]
         self.folded = fold(load(self.path).graph)
-        self.placement = place(self.folded, Recipe())
-        self.names = self.placement.observed()
+        self.placement = place(self.folded, with_integer_start(Recipe()))
+        self.names = tuple(dict.fromkeys(self.placement.observed() + place(self.folded, Recipe()).observed()))
         self.threads = threads
         self.bare = Runner(model_bytes(self.folded), threads)
-        self.hook = Runner(with_outputs(self.folded, self.names), self.lanes.threads)
+        self.hook = Runner(with_outputs(self.folded, self.names), self.lanes.threads, unordered=self.names)
         self.data = Arrays(as_feeds(bed.inputs(name, "calib")[0], self.bare.inputs[0].name))
         self.indices = np.arange(len(self.data), dtype=np.intp)
         first = computed(self.hook, self.names, self.data.read(self.indices[:1]))
@@ -133,7 +133,7 @@ class Case:
         """Calibrate as quantcli does."""
         counting = Counting(observer, samples=len(self.data))
         work = Work(self.data, self.indices, self.spans, pilot_of(self.spans), counting, lanes=self.lanes)
-        shortcut = Shortcut(self.pooled, self.known.limit, self.build) if self.pooled else None
+        shortcut = Shortcut(self.pooled, self.known.limit, self.build) if self.pooled and not self.lanes.apart else None
         return collect(self.hook, self.names, work, None, self.known, shortcut).tensors
 
     def build(self, settled: list[str]) -> tuple[Runner, dict[str, tuple[str, int]]]:
@@ -141,7 +141,7 @@ class Case:
         key = tuple(settled)
         if key not in self.built:
             data, pooled = with_highest(self.folded, self.names, settled)
-            self.built[key] = Runner(data, self.lanes.threads), pooled
+            self.built[key] = Runner(data, self.lanes.threads, unordered=self.names), pooled
         return self.built[key]
 
     def peer(self, method: str, folder: Path) -> Callable[[], None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,8 +77,8 @@ class Histogram:
             self.stride += 2
         ends = [ends_of(looked) for looked in glances if looked.size]
         if ends and self.stride > 1:
-            low, high = np.median(ends, axis=0).tolist()  # whatever a single batch is like
-            self.tails = low, high
+            lows, highs = zip(*ends, strict=True)
+            self.tails = median(lows), median(highs)  # whatever a single batch is like
 
     def grow(self, lowest: float, highest: float) -> None:
         """Widen the bins until both values lie inside."""

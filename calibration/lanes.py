@@ -50,6 +50,11 @@ class Lanes:
             return cls(threads - 1, 2, 2)  # the runtime's threads are shared; each batch has its own besides
         return cls(threads, 1, 2 if threads < cores else 1)
 
+    @property
+    def apart(self) -> bool:
+        """Whether one thread computes batches and another one does nothing but count them."""
+        return self.computing == 1 and self.workers > 1
+
 
 ONE_BY_ONE = Lanes()
 
@@ -75,7 +80,7 @@ def in_line(
     if lanes.computing > 1:
         Abreast(batches, compute, count, after, soon).run(lanes.workers)
         return
-    with ThreadPoolExecutor(1) if lanes.workers > 1 else contextlib.nullcontext() as apart:
+    with ThreadPoolExecutor(1) if lanes.apart else contextlib.nullcontext() as apart:
         pending: tuple[Future[None], Batch] | None = None
         for batch in batches:
             found = compute(batch)

@@ -230,10 +230,17 @@ class TensorStatistics:
         """
         if values.size == 0:
             return
-        if self.sealed and self.histogram is not None and not counting.channels:
+        if self.sealed and not counting.channels:
             self.elements += values.size
-            self.histogram.update(as_float32(values).reshape(-1), self.start(values, first, rows), [])
+            if self.histogram is not None:
+                self.histogram.update(as_float32(values).reshape(-1), self.start(values, first, rows), [])
             return
+        if self.plain and not counting.channels:  # what costs least is called most
+            highest = float(np.maximum.reduce(values, axis=None))  # carries a NaN through, as the minimum does
+            lowest = self.minimum if self.settled else float(np.minimum.reduce(values, axis=None))
+            if math.isfinite(lowest) and math.isfinite(highest):
+                self.count_extremes(lowest, highest, values.size)
+                return
         whole = rows > 0 and values.size % rows == 0
         tails: list[NDArray[np.float32]] = []
         by_sample: tuple[NDArray[np.floating], NDArray[np.floating]] | None = None
@@ -258,20 +265,25 @@ class TensorStatistics:
         self.count_parts(values, values, counting)
 
     @property
+    def plain(self) -> bool:
+        """Whether nothing but extremes is counted."""
+        return self.histogram is None and self.samples is None and not self.by_column
+
+    @property
     def settled(self) -> bool:
         """Whether the minimum cannot become lower, since it is the lowest value that the tensor can have."""
         return self.floor is not None and self.minimum == self.floor
 
     @property
     def sealed(self) -> bool:
-        """Whether nothing of a batch is of interest any more but what the histogram looks at.
+        """Whether nothing of a batch is of interest any more but what a histogram looks at.
 
         No extreme can change, no value can lie beyond the histogram's tails, and nothing else is counted.
         """
         if self.ceiling is None or self.maximum != self.ceiling or not self.settled:
             return False
         alone = self.samples is None and not self.by_column
-        return alone and self.histogram is not None and self.histogram.tails[1] >= self.maximum
+        return alone and (self.histogram is None or self.histogram.tails[1] >= self.maximum)
 
     def start(self, values: NDArray[Any], first: int, rows: int) -> int:
         """Return the first element of a batch whose number in the whole calibration is a multiple of the histogram's stride."""

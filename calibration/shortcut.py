@@ -92,14 +92,14 @@ class Light:
         extremes = {
             name: (float(np.minimum.reduce(values, axis=None)), float(np.maximum.reduce(values, axis=None)))
             for name, values in found.items()
-            if name in self.tensors
+            if name in self.tensors and not self.tensors[name].sealed
         }
         for name, highest in self.highest(found).items():
             extremes[name] = self.tensors[name].floor or 0.0, highest
         if not all(highest <= self.limit and lowest >= -self.limit for lowest, highest in extremes.values()):
             return False  # so it is for NaN, too
-        for name, (lowest, highest) in extremes.items():
-            self.tensors[name].count_extremes(lowest, highest, self.sizes[name] * rows)
+        for name, held in self.tensors.items():
+            held.count_extremes(*extremes.get(name, (held.minimum, held.maximum)), self.sizes[name] * rows)
         return True
 
     def highest(self, found: Feeds) -> dict[str, float]:

@@ -55,15 +55,17 @@ def known_of(placement: Placement) -> Known:
 def poolable(placement: Placement, known: Known) -> frozenset[str]:
     """Return the outputs of a known lowest value that have something to pool over behind sample and a known number of channels.
 
-    None where what is not finite could be made of values of any size.
+    Those of a known highest one, too, are not among them: once both were seen, there is nothing to look for. None are where what is
+    not finite could be made of values of any size.
     """
     if not known.limit:
         return frozenset()
     shapes = {str(layer.output.name): layer.output.shape for layer in placement.layers}
+    lowest_alone = {name for name, (_, high) in known.ends.items() if high == math.inf}
     return frozenset(
         name
         for name, shape in shapes.items()
-        if name in known.ends and shape is not None and len(shape) > 2 and isinstance(shape[1], int)
+        if name in lowest_alone and shape is not None and len(shape) > 2 and isinstance(shape[1], int)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -178,7 +179,9 @@ class Observation:
             hook = self.hook(names)
         while names:
             checkpoint = Checkpoint(self.run.seconds, lambda found: self.save(blank, found))
-            placement = place(self.folded, self.recipe)
+            placement = place(
+                self.folded, with_integer_start(self.recipe)
+            )  # a convolution is one, also where it stays float
             known = known_of(placement)
             shortcut = self.shortcut(names, hook, work, poolable(placement, known) & set(names), known.limit)
             seen = collect(
@@ -225,7 +228,21 @@ class Observation:
             from calibration.hooks.torch import ProgramHook
 
             return ProgramHook(self.source.program, names, self.run.device, self.source.name, self.aliases(names))
-        return Runner(lambda: with_outputs(self.folded, names), self.run.lanes.threads, self.source.name)
+        return Runner(
+            lambda: with_outputs(self.folded, names),
+            self.run.lanes.threads,
+            self.source.name,
+            unordered=self.unordered(names),
+        )
+
+    def unordered(self, names: Sequence[str]) -> frozenset[str]:
+        """Return the tensors whose elements are counted in any order within a sample."""
+        return frozenset() if self.recipe.calibration.channels else frozenset(names) - self.columns
+
+    @functools.cached_property
+    def columns(self) -> frozenset[str]:
+        """The tensors of which the extremes of every column are counted."""
+        return columns_needed(self.folded, self.recipe)
 
     def aliases(self, names: Sequence[str]) -> dict[str, str]:
         """Return what the program calls the tensors: of one that folding made, the one that holds its values in another shape."""
@@ -317,9 +334,8 @@ class Observation:
             usable,
         )
         part = Part(dataset.digest, usable, mine[0][0], mine[-1][1])
-        columns = columns_needed(self.folded, self.recipe)
         masks = frozenset(str(value.name) for value in scores(self.folded))
-        return Work(dataset, indices, mine, pilot_of(spans), counting, fixed, columns, lanes, checks, masks), part
+        return Work(dataset, indices, mine, pilot_of(spans), counting, fixed, self.columns, lanes, checks, masks), part
 
     def blank(self, dataset: Dataset, chosen: int, batch: int, part: Part) -> Statistics:
         """Return the statistics with everything but what is counted."""
@@ -356,12 +372,13 @@ class Observation:
         static = all(all(size is not None for size in spec.shape[1:]) for spec in hook.inputs)
         if not static or len(work.spans) < WORTH_A_SHORTCUT or not isinstance(hook, Runner) or work.counting.parts:
             return None
-        if not pooled:
+        if not pooled or work.lanes.apart:  # a thread that only counts is done before the next batch is
             return None
 
         def build(settled: list[str]) -> tuple[Hook, dict[str, tuple[str, int]]]:
             data, pooled = with_highest(self.folded, names, settled)
-            return Runner(data, self.run.lanes.threads, self.source.name), pooled
+            unordered = self.unordered(names)
+            return Runner(data, self.run.lanes.threads, self.source.name, unordered=unordered), pooled
 
         return Shortcut(pooled, limit, build)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import re
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ import numpy as np
 from calibration.datasets.dataset import InputSpec
 from calibration.errors import RunError
 from calibration.hooks import pairs
+from calibration.hooks.blocks import in_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from numpy.typing import NDArray
 
@@ -82,6 +84,7 @@ class Runner:
         exact: Whether a quantized model is to give what ONNX says, where this machine's integer kernels do not
             (`calibration.hooks.pairs`).
         optimized: Where to write the graph as ONNX Runtime has optimized it; None for nowhere.
+        unordered: Outputs of which the order of elements within a sample does not matter (`calibration.hooks.blocks`).
 
     Raises:
         RunError: If ONNX Runtime refuses the model.
@@ -95,8 +98,10 @@ class Runner:
         profile: Path | None = None,
         exact: bool = False,
         optimized: Path | None = None,
+        unordered: Collection[str] = (),
     ) -> None:
         self.what, self.threads, self.profile, self.exact, self.optimized = what, threads, profile, exact, optimized
+        self.unordered = unordered
         self.again = model if callable(model) else None
         self.loaded: Any = self.load(model() if callable(model) else model)
 
@@ -130,9 +135,18 @@ class Runner:
                 # A kernel's own copy of its weights would double what a large model takes.
                 options.add_session_config_entry("session.disable_prepacking", "1")
             given = model.data if isinstance(model, Bundle) else openable(model) if isinstance(model, Path) else model
+            if isinstance(given, bytes) and not isinstance(model, Bundle):
+                optimized = in_blocks(given, self.unordered, functools.partial(self.optimize, given))
+                if optimized is not None:
+                    given = optimized
+                    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise RunError(f"ONNX Runtime refuses {self.what} ({first_line(error)})") from error
+
+    def optimize(self, model: bytes, file: Path) -> None:
+        """Write the graph of a model as ONNX Runtime has optimized it."""
+        Runner(model, self.threads, self.what, optimized=file)
 
     @property
     def session(self) -> Any:

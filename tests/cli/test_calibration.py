@@ -23,6 +23,7 @@ from quantcli.fold import fold
 from quantcli.known import known_of, poolable
 from quantcli.load import load
 from quantcli.placement import place
+from quantcli.recipe import with_integer_start
 from tests.graphs import node, normal, residual_net, save
 
 MAIN = [sys.executable, "-c", "from quantcli.cli import main; main()"]
@@ -381,7 +382,22 @@ def test_a_softmax_behind_everything_that_is_observed_does_not_matter() -> None:
     known = known_of(placement)
     assert known.ends == {"ar": (0.0, 6.0), "br": (0.0, 6.0)}
     assert 1e9 < known.limit < 1e15
-    assert poolable(placement, known) == {"ar", "br"}
+    assert poolable(placement, known) == frozenset()  # with both ends known, most are not read any more anyway
+
+
+def test_behind_what_stays_float_only_as_it_is_faster_extremes_may_leave_the_graph_alone() -> None:
+    constants = {"w": normal(16, 3, 3, 3, seed=1), "v": normal(5, 16, 1, 1, seed=2)}
+    nodes = [
+        node("Conv", ["x", "w"], ["a"], pads=[1] * 4),
+        node("Relu", ["a"], ["ar"]),
+        node("Conv", ["ar", "v"], ["b"]),
+        node("Relu", ["b"], ["br"]),
+    ]
+    save(Path("m.onnx"), nodes, {"x": ["N", 3, 32, 32]}, {"br": ["N", 5, 32, 32]}, constants)
+    folded = fold(load(Path("m.onnx")).graph)
+    assert [layer.operator for layer in place(folded, Recipe()).floats] == ["Conv", "Relu"]
+    placement = place(folded, with_integer_start(Recipe()))
+    assert poolable(placement, known_of(placement)) == {"ar", "br"}
 
 
 def test_behind_an_operator_that_stays_float_no_extreme_leaves_the_graph_alone() -> None:
