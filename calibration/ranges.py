@@ -136,24 +136,28 @@ def percentile(spec: RangeSpec, name: str, seen: TensorStatistics, grid: Grid) -
     A symmetric grid cuts by magnitude instead.
     """
     histogram = histogram_of(spec, name, seen)
-    share = (DEFAULT_PERCENTILE if spec.argument is None else spec.argument) / 100
+    left_out = 1 - (DEFAULT_PERCENTILE if spec.argument is None else spec.argument) / 100
     if grid.symmetric:
-        bound = quantile(magnitudes(histogram), histogram.exponent, share)
+        bound = highest_but(magnitudes(histogram), histogram.exponent, left_out * seen.elements)
         return -bound, bound
-    cut = (1 - share) / 2
-    filled = histogram.counts
-    offset = len(filled) // 2 * math.ldexp(1.0, histogram.exponent)
-    return tuple(quantile(filled, histogram.exponent, point) - offset for point in (cut, 1 - cut))  # type: ignore[return-value]
+    half, cut = len(histogram.counts) // 2, left_out / 2 * seen.elements
+    below, above = (
+        highest_but(counts, histogram.exponent, cut) for counts in (histogram.counts[::-1], histogram.counts)
+    )
+    offset = math.ldexp(half, histogram.exponent)
+    return offset - below, above - offset
 
 
-def quantile(counts: NDArray[np.int64], exponent: int, share: float) -> float:
-    """Return the value below which a share of the counted values lies, linear within a bin; bins begin at zero."""
-    total = np.cumsum(counts)
-    wanted = share * total[-1]
-    place = min(int(np.searchsorted(total, wanted)), len(counts) - 1)
-    before = total[place] - counts[place]
-    inside = (wanted - before) / counts[place] if counts[place] else 0.0
-    return math.ldexp(place + min(max(float(inside), 0.0), 1.0), exponent)
+def highest_but(counts: NDArray[np.int64], exponent: int, cut: float) -> float:
+    """Return the value above which so many of the counted values lie, linear within a bin; bins begin at zero.
+
+    They are counted from above, where every element was, however few of the bulk below were looked at.
+    """
+    above = np.cumsum(counts[::-1])
+    place = min(int(np.searchsorted(above, cut)), len(counts) - 1)
+    count = counts[len(counts) - 1 - place]
+    inside = (cut - (above[place] - count)) / count if count else 0.0
+    return math.ldexp(len(counts) - place - min(max(float(inside), 0.0), 1.0), exponent)
 
 
 def mse(spec: RangeSpec, name: str, seen: TensorStatistics, grid: Grid) -> tuple[float, float]:
