@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # How long a sequence is taken to be whose length is not known.
 USUAL_LENGTH = 128
+# The axes of a tensor of rows.
+ROWS = 2
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,29 @@ class Work:
 
 
 def values_of(value: ir.Value | None) -> int | None:
-    """Return how many values a tensor has, free dimensions counted as 1; None where not even its rank is known."""
+    """Return how many values a tensor has, free dimensions counted as 1; None where not even its rank is known.
+
+    A free axis of rows counts as what it was put together from: a sample's rows are many, where a dense layer of three axes is a
+    Gemm between Reshapes.
+    """
     if value is None or value.shape is None:
         return None
-    return math.prod(size if isinstance(size, int) else 1 for size in value.shape)
+    known = math.prod(size for size in value.shape if isinstance(size, int))
+    return known * rows_of(value) if len(value.shape) == ROWS and not isinstance(value.shape[0], int) else known
+
+
+def rows_of(value: ir.Value) -> int:
+    """Return how long the free first axis of a tensor of two is per sample: 1, unless a Reshape put several axes together in it."""
+    while (producer := value.producer()) is not None and producer.inputs:
+        before = producer.inputs[0]
+        if before is None or before.shape is None or value.shape is None:
+            break
+        if producer.op_type == "Reshape" and len(before.shape) > ROWS and before.shape[-1] == value.shape[-1]:
+            return math.prod(size for size in before.shape[:-1] if isinstance(size, int))
+        if len(before.shape) != ROWS or before.shape[0] != value.shape[0]:
+            break
+        value = before
+    return 1
 
 
 def work_of(node: ir.Node) -> Work:

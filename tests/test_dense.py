@@ -12,6 +12,7 @@ import pytest
 
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Conversion, Recipe, calibrate, convert, verify
+from quantcli.cost import work_of
 from quantcli.dense import ROWS
 from quantcli.fold import fold
 from quantcli.load import load
@@ -215,3 +216,22 @@ def test_lengths_written_as_minus_one_or_a_question_mark_are_not_known(tmp_path:
     assert [layer.operator for layer in done.plan.layers] == ["Reshape", "Gemm", "Reshape"]
     y = Runner(model).run({"x": x})["y"]
     assert Runner(done.model).run({"x": x})["y"].shape == y.shape
+
+
+@pytest.mark.parametrize("shape", [("n", LENGTH, WIDTH), ("n", 2, LENGTH, WIDTH), (3, LENGTH, WIDTH)])
+def test_rows_that_were_put_together_count(tmp_path: Path, shape: Shape) -> None:
+    """The products behind the Reshape are as many as they were, and so is what is made there."""
+    model = fold(load(dense(tmp_path / "m.onnx", shape, between="Relu")).graph)
+    rows = int(np.prod([size for size in shape[:-1] if isinstance(size, int)]))
+    work = {found.op_type: work_of(found) for found in model.graph}
+    assert [work_of(found).macs for found in model.graph if found.op_type == "Gemm"] == [rows * WIDTH * WIDER] * 2
+    assert work["Relu"].made == work["Relu"].read == rows * WIDER
+    assert work["Gemm"].made == rows * WIDTH
+
+
+def test_a_row_per_sample_is_one(tmp_path: Path) -> None:
+    """Flattening leaves a row of each sample."""
+    nodes = [node("Flatten", ["x"], ["f"]), node("Gemm", ["f", "w"], ["y"])]
+    constants = {"w": normal(LENGTH * WIDTH, WIDER, seed=1)}
+    model = fold(load(save(tmp_path / "m.onnx", nodes, {"x": ("n", LENGTH, WIDTH)}, {"y": None}, constants)).graph)
+    assert work_of(model.graph[-1]).macs == LENGTH * WIDTH * WIDER

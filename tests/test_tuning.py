@@ -112,6 +112,25 @@ def test_rounding_is_never_worse_than_nearest(
     assert (output_error(found * step - weights, stable) <= plain).all()
 
 
+@pytest.mark.parametrize(("bits", "descends"), [(4, True), (7, True), (8, False)])
+def test_only_coarse_integers_descend(monkeypatch: pytest.MonkeyPatch, bits: int, descends: bool) -> None:
+    called: list[int] = []
+
+    def noted(*given: NDArray[np.float64]) -> NDArray[np.float64]:
+        called.append(bits)
+        return given[1]
+
+    monkeypatch.setattr(rounding, "descended", noted)
+    weights, moments = normal(1, 5, 9, seed=1).astype(np.float64), np.eye(9)[None]
+    high = 2 ** (bits - 1) - 1
+    scales = np.abs(weights).max(axis=2) / high
+    ends = [(-high, high), (np.full((1, 5), -float(high)), np.full((1, 5), float(high)))]
+    for one in ends:
+        found = rounded(weights, scales, moments, one)
+        assert np.array_equal(found, nearest(weights, scales, one))  # no input tells of another
+    assert bool(called) == descends
+
+
 @given(inputs=st.integers(1, 5), seed=st.integers(0, 99))
 def test_coordinate_descent_ends_where_no_single_integer_can_move(inputs: int, seed: int) -> None:
     moments = damped(moments_of(None, rows(1, 30, inputs, seed), centred=False).covariance)
