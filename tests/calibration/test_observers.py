@@ -361,6 +361,21 @@ def test_a_percentile_holds_its_share_up_to_a_bin(sample: tuple[Array, TensorSta
     assert bound <= np.quantile(sizes, percent / 100, method="higher") + between
 
 
+@pytest.mark.parametrize("percent", [99.9, 99.99])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_far_percentiles_are_those_of_all_elements(percent: float, symmetric: bool) -> None:
+    """Few of the bulk are looked at, but all of the tails, from whose ends they are counted."""
+    values = np.random.default_rng(8).standard_t(3, size=(64, 6000)).astype(np.float32)
+    few = counted(*np.split(values, 8), counting=Counting("percentile", samples=64))
+    every = counted(values, counting=Counting("percentile", samples=1))  # as if there were no more of it
+    assert few.histogram is not None
+    assert every.histogram is not None
+    assert every.histogram.stride == 1 < few.histogram.stride
+    assert few.histogram.counts.sum() != values.size
+    spec, grid = RangeSpec("percentile", percent), Grid(symmetric=symmetric)
+    assert range_of(spec, "t", few, grid) == range_of(spec, "t", every, grid)
+
+
 def quantization_error(rows: Array, lo: float, hi: float, steps: int) -> float:
     """Return the mean squared error of rounding to a grid over a range, with zero on the grid."""
     scale = (hi - lo) / steps
