@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from calibration.errors import RunError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
@@ -34,7 +36,7 @@ def in_blocks(model: bytes, unordered: Collection[str], optimize: Callable[[Path
         optimize: Writes the optimized model into a file.
 
     Returns:
-        The bytes, for a session that does not optimize them; None where nothing would be gained, or there is no room for the file.
+        The bytes, for a session that does not optimize them; None where nothing would be gained, or no file can be written.
     """
     if not unordered or len(model) > LARGEST or b"Conv" not in model:
         return None
@@ -45,7 +47,7 @@ def in_blocks(model: bytes, unordered: Collection[str], optimize: Callable[[Path
             file = Path(folder) / "optimized.onnx"
             optimize(file)
             optimized = onnx.load(file)
-    except OSError:
+    except (OSError, RunError):
         return None
     return bytes(optimized.SerializeToString()) if cut(optimized.graph, unordered) else None
 

@@ -134,15 +134,27 @@ class Runner:
             if isinstance(model, Bundle) or (isinstance(model, Path) and folder_size(model) > WORTH_SPARING):
                 # A kernel's own copy of its weights would double what a large model takes.
                 options.add_session_config_entry("session.disable_prepacking", "1")
+            if isinstance(model, bytes) and (found := self.in_blocks(model, options)) is not None:
+                return found
             given = model.data if isinstance(model, Bundle) else openable(model) if isinstance(model, Path) else model
-            if isinstance(given, bytes) and not isinstance(model, Bundle):
-                optimized = in_blocks(given, self.unordered, functools.partial(self.optimize, given))
-                if optimized is not None:
-                    given = optimized
-                    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise RunError(f"ONNX Runtime refuses {self.what} ({first_line(error)})") from error
+
+    def in_blocks(self, model: bytes, options: Any) -> Any:
+        """Return a session that hands out tensors in ONNX Runtime's own order; None where there is none, or nothing is gained."""
+        import onnxruntime
+
+        optimized = in_blocks(model, self.unordered, functools.partial(self.optimize, model))
+        if optimized is None:
+            return None
+        levels, level = onnxruntime.GraphOptimizationLevel, options.graph_optimization_level
+        options.graph_optimization_level = levels.ORT_DISABLE_ALL
+        try:
+            return onnxruntime.InferenceSession(optimized, options, providers=["CPUExecutionProvider"])
+        except Exception:  # noqa: BLE001 - ONNX Runtime's own file; whatever ails it, the model itself is there
+            options.graph_optimization_level = level
+            return None
 
     def optimize(self, model: bytes, file: Path) -> None:
         """Write the graph of a model as ONNX Runtime has optimized it."""

@@ -14,6 +14,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import quantcli
 from calibration import statistics
+from calibration.errors import RunError
 from calibration.hooks import blocks
 from calibration.hooks.onnxruntime import Runner
 from quantcli import Recipe
@@ -91,6 +92,24 @@ def test_without_room_for_a_file_tensors_come_in_order(monkeypatch: pytest.Monke
     plain = ran(network(48), ())
     monkeypatch.setattr(tempfile, "TemporaryDirectory", full)
     assert np.array_equal(ran(network(48), {"cr"})["cr"], plain["cr"])
+
+
+def refused(*_: object) -> None:
+    raise RunError("a node cannot be written")
+
+
+def spoilt(*_: object) -> bytes:
+    return b"no model"
+
+
+@pytest.mark.parametrize(
+    ("what", "instead"), [("onnxruntime.Runner.optimize", refused), ("onnxruntime.in_blocks", spoilt)]
+)
+def test_where_it_fails_tensors_come_in_order(monkeypatch: pytest.MonkeyPatch, what: str, instead: Any) -> None:
+    plain = ran(network(48), ())
+    monkeypatch.setattr(f"calibration.hooks.{what}", instead)
+    found = ran(network(48), {"cr"})
+    assert all(np.array_equal(found[name], values) for name, values in plain.items())
 
 
 def test_large_models_and_those_without_convolutions_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
