@@ -179,9 +179,8 @@ class Observation:
             hook = self.hook(names)
         while names:
             checkpoint = Checkpoint(self.run.seconds, lambda found: self.save(blank, found))
-            placement = place(
-                self.folded, with_integer_start(self.recipe)
-            )  # a convolution is one, also where it stays float
+            # What begins in float is made by what could be layers, too.
+            placement = place(self.folded, with_integer_start(self.recipe))
             known = known_of(placement)
             shortcut = self.shortcut(names, hook, work, poolable(placement, known) & set(names), known.limit)
             seen = collect(
