@@ -48,7 +48,7 @@ def beginning(
         follows = any(value in behind for value in node.inputs if value is not None)
         layer = node not in reasons and multiplies(node)
         if layer and not follows and node.op_type == "Conv" and node not in forced and LEARNED not in node.meta:
-            why = few_filters(node, reasons, placement, forced) or before_steps(node, placement, forced)
+            why = few_filters(node, placement, forced) or before_steps(node, placement, forced)
             if why is not None:
                 found[node] = why
                 continue
@@ -62,14 +62,11 @@ def multiplies(node: ir.Node) -> bool:
     return node.op_type in RULES and RULES[node.op_type].arithmetic is Arithmetic.ACCUMULATE
 
 
-def few_filters(
-    node: ir.Node, reasons: Collection[ir.Node], placement: PlacementFormat, forced: Collection[ir.Node]
-) -> str | None:
+def few_filters(node: ir.Node, placement: PlacementFormat, forced: Collection[ir.Node]) -> str | None:
     """Return why a convolution over images is faster in float: it has few filters of few terms, or one for each channel.
 
     Args:
         node: The convolution.
-        reasons: Operators that stay float anyway.
         placement: Up to how many filters, and of how many terms, float is faster.
         forced: Operators that the recipe names to be quantized.
     """
@@ -77,7 +74,7 @@ def few_filters(
     if weight is None or weight.shape is None or len(weight.shape) != IMAGES or makes_little(output):
         return None
     filters, depth, *kernel = weight.shape.numpy()
-    terms, readers = depth * math.prod(kernel), list(convolutions_behind(output, reasons, forced))
+    terms, readers = depth * math.prod(kernel), list(convolutions_behind(output, forced))
     if not readers or None in readers or terms > placement.first_terms or terms == depth:
         return None  # a pointwise one has nothing to gather
     if node.attributes.get_int("group", 1) > 1:
@@ -100,10 +97,10 @@ def makes_little(value: ir.Value) -> bool:
     return shape is not None and all(isinstance(size, int) for size in shape) and (values_of(value) or 0) < FEWEST
 
 
-def convolutions_behind(
-    value: ir.Value, reasons: Collection[ir.Node], forced: Collection[ir.Node]
-) -> Iterator[ir.Node | None]:
+def convolutions_behind(value: ir.Value, forced: Collection[ir.Node]) -> Iterator[ir.Node | None]:
     """Yield the convolutions that read a value, behind what may stand between, and None for any other reader.
+
+    One that stays float for a reason of its own is as good: an integer layer before it would be dequantized for it.
 
     A sum that reads the same tensor is computed in another order of axes than the convolutions, which ONNX Runtime then transposes
     back and forth around every sum behind it, and maxima of bytes take ten times as long in that order.
@@ -111,10 +108,10 @@ def convolutions_behind(
     if value.is_graph_output():
         yield None
     for user in set(value.consumers()):
-        if user.op_type == "Conv" and user not in reasons and user not in forced and user.inputs[0] is value:
+        if user.op_type == "Conv" and user not in forced and user.inputs[0] is value:
             yield user
         elif user.op_type in BETWEEN and user not in forced and (user.op_type != "Mul" or is_silu(user)):
-            yield from convolutions_behind(user.outputs[0], reasons, forced)
+            yield from convolutions_behind(user.outputs[0], forced)
         else:
             yield None
 

@@ -87,6 +87,12 @@ def test_the_first_convolution_and_the_depthwise_one_behind_it_are_faster_in_flo
     assert floats(saved(tmp_path, SEPARABLE, ["Relu", "Relu", "Relu"]), recipe) == expected
 
 
+def test_a_convolution_that_was_excluded_is_as_good_to_begin_before(tmp_path: Path) -> None:
+    model = saved(tmp_path, [*SEPARABLE, ("last", normal(8, 16, 1, 1, seed=4))], ["Relu"] * 4)
+    assert floats(model, Recipe(layers=Layers(exclude=("depthwise_c_node",)))) == ["first"]
+    assert floats(model, Recipe(layers=Layers(exclude=("pointwise_c_node",)))) == ["first", "depthwise"]
+
+
 @pytest.mark.parametrize("behind", ["", "Relu", "LeakyRelu", "Silu"])
 def test_activations_may_stand_before_the_next_convolution(tmp_path: Path, behind: str) -> None:
     model = saved(tmp_path, [first(), pointwise()], [behind, "Relu"])

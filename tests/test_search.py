@@ -182,6 +182,43 @@ def test_what_was_lucky_is_not_kept(
     assert kept.held.drop == 0.0
 
 
+def test_what_begins_in_float_does_not_become_integer_where_all_else_becomes_float(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that is all beginning would have that in integers, as far as they go: no step raises it."""
+    nodes = [
+        node("Conv", ["x", "w1"], ["a"]),
+        node("Relu", ["a"], ["b"]),
+        node("Conv", ["b", "w2"], ["c"]),
+        node("GlobalAveragePool", ["c"], ["d"]),
+        node("Flatten", ["d"], ["y"]),
+    ]
+    weights = {"w1": normal(8, 3, 3, 3, seed=1), "w2": normal(4, 8, 1, 1, seed=2)}
+    model = save(tmp_path / "m.onnx", nodes, {"x": ["n", 3, 40, 40]}, {"y": ["n", 4]}, weights)
+    x = normal(8, 3, 40, 40, seed=3)
+    np.savez(tmp_path / "d.npz", x=x, labels=np.zeros(8, np.int64))
+    real = False
+    tuned = Search.tuned
+
+    def noted(self: Search, steps: Sequence[Step]) -> Any:
+        nonlocal real
+        real = any(step.width.real for step in steps)
+        return tuned(self, steps)
+
+    def score(_: bytes) -> tuple[Score, Score]:
+        one = Score(90.0 if real else 10.0, 90.0, 200, 0 if real else 160)
+        return one, one
+
+    monkeypatch.setattr(Search, "tuned", noted)
+    monkeypatch.setattr(decision, "scorer", lambda *_: (score, "digest"))
+    recipe = Recipe(weight=Weight(bits=2), tune=Tune(effort="fast", max_drop=1.0))
+    done = convert(model, tmp_path / "q.onnx", data=tmp_path / "d.npz", recipe=recipe, validate=tmp_path / "d.npz")
+    assert [layer.name for layer in done.plan.layers if layer.operator == "Conv"] == [
+        "c_node"
+    ]  # its weights are stored
+    assert np.abs(Runner(done.model).run({"x": x})["y"] - Runner(model).run({"x": x})["y"]).max() < 1e-2
+
+
 @pytest.fixture
 def uneven(tmp_path: Path) -> Path:
     """A network whose first layer has much larger weights for an input channel that holds nothing."""

@@ -32,7 +32,7 @@ from quantcli.placement import place
 from quantcli.plan import make_plan
 from quantcli.probe import model_bytes
 from quantcli.quantize import quantize
-from quantcli.recipe import keeping, resolve_target
+from quantcli.recipe import keeping, resolve_target, with_integer_start
 from quantcli.rules import Arithmetic, Operand
 from quantcli.tune.candidates import Candidate, Observe
 from quantcli.tune.effort import Tuned, tune, untuned
@@ -218,6 +218,15 @@ class Search:
         """Which operators are integer layers."""
         return place(self.model, self.recipe, unresolvable(self.model, self.statistics.tensors, self.recipe))
 
+    @functools.cached_property
+    def begun(self) -> tuple[str, ...]:
+        """The layers that stay float at the model's beginning: a model of them alone would have them in integers."""
+        tensors = self.statistics.tensors
+        start = with_integer_start(self.recipe)
+        whole = place(self.model, start, unresolvable(self.model, tensors, start))
+        integer = {layer.node for layer in self.placement.layers}
+        return tuple(str(layer.node.name) for layer in whole.layers if layer.node not in integer)
+
     def around(self, layers: Collection[str]) -> dict[str, int]:
         """Return the width of the activations around some layers, by name, where they are wide.
 
@@ -340,6 +349,8 @@ class Search:
         """Return the tuned model of an assignment."""
         raised = raised_by(steps)
         reals = tuple(step.layer for step in raised.values() if step.width.real)
+        if {layer for layer, _, _ in self.weighted} <= {*reals}:
+            reals += self.begun
         stored = [step.layer for step in raised.values() if step.width == STORED]
         bits = {weight: step.width.bits for weight, step in raised.items() if not step.width.real}
         recipe = keeping(self.recipe, reals)
