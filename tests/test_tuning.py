@@ -112,8 +112,10 @@ def test_rounding_is_never_worse_than_nearest(
     assert (output_error(found * step - weights, stable) <= plain).all()
 
 
-@pytest.mark.parametrize(("bits", "descends"), [(4, True), (7, True), (8, False)])
-def test_only_coarse_integers_descend(monkeypatch: pytest.MonkeyPatch, bits: int, descends: bool) -> None:
+@pytest.mark.parametrize(("bits", "large", "descends"), [(4, 45, True), (7, 45, True), (8, 45, False), (8, 46, True)])
+def test_large_layers_do_not_descend_on_fine_grids(
+    monkeypatch: pytest.MonkeyPatch, bits: int, large: int, descends: bool
+) -> None:
     called: list[int] = []
 
     def noted(*given: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -121,6 +123,7 @@ def test_only_coarse_integers_descend(monkeypatch: pytest.MonkeyPatch, bits: int
         return given[1]
 
     monkeypatch.setattr(rounding, "descended", noted)
+    monkeypatch.setattr(rounding, "LARGE", large)
     weights, moments = normal(1, 5, 9, seed=1).astype(np.float64), np.eye(9)[None]
     high = 2 ** (bits - 1) - 1
     scales = np.abs(weights).max(axis=2) / high
