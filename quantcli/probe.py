@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from calibration.hooks.blocks import BLOCK
 from calibration.hooks.onnxruntime import Bundle
 from quantcli.errors import ModelError
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 LARGEST_MODEL = 2**31 - 1
 # Of a model above that, weights of more bytes stay outside the message.
 LARGE_WEIGHT = 1 << 20
-# ONNX Runtime computes convolutions on blocks of so many channels, or of half as many.
-BLOCK = 16
 # What is mapped into memory begins at a multiple of this.
 PAGE = 4096
 

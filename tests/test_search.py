@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from numpy.typing import NDArray
 
 from calibration.errors import DataError
 from calibration.hooks.onnxruntime import Runner
@@ -182,10 +183,8 @@ def test_what_was_lucky_is_not_kept(
     assert kept.held.drop == 0.0
 
 
-def test_what_begins_in_float_does_not_become_integer_where_all_else_becomes_float(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A model that is all beginning would have that in integers, as far as they go: no step raises it."""
+def convolutions(path: Path, first: NDArray[np.float32], second: NDArray[np.float32], side: int) -> Path:
+    """Write two convolutions with a Relu between them, over images of three channels."""
     nodes = [
         node("Conv", ["x", "w1"], ["a"]),
         node("Relu", ["a"], ["b"]),
@@ -193,8 +192,15 @@ def test_what_begins_in_float_does_not_become_integer_where_all_else_becomes_flo
         node("GlobalAveragePool", ["c"], ["d"]),
         node("Flatten", ["d"], ["y"]),
     ]
-    weights = {"w1": normal(8, 3, 3, 3, seed=1), "w2": normal(4, 8, 1, 1, seed=2)}
-    model = save(tmp_path / "m.onnx", nodes, {"x": ["n", 3, 40, 40]}, {"y": ["n", 4]}, weights)
+    weights = {"w1": first, "w2": second}
+    return save(path, nodes, {"x": ["n", 3, side, side]}, {"y": ["n", len(second)]}, weights)
+
+
+def test_what_begins_in_float_does_not_become_integer_where_all_else_becomes_float(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that is all beginning would have that in integers, as far as they go: no step raises it."""
+    model = convolutions(tmp_path / "m.onnx", normal(8, 3, 3, 3, seed=1), normal(4, 8, 1, 1, seed=2), 40)
     x = normal(8, 3, 40, 40, seed=3)
     np.savez(tmp_path / "d.npz", x=x, labels=np.zeros(8, np.int64))
     real = False
@@ -225,15 +231,7 @@ def uneven(tmp_path: Path) -> Path:
     rng = np.random.default_rng(7)
     first, second = rng.normal(size=(8, 3, 3, 3)) / 5, rng.normal(size=(8, 8, 1, 1)) / 3
     first[:, 0] *= 400
-    nodes = [
-        node("Conv", ["x", "w1"], ["a"]),
-        node("Relu", ["a"], ["b"]),
-        node("Conv", ["b", "w2"], ["c"]),
-        node("GlobalAveragePool", ["c"], ["d"]),
-        node("Flatten", ["d"], ["y"]),
-    ]
-    weights = {"w1": first.astype(np.float32), "w2": second.astype(np.float32)}
-    return save(tmp_path / "uneven.onnx", nodes, {"x": ["n", 3, 8, 8]}, {"y": ["n", 8]}, weights)
+    return convolutions(tmp_path / "uneven.onnx", first.astype(np.float32), second.astype(np.float32), 8)
 
 
 @pytest.fixture
