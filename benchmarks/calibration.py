@@ -48,9 +48,9 @@ from quantcli import Recipe, convert
 from quantcli.fold import fold
 from quantcli.known import known_of, poolable
 from quantcli.load import load
-from quantcli.observation import BATCH_BYTES, LARGEST_BATCH
+from quantcli.observation import batch_for
 from quantcli.placement import place
-from quantcli.probe import model_bytes, with_highest, with_outputs
+from quantcli.probe import model_bytes, weight_bytes, with_highest, with_outputs
 from quantcli.recipe import Activation, Tune, with_integer_start
 
 ENTRIES = ("resnet56_cifar10", "mobilenetv1_025_imagenet", "dscnn_kws")
@@ -100,7 +100,7 @@ class Case:
         first = computed(self.hook, self.names, self.data.read(self.indices[:1]))
         fixed = self.bare.inputs[0].shape[0]
         size = sum(values.nbytes for values in first.values())
-        self.batch = fixed or max(1, min(LARGEST_BATCH, BATCH_BYTES // size))
+        self.batch = fixed or batch_for(size, weight_bytes(self.folded))
         self.spans = [(s, min(s + self.batch, len(self.data))) for s in range(0, len(self.data), self.batch)]
         self.known = known_of(self.placement)
         self.pooled = poolable(self.placement, self.known) & set(self.names)
@@ -379,7 +379,7 @@ def batch_of(model: Path) -> int:
         "import sys, numpy as np; from benchmarks.calibration import *; f = fold(load(Path(sys.argv[1])).graph); "
         "n = place(f, Recipe()).observed(); h = Runner(with_outputs(f, n)); "
         "x = {s.name: np.zeros([d or 1 for d in s.shape], s.dtype) for s in h.inputs}; "
-        "print(max(1, min(LARGEST_BATCH, BATCH_BYTES // sum(v.nbytes for v in computed(h, n, x).values()))))"
+        "print(batch_for(sum(v.nbytes for v in computed(h, n, x).values()), weight_bytes(f)))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(model)], check=True, capture_output=True, text=True)
     return int(done.stdout.split()[-1])

@@ -74,10 +74,11 @@ class Light:
         ]
         if not settled or not all(values.size for values in found.values()):
             return None
-        whole.rest()
-        hook, places = shortcut.build(settled)
         rows = samples_in(feeds)
         sizes = {name: values.size // rows for name, values in found.items()}
+        del found
+        whole.rest()
+        hook, places = shortcut.build(settled)
         return cls(hook, places, sizes, shortcut.limit, tensors)
 
     def run(self, feeds: Feeds) -> Feeds:

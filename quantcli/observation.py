@@ -28,7 +28,7 @@ from quantcli.files import path_or_none, staged
 from quantcli.known import holders, known_of, poolable
 from quantcli.masks import possible, unresolvable
 from quantcli.placement import place
-from quantcli.probe import with_highest, with_outputs
+from quantcli.probe import weight_bytes, with_highest, with_outputs
 from quantcli.recipe import with_integer_start
 from quantcli.scores import scores
 from quantcli.tune.smooth import columns_needed
@@ -49,9 +49,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Activations of a batch that stay in the caches of a core cost least to look at; above so many samples nothing is gained.
-BATCH_BYTES = 4 << 20
-LARGEST_BATCH = 32
+# What the activations of a batch may take: enough that what a run costs once is little beside it, and little memory beside the
+# process; or a part of the weights, which each run reads once, where they are many.
+BATCH_BYTES = 9 << 20
+PART_OF_WEIGHTS = 6
+LARGEST_BATCH = 64
 # What the activations of the samples for self-checks may take, where a batch does not take more.
 CHECK_BYTES = 64 << 20
 # A run below so many batches is over before a second session is loaded.
@@ -261,7 +263,7 @@ class Observation:
     ) -> tuple[int, Lanes, int]:
         """Return the batch size, how many batches are in work at once, and how many samples are kept for self-checks.
 
-        The size is the model's or the user's, or what fits into the caches; where memory is short, less, and one at a time.
+        The size is the model's or the user's, or `batch_for`'s; where memory is short, less, and one at a time.
 
         Raises:
             DataError: If not even one sample fits.
@@ -279,7 +281,7 @@ class Observation:
         found = computed(hook, names, feeds)
         sample = (sum(v.nbytes for v in feeds.values()) + sum(v.nbytes for v in found.values())) // rows
         if not fixed and wanted is None:
-            batch = max(1, min(LARGEST_BATCH, BATCH_BYTES // max(sample, 1)))
+            batch = batch_for(sample, weight_bytes(self.folded))
         held, lanes = resident_bytes(), self.run.lanes
         checks = min(CHECK_SAMPLES, max(batch, CHECK_BYTES // max(sample, 1)))
         if self.run.max_memory is not None:
@@ -298,8 +300,8 @@ class Observation:
             "calibrating %d tensors over %d samples in batches of %d: about %s of memory",
             len(names),
             len(indices),
-            batch,
-            mebibytes(held + 2 * sample * batch * lanes.workers),
+            min(batch, len(indices)),
+            mebibytes(held + 2 * sample * min(batch * lanes.workers, len(indices))),
         )
         return batch, lanes, checks
 
@@ -448,6 +450,16 @@ class Observation:
                     seen.infinite,
                     seen.elements + seen.nan + seen.infinite,
                 )
+
+
+def batch_for(sample: int, weights: int) -> int:
+    """Return how many samples a batch has, where neither the model nor the user says.
+
+    Args:
+        sample: The bytes of one sample's inputs and observed tensors.
+        weights: The bytes of the model's weights.
+    """
+    return max(1, min(LARGEST_BATCH, max(BATCH_BYTES, weights // PART_OF_WEIGHTS) // max(sample, 1)))
 
 
 def resident_bytes() -> int:

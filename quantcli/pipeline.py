@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from calibration import statistics as statistics_file
 from calibration.errors import ReportedError
 from calibration.hooks.onnxruntime import Runner
+from calibration.memory import give_back
 from quantcli import sidecar as sidecar_file
 from quantcli.decision import check_strict, decided, folded_for, loaded_statistics
 from quantcli.delivery import beside, check_search, for_form, places_of, rendered, weights_beside, widths_for
@@ -23,7 +24,6 @@ from quantcli.evaluation.evaluate import Evaluation, evaluate
 from quantcli.explain import Explanation, explain
 from quantcli.files import check_output, path_of, path_or_none, staged
 from quantcli.load import LoadedModel, Opening, checked_opening, load, shown_name
-from quantcli.memory import give_back
 from quantcli.observation import Run, check_counted, checked_run, observe
 from quantcli.progress import Progress, silent
 from quantcli.quantize import quantize

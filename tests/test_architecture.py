@@ -14,7 +14,7 @@ SOURCES = sorted(file for package in ("quantcli", "calibration") for file in (RO
 
 # A module may import from modules of its own line and of lines above it.
 ORDER = [
-    {"calibration.errors", "calibration.imports"},
+    {"calibration.errors", "calibration.imports", "calibration.memory"},
     {"calibration.datasets"},
     {"calibration.hooks", "calibration.histogram", "calibration.lanes", "calibration.layout"},
     {"calibration.observers"},
@@ -28,7 +28,6 @@ ORDER = [
         "quantcli.files",
         "quantcli.progress",
         "quantcli.documents",
-        "quantcli.memory",
         "quantcli.tuning",
     },
     {"quantcli.arithmetic"},

@@ -15,6 +15,7 @@ from calibration.datasets.dataset import InputSpec
 from calibration.errors import RunError
 from calibration.hooks import pairs
 from calibration.hooks.blocks import in_blocks
+from calibration.memory import trim
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -159,6 +160,7 @@ class Runner:
     def optimize(self, model: bytes, file: Path) -> None:
         """Write the graph of a model as ONNX Runtime has optimized it."""
         Runner(model, self.threads, self.what, optimized=file)
+        trim()
 
     @property
     def session(self) -> Any:
@@ -171,6 +173,7 @@ class Runner:
         """Let the session go, where it can be loaded again."""
         if self.again is not None:
             self.loaded = None
+            trim()
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:

@@ -18,10 +18,10 @@ from typing import Any
 import msgspec
 
 from calibration.errors import ReportedError
+from calibration.memory import keep_freed
 from quantcli.batch.entry import Entry
 from quantcli.documents import encodable, finite
 from quantcli.lazily import import_late
-from quantcli.memory import keep_freed
 
 RESULT = "result.json"
 # What the page about a model is called.

@@ -135,8 +135,8 @@ def convert(context: click.Context, /, model: Path, output: Path, strict: bool, 
     Give either statistics (--stats) or calibration data (--data), or neither with --mode dynamic or weights. The last act is a
     self-check: what was written is loaded, run on calibration samples, and compared with float.
     """
+    from calibration.memory import keep_freed
     from quantcli import pipeline
-    from quantcli.memory import keep_freed
 
     keep_freed()
     terminal = terminal_of(context)

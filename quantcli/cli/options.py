@@ -182,7 +182,7 @@ preprocess_options = together(
 
 sample_options = together(
     click.option("--samples", type=click.IntRange(min=1), help="Use so many samples.  [default: all]"),
-    click.option("--batch", type=click.IntRange(min=1), help="Samples per run.  [default: the model's, or at most 32]"),
+    click.option("--batch", type=click.IntRange(min=1), help="Samples per run.  [default: the model's, or at most 64]"),
     click.option(
         "--shuffle/--no-shuffle",
         default=None,

@@ -270,8 +270,8 @@ def test_non_finite_values_are_counted_where_allowed(here: Path, capsys: pytest.
 
 def test_memory_shrinks_the_batch_or_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     held = told(capsys, "calibrate m.onnx --data d.npz -o s.stats")["batch"]
-    assert held == 32
-    assert told(capsys, "calibrate m.onnx --data d.npz --max-memory 16GB -o s.stats")["batch"] == 32
+    assert held == 64
+    assert told(capsys, "calibrate m.onnx --data d.npz --max-memory 16GB -o s.stats")["batch"] == 64
     assert run(["calibrate", "m.onnx", "--data", "d.npz", "--max-memory", "1MB", "-o", "t.stats"]) == 1
     assert "raise --max-memory" in capsys.readouterr().err
     assert not Path("t.stats").exists()

@@ -124,7 +124,7 @@ def test_how_much_is_said(capsys: pytest.CaptureFixture[str], command: list[str]
     assert run(command) == 0
     usual = capsys.readouterr()
     assert not command[0].startswith("calibrate") or usual.err.startswith(
-        "calibrating 4 tensors over 16 samples in batches of 32"
+        "calibrating 4 tensors over 16 samples in batches of 16"
     )
     assert len(usual.err.splitlines()) == (command[0] == "calibrate")
     assert usual.out.strip()
@@ -165,7 +165,7 @@ def test_calibrate_tells_what_it_saw(capsys: pytest.CaptureFixture[str]) -> None
         "samples": 16,
         "observer": "minmax",
         "synthetic": False,
-        "batch": 32,
+        "batch": 64,
         "parts": [[0, 16, 16]],
         "model_sha256": sha256("kit/model.onnx"),
         "data_sha256": held.data_sha256,

@@ -1,4 +1,4 @@
-"""Memory of large models: what is not needed any more goes back to the system."""
+"""Memory: what is not needed any more is kept for what comes next, or goes back to the system."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ def give_back(size: int) -> None:
     if size < WORTH_RETURNING:
         return
     gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # the GNU C library keeps freed blocks otherwise
-        if trim is not None:
-            trim(0)
+    trim()
+
+
+def trim() -> None:
+    """Return free memory to the system, in place of keeping it for what comes next; the GNU C library alone keeps it."""
+    returned = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if returned is not None:
+        returned(0)
