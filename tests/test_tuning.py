@@ -34,11 +34,13 @@ from quantcli.tune.patches import Patches, rows_in
 from quantcli.tune.ranges import PERCENTILES, Grid, best_range, drawn, largest, look, percentiles, places_of
 from quantcli.tune.room import wanted_samples
 from quantcli.tune.rounding import (
+    LARGE,
     Levels,
     best_scales,
     compensated,
     damped,
     descended,
+    errors_by,
     errors_of_scales,
     nearest,
     output_error,
@@ -156,6 +158,22 @@ def test_the_error_of_a_layers_output_is_what_the_moments_say() -> None:
     moments = moments_of(None, made, centred=False)
     # Sums of 500 products in float32 err by at most 500 roundings of 2^-24 each, relative to sums of magnitudes.
     assert np.allclose(output_error(change, moments.covariance), direct, rtol=500 * 2**-23)
+
+
+@pytest.mark.parametrize("level", [1e-30, 1.0, 1e30])
+def test_the_error_of_large_layers_in_float32(level: float) -> None:
+    inputs, outputs = 300, 450  # more weights than float64 is kept for
+    assert inputs * outputs >= LARGE
+    made = normal(1, 500, inputs, seed=1).astype(np.float64)
+    moments = level * made.transpose(0, 2, 1) @ made / 500
+    change = 1e-3 * normal(1, outputs, inputs, seed=2).astype(np.float64)
+    found, exact = errors_by(moments, change.size)(change), output_error(change, moments)
+    # A product of n terms, and then a sum of n of those, each in float32.
+    off = (np.abs(change) @ np.abs(moments) * np.abs(change)).sum(axis=2)
+    assert (np.abs(found - exact) <= 2 * (inputs + 2) * 2**-24 * off).all()
+    assert (found != exact).any()
+    small = change[:, :2]
+    assert (errors_by(moments, small.size)(small) == output_error(small, moments)).all()
 
 
 def test_compensation_is_the_least_squares_solution() -> None:

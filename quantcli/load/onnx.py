@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 # A model of more bytes is not copied.
-LARGEST_COPIED = 1 << 28
+LARGEST_COPIED = 1 << 30
 
 
 def load_onnx(path: Path) -> tuple[ir.Model, list[Path]]:

@@ -16,9 +16,9 @@ from quantcli.tune.rounding import (
     best_scales,
     compensated,
     damped,
+    errors_by,
     errors_of_scales,
     nearest,
-    output_error,
     parts_of_scales,
     rounded,
 )
@@ -136,11 +136,12 @@ def fitted(
     stable = damped(moments.covariance)
     levels = Levels(integer.ends, None if form.symmetric else extent(wanted, form.one))
 
-    exact = EXACT * float(output_error(wanted, stable).sum())
+    errors = errors_by(stable, wanted.size)
+    exact = EXACT * float(errors(wanted).sum())
 
     def error(integers: NDArray[np.float64], scales: NDArray[np.float64]) -> float:
         """Return the error, no less than what counts as none."""
-        return max(float(output_error(integers * scales[..., None] - wanted, stable).sum()), exact)
+        return max(float(errors(integers * scales[..., None] - wanted).sum()), exact)
 
     flat = form.final(levels.covering(widest).astype(np.float32))
     scales = spread(flat, wanted)
