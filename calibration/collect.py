@@ -197,14 +197,14 @@ def collect(
             if checkpoint.due or interrupted():
                 counter.settle()
                 checkpoint.keep(seen)
-            if interrupted():
-                raise KeyboardInterrupt
+            if number := interrupted():
+                raise interruption(number)
 
         in_line(work.lanes, batches(), counter.compute, counter.count, counted, is_little)
         counter.settle()
-        if interrupted():  # while the last batch was counted in another thread
+        if number := interrupted():  # while the last batch was counted in another thread
             checkpoint.keep(seen)
-            raise KeyboardInterrupt
+            raise interruption(number)
     for held in seen.tensors.values():
         if held.histogram is not None:
             held.histogram.flush()
@@ -213,9 +213,14 @@ def collect(
     return seen
 
 
+def interruption(number: int) -> KeyboardInterrupt:
+    """Return what a signal raises: it says its name where that is not Ctrl-C's."""
+    return KeyboardInterrupt(*([] if number == signal.SIGINT else [signal.Signals(number).name]))
+
+
 @contextlib.contextmanager
-def interruptions() -> Iterator[Callable[[], bool]]:
-    """Hold back Ctrl-C (and a request to end) until a batch is counted whole; give a function that tells whether one came.
+def interruptions() -> Iterator[Callable[[], int]]:
+    """Hold back Ctrl-C (and a request to end) until a batch is counted whole; give a function that tells which signal came, or 0.
 
     A second Ctrl-C is not held back.
     """
@@ -224,15 +229,15 @@ def interruptions() -> Iterator[Callable[[], bool]]:
     def remember(number: int, frame: object) -> None:
         del frame
         if came:
-            raise KeyboardInterrupt
+            raise interruption(number)
         came.append(number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: 0
         return
     before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(came)
+        yield lambda: came[0] if came else 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

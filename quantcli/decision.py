@@ -37,7 +37,7 @@ from quantcli.tune.smooth import smooth
 from quantcli.tuning import Tuning
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import onnx_ir as ir
     from numpy.typing import NDArray
@@ -391,10 +391,22 @@ def check_preprocessed(statistics: Statistics, source: LoadedModel, data: Data, 
     )
 
 
-def check_strict(plan: Plan, statistics: Statistics, mode: str) -> None:
-    """Raise StrictError for ranges of random data, operators that stay float, and weight channels of nothing but zeros."""
+def check_strict(plan: Plan, statistics: Statistics, mode: str, failures: Sequence[str] = (), alike: str = "") -> None:
+    """Raise StrictError for ranges of random data or of samples that are all alike, operators that stay float, and dead channels.
+
+    Args:
+        plan: The plan.
+        statistics: What it was made from.
+        mode: The recipe's mode.
+        failures: What of tuning failed.
+        alike: What `all_alike` says of the statistics.
+    """
     if statistics.synthetic and statistics.tensors:
         raise StrictError("the ranges come from random data (--synthetic)", "calibrate with real data")
+    if alike:
+        raise StrictError(alike, "calibrate with real data")
+    for failure in failures:
+        raise StrictError(failure, "please report this; --effort fast goes without tuning")
     floats = [(layer.operator, layer.name, layer.reason) for layer in plan.floats]
     if mode == "static":
         stored = [layer for layer in plan.layers if layer.arithmetic is Arithmetic.STORED]

@@ -31,6 +31,7 @@ from quantcli.placement import place
 from quantcli.probe import weight_bytes, with_highest, with_outputs
 from quantcli.recipe import with_integer_start
 from quantcli.scores import scores
+from quantcli.suspicion import blamed_on_weights
 from quantcli.tune.smooth import columns_needed
 
 if TYPE_CHECKING:
@@ -150,7 +151,8 @@ def observe(
     Raises:
         ReportedError: If model, data or checkpoint cannot be used.
     """
-    return Observation(source, folded, data, recipe, run, progress).statistics()
+    with blamed_on_weights(folded):
+        return Observation(source, folded, data, recipe, run, progress).statistics()
 
 
 @dataclass(eq=False)

@@ -30,12 +30,15 @@ from quantcli.quantize import quantize
 from quantcli.randomness import check_repeatable
 from quantcli.recipe import Recipe, checked_recipe, resolve_target
 from quantcli.sources import Data
+from quantcli.suspicion import all_alike
 from quantcli.verification import verify, verify_c
 from quantcli.write import WRITERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
+
+    import onnx_ir as ir
 
     from calibration.statistics import Statistics
     from quantcli.delivery import Places
@@ -126,6 +129,8 @@ def calibrate(
         folded = folded_for(recipe, source.graph)
         check_repeatable(folded)
         statistics = observe(source, folded, given, recipe, run, progress)
+        if alike := all_alike(folded, statistics):
+            logger.warning("%s", alike)
     if path is not None:
         with staged() as files:
             files.write(path, statistics_file.serialized(statistics))
@@ -260,12 +265,11 @@ def convert(
         found, tuned = decision.statistics, decision.tuned
         final, plan = tuned.model, tuned.plan
         if strict:
-            check_strict(plan, found, recipe.mode)
+            check_strict(plan, found, recipe.mode, tuned.failures, all_alike(folded, found))
         quantized = quantize(final, plan)
         plan, explanations = quantized.plan, explain(final, quantized.plan, explained)
         delivery = rendered(quantized, form, outputs.model, source)
-    if found.synthetic and found.tensors:
-        logger.warning("the ranges come from random data: the model is for trying out, not for use")
+    warn_of_data(folded, found)
     sidecar = sidecar_file.describe(quantized, source, delivery.entry(shown_name(outputs.model)), found, recipe)
     more, embedded = beside(outputs, delivery, sidecar, found, quantized.constants, until)
     del quantized  # of a large model, the integers stand in memory once from here on
@@ -295,6 +299,14 @@ def convert(
         decision.attempts,
         embedded,
     )
+
+
+def warn_of_data(folded: ir.Model, statistics: Statistics) -> None:
+    """Warn where ranges come from data that is made up, or says nothing."""
+    if statistics.synthetic and statistics.tensors:
+        logger.warning("the ranges come from random data: the model is for trying out, not for use")
+    if alike := all_alike(folded, statistics):
+        logger.warning("%s", alike)
 
 
 @contextlib.contextmanager

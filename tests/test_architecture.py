@@ -56,7 +56,7 @@ ORDER = [
     },
     {"quantcli.rules", "quantcli.integer_operators", "quantcli.cost"},
     {"quantcli.logarithms", "quantcli.divisors", "quantcli.bodies", "quantcli.bounds", "quantcli.beginning"},
-    {"quantcli.placement", "quantcli.masks"},
+    {"quantcli.placement", "quantcli.masks", "quantcli.suspicion"},
     {"quantcli.plan"},
     {"quantcli.tune", "quantcli.modes", "quantcli.steps"},
     {"quantcli.quantize"},

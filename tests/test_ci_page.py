@@ -64,6 +64,14 @@ def test_the_job_fails_on_a_regression_alone(folder: Path, limit: str, code: int
     assert (folder / "out" / "index.html").is_file()
 
 
+def test_the_job_ends_with_the_batchs_own_code_where_there_are_no_entries(folder: Path) -> None:
+    (folder / "zoo.toml").write_text("")
+    done = ran(folder, script(0))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
 def test_the_commands_for_one_model_run(folder: Path) -> None:
     done = ran(folder, "set -e\n" + script(1).replace("--max-drop 0.5", "--max-drop 100"))
     assert done.returncode == 0, done.stderr

@@ -21,6 +21,7 @@ from calibration.errors import ReportedError
 from calibration.memory import keep_freed
 from quantcli.batch.entry import Entry
 from quantcli.documents import encodable, finite
+from quantcli.errors import UsageError
 from quantcli.lazily import import_late
 
 RESULT = "result.json"
@@ -63,12 +64,15 @@ def die_with_parent(parent: int) -> None:
 def run(entry: Entry, folder: Path) -> dict[str, Any]:
     """Convert and evaluate an entry, and return its figures."""
     from calibration.datasets import Selection
-    from quantcli.load import Opening
+    from quantcli.load import Opening, load
     from quantcli.observation import Run
     from quantcli.pipeline import calibrate, convert, evaluate
 
     wishes = entry.wishes
     opening = Opening(wishes.factory, bool(wishes.trust_pickle))
+    if wishes.data is None and entry.recipe.mode == "static":
+        load(Path(entry.path), opening)  # a model that is not there comes first
+        raise UsageError("the entry has no calibration data", "give data, of the model or in [defaults]")
     if entry.shard is not None:
         run = Run(shard=entry.shard)
         given = {"recipe": entry.recipe, "labels": wishes.labels, "split": wishes.split, "opening": opening}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ from quantcli.cli.targets import targets
 from quantcli.cli.terminal import MessageRelay, Terminal, output_options, terminal_of
 from quantcli.cli.verify import verify
 
+INTERRUPTED, ENDED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 EXIT_CODES = """\b
 Exit codes:
   0  done
@@ -35,7 +37,7 @@ Exit codes:
   3  verify found a difference between sidecar, model and runtime
   4  a threshold was missed (what was to be written is written)
   5  --strict found what it forbids, or lint what a target refuses
-  130  interrupted (Ctrl-C)
+  130  interrupted (Ctrl-C); 143 ended (SIGTERM)
 """
 
 
@@ -96,7 +98,13 @@ for command in (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code; every error is one line, never a traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGTERM, end)
     sys.exit(run(given))
+
+
+def end(number: int, _frame: object) -> None:
+    """End as Ctrl-C does: what is in flight is put away, and an error says what is left."""
+    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 def run(arguments: list[str]) -> int:
@@ -138,8 +146,10 @@ def dispatch(arguments: list[str]) -> int:
         return report(arguments, type(error).__name__, error.format_message(), "", 1)
     except ReportedError as error:
         return report(arguments, type(error).__name__, error.what, error.remedy, error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        return report(arguments, "Interrupted", "interrupted", what_is_left(arguments), 130)
+    except (KeyboardInterrupt, click.Abort) as error:
+        came = str(error.__cause__ or error)  # click wraps what it sees
+        what, code = (f"ended by {came}", ENDED) if came else ("interrupted", INTERRUPTED)
+        return report(arguments, "Interrupted", what, what_is_left(arguments), code)
     except BrokenPipeError:
         return 1
     except Exception as error:  # noqa: BLE001 - the last line of defence: a defect of ours is one line too

@@ -42,7 +42,9 @@ if TYPE_CHECKING:
     "--cpus", type=click.FloatRange(min=0.01), default=1.0, show_default=True, help="Processors per Ray task."
 )
 @click.option("--shared", is_flag=True, help="All nodes see the manifest's paths: nothing is carried to them.")
-@click.option("--retry", is_flag=True, help="Run again what failed, crashed, or took too long or too much.")
+@click.option(
+    "--retry", is_flag=True, help="Run again what failed, crashed, took too long or too much, or missed min_speedup."
+)
 @click.option("--list", "listed", is_flag=True, help="Print the entries, and run none.")
 @output_options
 @click.pass_context

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from calibration.errors import ReportedError
+from calibration.hooks.onnxruntime import Runner
 from quantcli.errors import ModelError
 
 if TYPE_CHECKING:
@@ -21,10 +23,11 @@ def load_onnx(path: Path) -> tuple[ir.Model, list[Path]]:
 
     Raises:
         ModelError: If the file is not an ONNX model, is cut short, gives out maps, or names external data outside its folder.
+        RunError: If it is one, and not a valid one, with what ONNX Runtime says of it.
     """
     try:
         model = read(path)
-    except ModelError:
+    except ReportedError:
         raise
     except Exception as error:
         raise ModelError(f"{path} is not an ONNX model, or is cut short", "export or copy it again") from error
@@ -75,7 +78,11 @@ def read(path: Path) -> ir.Model:
     if holds_sparse(proto.graph):
         model = densified(path)
     else:
-        model = ir.from_proto(proto)
+        try:
+            model = ir.from_proto(proto)
+        except Exception:
+            Runner(path, what=str(path))  # two tensors of one name, say: it tells which
+            raise
         ir.external_data.set_base_dir(model.graph, path.parent)
     as_arrays(model, path.stat().st_size)
     return model

@@ -78,6 +78,7 @@ class Tuned:
         equalized: What equalization did; None where it is not part of what is kept.
         tries: The candidates; empty where nothing was tuned.
         why_not: Why nothing was tuned; empty where something was.
+        failures: What could not be tried for a reason that nobody foresaw.
     """
 
     model: ir.Model
@@ -86,6 +87,7 @@ class Tuned:
     equalized: Equalized | None = None
     tries: tuple[Try, ...] = ()
     why_not: str = ""
+    failures: tuple[str, ...] = ()
 
 
 def untuned(
@@ -155,9 +157,8 @@ def tune(
     best = max(range(len(found)), key=lambda place: (round(trying.worth(*found[place]) / MARGIN), -place))
     tries = tuple(replace(one, kept=place == best) for place, (one, _) in enumerate(found))
     kept = trying.refitted(*found[best])
-    return Tuned(
-        kept.model, make_plan(kept.model, kept.statistics, recipe, kept.tuning), kept.smoothed, kept.equalized, tries
-    )
+    plan = make_plan(kept.model, kept.statistics, recipe, kept.tuning)
+    return Tuned(kept.model, plan, kept.smoothed, kept.equalized, tries, failures=tuple(trying.failures))
 
 
 def first(trying: Trying) -> None:

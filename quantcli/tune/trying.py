@@ -82,6 +82,7 @@ class Trying:
 
     Attributes:
         what: What they all have, in words; empty for nothing of note.
+        failures: What could not be tried, and why; of all that were made from these, too.
     """
 
     start: Candidate
@@ -98,6 +99,13 @@ class Trying:
     prepared: dict[Choice, tuple[Candidate, Gained]] = field(default_factory=dict)
     looked: Looked = field(default_factory=Looked)
     what: str = ""
+    failures: list[str] = field(default_factory=list)
+
+    def failed(self, what: str, error: Exception) -> None:
+        """Warn that something could not be tried, for a reason that nobody foresaw."""
+        told = f"{what} failed and is left out: {first_line(error)}"
+        self.failures.append(told)
+        logger.warning("%s", told)
 
     @functools.cached_property
     def batches(self) -> int:
@@ -175,7 +183,7 @@ class Trying:
             candidate, gains = self.made(choice, self.samples.swept)
             worth = self.judge.sqnr(candidate)
         except Exception as error:  # noqa: BLE001 - the plan as calibrated is there in any case
-            logger.warning("tuning (%s) failed and is left out: %s", choice.name, first_line(error))
+            self.failed(f"tuning ({choice.name})", error)
             return
         if steps.ranges and steps.outputs and not (choice.centre or choice.align):
             self.learned[choice.equalize] = candidate.tuning.ranges
@@ -248,7 +256,7 @@ class Trying:
             found, _ = afresh.made(choice, self.every, candidate.regularization)
             worth = self.judge.sqnr(found)
         except Exception as error:  # noqa: BLE001 - what was found before is there in any case
-            logger.warning("sweeping over all samples failed and is left out: %s", first_line(error))
+            self.failed("sweeping over all samples", error)
             return candidate
         logger.info(
             "'%s' swept over all samples in %.1f s: %.2f dB on those that had judged it, %.2f before",
@@ -281,7 +289,7 @@ class Trying:
             logger.info("rounding is not learned: %s", error)
             return
         except Exception as error:  # noqa: BLE001 - what was found before is there in any case
-            logger.warning("learning to round failed and is left out: %s", first_line(error))
+            self.failed("learning to round", error)
             return
         name = f"{before.name}, learned"
         self.found.append((Try(name, worth, time.perf_counter() - begun, before.gains), candidate))

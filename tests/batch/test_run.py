@@ -305,6 +305,43 @@ def test_a_second_run_in_one_folder_is_refused(zoo: Path, capsys: pytest.Capture
     assert len(run_batch(entries, output)) == len(entries)  # the first has let go
 
 
+def test_a_speed_that_was_missed_is_measured_again_where_that_is_asked(tmp_path: Path) -> None:
+    """Of another machine, or one with other work, it says nothing; a drop that was missed is the same every time."""
+    residual_net(tmp_path / "net.onnx")
+    wishes = Wishes(metric="top1", max_drop=1.0, min_speedup=1.2)
+    entry = Entry("net/default", str(tmp_path / "net.onnx"), Recipe(), wishes, str(tmp_path))
+    speeds = [1.0, 1.1, 1.5]
+    figures = {"metric": "top1", "quantized": 90.0, "float": 90.5, "drop": 0.5}
+
+    def engine(waiting: Sequence[Entry], workplace: Path, _jobs: int, finished: Any) -> None:
+        for one in waiting:
+            (workplace / "made").mkdir()
+            finished(one, Ended("done", "", {**figures, "speedup": speeds.pop(0)}, 0.0), workplace / "made")
+
+    def verdict(retry: bool, entry: Entry = entry) -> tuple[str, bool]:
+        (outcome,) = run_batch([entry], tmp_path / "out", retry=retry, engine=engine)
+        return outcome.status, outcome.cached
+
+    assert [verdict(False), verdict(False), verdict(True)] == [("missed", False), ("missed", True), ("missed", False)]
+    assert [verdict(True), verdict(True)] == [("met", False), ("met", True)]
+    demanding = msgspec.structs.replace(entry, wishes=msgspec.structs.replace(wishes, max_drop=0.1))
+    assert verdict(True, demanding) == ("missed", True)
+
+
+def test_what_an_entry_lacks_is_said_in_the_manifests_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    residual_net(tmp_path / "net.onnx")
+    models = ['path = "net.onnx"', 'path = "gone.onnx"', 'path = "net.onnx"\nname = "blind"\ndata = "gone.npz"']
+    (tmp_path / "zoo.toml").write_text("".join(f"[[models]]\n{model}\n" for model in models))
+    code, document = told(capsys, f"batch {tmp_path / 'zoo.toml'} -o {tmp_path / 'out'}")
+    assert code == 4
+    reasons = [entry["reason"] for entry in document["entries"]]
+    assert reasons[0] == "the entry has no calibration data; give data, of the model or in [defaults]"
+    assert [reason.partition(";")[0] for reason in reasons[1:]] == [
+        "there is no model at gone.onnx",
+        "there is no data at gone.npz",
+    ]
+
+
 def test_an_interruption_waits_for_no_worker_that_is_about_to_start(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
