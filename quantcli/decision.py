@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from quantcli.placement import PlacedLayer
     from quantcli.progress import Progress
     from quantcli.quantize import QuantizedModel
+    from quantcli.sidecar import Sidecar
     from quantcli.tune.log import Attempt
     from quantcli.tune.widths import Width
 
@@ -417,6 +418,35 @@ def check_strict(plan: Plan, statistics: Statistics, mode: str, failures: Sequen
         raise StrictError(f"{operator} '{name}'{more} would stay float: {reason}", "exit code 5 is --strict")
     for name, channels in plan.dead_channels.items():
         raise StrictError(f"the weight '{name}' has dead channels: {', '.join(map(str, channels))}", "prune them")
+
+
+def check_arithmetic(sidecar: Sidecar, strict: bool) -> None:
+    """Warn where the target's arithmetic is not what ONNX Runtime shows, or not what its own integer shift can do.
+
+    Raises:
+        StrictError: In place of the second warning, where that is asked for.
+    """
+    floors = sum(layer.rounding == "floor" and bool(layer.multipliers) for layer in sidecar.layers)
+    if floors:
+        logger.warning(
+            "%d layers drop bits (rounding floor) where ONNX Runtime, of which tuning and the self-check speak, rounds to nearest: "
+            "the target keeps less than they say",
+            floors,
+        )
+    if sidecar.target.multiplier.shifts is None:
+        return
+    low, high = sidecar.target.multiplier.shifts
+    beyond = [
+        layer.name
+        for layer in sidecar.layers
+        if any(not low <= n <= high for entry in layer.multipliers for n in entry.shift)
+    ]
+    if not beyond:
+        return
+    told = f"{len(beyond)} layers ('{beyond[0]}' first) need a shift outside the target's {low} … {high}"
+    if strict:
+        raise StrictError(told, "widen [multiplier] shifts, or give M0 other bits")
+    logger.warning("%s", told)
 
 
 def folded_for(recipe: Recipe, model: ir.Model) -> ir.Model:

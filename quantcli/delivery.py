@@ -254,6 +254,11 @@ def for_form(recipe: Recipe, form: str, strict: bool = False) -> Recipe:
         recipe = with_integer_start(recipe)
     if form == "qdq":
         return recipe
+    if recipe.tune.widen:
+        raise UsageError(
+            f"[tune] widen gives some activations 16 bits, and --format {form} has one width for all",
+            "leave it out, or choose --activation-dtype int16 for all",
+        )
     recipe = msgspec.structs.replace(recipe, tune=msgspec.structs.replace(recipe.tune, widen=False))
     if form not in C_FORMS:
         return recipe

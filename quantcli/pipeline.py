@@ -16,7 +16,7 @@ from calibration.errors import ReportedError
 from calibration.hooks.onnxruntime import Runner
 from calibration.memory import give_back
 from quantcli import sidecar as sidecar_file
-from quantcli.decision import check_strict, decided, folded_for, loaded_statistics
+from quantcli.decision import check_arithmetic, check_strict, decided, folded_for, loaded_statistics
 from quantcli.delivery import beside, check_search, for_form, places_of, rendered, weights_beside, widths_for
 from quantcli.errors import UsageError, check_count, check_kind, check_named, check_progress, check_texts
 from quantcli.evaluation.check import SelfCheck
@@ -271,6 +271,7 @@ def convert(
         delivery = rendered(quantized, form, outputs.model, source)
     warn_of_data(folded, found)
     sidecar = sidecar_file.describe(quantized, source, delivery.entry(shown_name(outputs.model)), found, recipe)
+    check_arithmetic(sidecar, strict)
     more, embedded = beside(outputs, delivery, sidecar, found, quantized.constants, until)
     del quantized  # of a large model, the integers stand in memory once from here on
     give_back(len(delivery.content))

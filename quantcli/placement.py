@@ -157,8 +157,8 @@ def place(model: ir.Model, recipe: Recipe, barred: frozenset[str] = frozenset())
         if masked := next((v for v in (*node.inputs, *node.outputs) if v is not None and v.name in barred), None):
             excluded.setdefault(
                 node,
-                f"'{masked.name}' spans a range that no integer grid resolves: a mask's, one far below what makes it, "
-                "or that of large and small values joined, as boxes and scores are",
+                f"'{masked.name}' spans a range that no grid of {target.activation.width} bits resolves: a mask's, one far below "
+                "what makes it, or that of large and small values joined, as boxes and scores are",
             )
     for node in under_logarithms(model) - forced:
         excluded.setdefault(node, REASON)

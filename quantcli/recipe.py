@@ -323,6 +323,10 @@ def check_mode(recipe: Recipe) -> None:
     Raises:
         RecipeError: If it does.
     """
+    if recipe.weight.block_size is not None and recipe.mode != "weights":
+        raise RecipeError(
+            f"--block-size has no meaning in --mode {recipe.mode}", "leave it out, or choose --mode weights"
+        )
     if recipe.mode == "static":
         return
     for wishes, options in ((recipe.activation, ACTIVATION_OPTIONS), (recipe.multiplier, MULTIPLIER_OPTIONS)):

@@ -262,8 +262,8 @@ def detector(folder: Path, target: str, pixels: float, last: str = "Transpose") 
     ("target", "pixels", "why"),
     [
         ("ort-x86", 1, "it would round what only float operators read"),
-        ("ort-x86", 100, "'j' spans a range that no integer grid resolves"),
-        ("npu-int8", 100, "'j' spans a range that no integer grid resolves"),
+        ("ort-x86", 100, "'j' spans a range that no grid of 8 bits resolves"),
+        ("npu-int8", 100, "'j' spans a range that no grid of 8 bits resolves"),
     ],
 )
 def test_scores_are_not_rounded_to_the_grid_of_boxes(tmp_path: Path, target: str, pixels: float, why: str) -> None:

@@ -1,4 +1,4 @@
-"""What can hardly be meant is said where it arises: broken weights, samples that are all alike, tuning that fails."""
+"""What can hardly be meant is said where it arises, and what the runtime does not show."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import onnx
 import pytest
 
 from quantcli.cli import run
+from quantcli.targets import FOLDER
 from quantcli.tune.trying import Trying
 from tests.graphs import node, normal, residual_net, save
 
@@ -98,3 +99,42 @@ def test_a_request_to_end_is_told_of(here: Path) -> None:
     assert process.returncode == 128 + signal.SIGTERM
     assert told.splitlines()[-1] == "error: ended by SIGTERM; nothing was written"
     assert sorted(file.name for file in here.iterdir()) == ["d.npz", "m.onnx", "many.npz"]
+
+
+# ---- what ONNX Runtime does not show --------------------------------------------------------------------------------------------
+
+TARGET = (
+    (FOLDER / "npu-int8.toml").read_text().partition("[multiplier]")[0]
+    + """
+[multiplier]
+bits = 32
+rounding = "{rounding}"
+{shifts}
+"""
+)
+
+
+def test_arithmetic_that_the_runtime_does_not_show_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert = "convert m.onnx --data d.npz --effort fast --target mine.toml"
+
+    def told(rounding: str, shifts: str, more: str = "", code: int = 0) -> str:
+        (here / "mine.toml").write_text(TARGET.format(rounding=rounding, shifts=shifts))
+        assert run(f"{convert} {more} -o q.onnx".split()) == code
+        return capsys.readouterr().err
+
+    assert "warning" not in told("single", "shifts = [0, 62]")
+    assert "layers drop bits (rounding floor) where ONNX Runtime" in told("floor", "")
+    assert "need a shift outside the target's 0 … 15" in told("single", "shifts = [0, 15]")
+    (here / "q.onnx").unlink()
+    assert "need a shift outside the target's 0 … 15" in told("single", "shifts = [0, 15]", "--strict", 5)
+    assert not (here / "q.onnx").exists()
+    assert "shifts from 15 to 0; give the lowest first" in told("single", "shifts = [15, 0]", code=2)
+
+
+def test_wishes_that_would_be_passed_over_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["convert", "m.onnx", "--data", "d.npz", "--block-size", "32", "-o", "q.onnx"]) == 2
+    assert "--block-size has no meaning in --mode static" in capsys.readouterr().err
+    (here / "wide.toml").write_text("[tune]\nwiden = true\n")
+    convert = "convert m.onnx --data d.npz --target npu-int8 --recipe wide.toml"
+    assert run(f"{convert} --format c -o c".split()) == 2
+    assert "--format c has one width for all" in capsys.readouterr().err

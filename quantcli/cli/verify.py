@@ -48,7 +48,8 @@ def verify(
 
     Digests, scales, zero points, constants, multipliers, shifts, clamps and tables are compared with the model; then every layer is
     run in integers from ONNX Runtime's own integers, and must give what ONNX Runtime gives: exactly, or off by one where the real
-    value lies on a rounding tie. Exit code 3 on any other difference. With --c, what
+    value lies on a rounding tie, or where the layer's recorded rounding (floor, double) may give the other integer.
+    Exit code 3 on any other difference. With --c, what
     `convert --format c` wrote is compiled, and every output must be the executor's.
     """
     from calibration.datasets import Selection
@@ -86,7 +87,8 @@ def verify(
         terminal.table("Differences", ("layer", "what"), [(finding.layer, finding.what) for finding in found.findings])
     require_verified(found)
     terminal.say(
-        f"{found.elements:,} integers of {found.layers} layers are as the sidecar states; {found.ties} ties explained"
+        f"{found.elements:,} integers of {found.layers} layers are as the sidecar states; "
+        f"{found.ties:,} of them off by one in ONNX Runtime, as their rounding explains"
     )
     if found.islands:
         terminal.say(

@@ -52,7 +52,7 @@ class Verification:
         findings: Everything that differs without an explanation.
         names: The layers that were run.
         elements: How many integers were compared.
-        ties: How many of them differ by one where the real value lies on a rounding tie.
+        ties: How many of them differ by one where the real value lies on a rounding tie, or the recorded rounding gives the other.
         islands: How many nodes of each operator that stays float were bridged.
     """
 

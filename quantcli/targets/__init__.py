@@ -252,6 +252,9 @@ def read_target(file: Path) -> Target:
         target = msgspec.toml.decode(file.read_bytes(), type=Target)
     except (msgspec.DecodeError, OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file} does not describe a target ({error})", "compare it with docs/recipes.md") from error
+    low, high = target.multiplier.shifts or (0, 0)
+    if low > high:
+        raise RecipeError(f"{file} has shifts from {low} to {high}", "give the lowest first")
     if target.activation.widest == 16 and not target.activation.takes_both:
         raise RecipeError(
             f"{file} has activations of {target.activation.dtype} and widest = 16",
