@@ -184,6 +184,10 @@ def load_any(path: Path) -> Statistics:
         return from_document(document, arrays)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         remedy = "make one with quantcli calibrate MODEL --data DATA; samples themselves are given by --data (data=)"
+        if path.suffix in {".onnx", ".json"}:
+            remedy = (
+                "of a quantized model quantcli report, eval --layers and diff tell; quantcli calibrate makes statistics"
+            )
         raise StatisticsError(f"{path} is not a statistics file", remedy) from error
 
 

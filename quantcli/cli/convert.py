@@ -307,7 +307,14 @@ def lost_less(terminal: Terminal, done: Conversion) -> None:
         )
     from quantcli.tune.mixed import GROWTH
 
-    if not done.attempts and (raised := mixed_weights(done.plan)):
+    raised = mixed_weights(done.plan) if not done.attempts else []
+    if raised and done.sidecar.mode == "weights":
+        few, all_of = len(raised), sum(one.role == "weight" for one in done.plan.tensors.values())
+        terminal.say(
+            f"weights of 8 bits: {'all' if few == all_of else few} of {all_of}; ONNX Runtime has products of stored weights of "
+            f"{done.plan.target.weight.bits} bits, and no convolution or recurrence"
+        )
+    elif raised:
         terminal.say(
             f"weights of {max(raised)} bits: the {len(raised)} smallest, for up to {GROWTH:.0%} more bytes "
             f"(mixed = false in the recipe's [tune] keeps {done.plan.target.weight.bits})"

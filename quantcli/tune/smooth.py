@@ -38,6 +38,9 @@ NORMALISATIONS = frozenset({"LayerNormalization", "RMSNormalization"})
 SUFFIX = "_smoothed"
 # Rows of weights smaller than this part of the largest one count as this large: what they multiply hardly matters.
 SMALLEST = 1e-5
+# What the largest column's extreme has to be of the median one's, where evening has a price: a Mul that applies the factors, or few
+# rows, so that another sample may need the room that the largest column had left above all others. Less than a bit is to be gained.
+WORTH_EVENING, FEW_ROWS = 2.0, 1024
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,8 @@ def smooth(
 ) -> tuple[ir.Model, Statistics, tuple[Smoothed, ...]]:
     """Return a smoothed copy of a folded model, and the statistics of its tensors.
 
+    Where the recipe does not ask for it, and it has a price, only tensors whose columns differ much are smoothed.
+
     Args:
         model: The folded model; it is not changed.
         statistics: What calibration saw of it; tensors without extremes by column are left as they are.
@@ -182,8 +187,12 @@ def smooth(
         scales = factors(largest, [rows_of(node) for node in readers], recipe.tune.smooth_alpha)
         if scales is None:
             continue
+        over = taking_over(value, readers, np.float32(1) / scales, kept)
+        has_price = not over or seen.elements < FEW_ROWS * len(largest)
+        if recipe.tune.smooth is None and has_price and spread(largest) < WORTH_EVENING:
+            continue
         names, before = tuple(str(node.name) for node in readers), str(value.name)
-        name, folded = apply(changed.graph, value, readers, scales, kept)
+        name, folded = apply(changed.graph, value, readers, scales, over), bool(over)
         tensors[name] = divided(seen, scales)
         done.append(Smoothed(before, names, folded, spread(largest), spread(largest / scales)))
     return changed, replace(statistics, tensors=tensors), tuple(done)
@@ -229,9 +238,30 @@ def divided(seen: TensorStatistics, scales: NDArray[np.float32]) -> TensorStatis
     return TensorStatistics(float(lowest), float(highest), seen.elements, seen.nan, seen.infinite, derived=True)
 
 
+def taking_over(
+    value: ir.Value, readers: list[ir.Node], inverse: NDArray[np.float32], kept: frozenset[ir.Node]
+) -> list[Taken]:
+    """Return what takes factors of columns over: a normalisation's own constants, or those behind what makes the tensor.
+
+    Args:
+        value: The tensor.
+        readers: The layers that read it.
+        inverse: What its columns are multiplied by.
+        kept: The nodes that take no factor.
+    """
+    if not is_normalised(value):
+        return takers(value, readers, inverse, kept)
+    source = source_of(value)
+    producer, last = source.producer(), value.producer()
+    assert producer is not None and last is not None  # noqa: S101, PT018 - a normalisation made it
+    alone = read_by(value, readers) and (source is value or read_by(source, [last])) and len(producer.outputs) == 1
+    held = [position for position, constant in enumerate(producer.inputs) if position and constant is not None]
+    return [(producer, position, inverse) for position in held] if alone else []
+
+
 def apply(
-    graph: ir.Graph, value: ir.Value, readers: list[ir.Node], scales: NDArray[np.float32], kept: frozenset[ir.Node]
-) -> tuple[str, bool]:
+    graph: ir.Graph, value: ir.Value, readers: list[ir.Node], scales: NDArray[np.float32], over: list[Taken]
+) -> str:
     """Divide the columns of a value by factors for its integer readers, and multiply their weights' rows by them.
 
     Args:
@@ -239,10 +269,10 @@ def apply(
         value: The tensor.
         readers: The layers that read it.
         scales: The factors.
-        kept: The nodes that take no factor.
+        over: What takes them over; where nothing does, a Mul applies them.
 
     Returns:
-        The new tensor's name, and whether what makes it took the factors over.
+        The new tensor's name.
     """
     inverse = np.float32(1) / scales
     for node in readers:
@@ -251,19 +281,8 @@ def apply(
         values = np.asarray(constant(weight), dtype=np.float32)
         scaled = values * (scales if is_transposed(node) else scales[:, None])
         node.replace_input_with(1, add_constant(graph, f"{weight.name}{SUFFIX}", scaled))
-    source, name = source_of(value), free_name(graph, f"{value.name}{SUFFIX}")
-    producer, last = source.producer(), value.producer()
-    assert producer is not None and last is not None  # noqa: S101, PT018 - a normalisation made it
-    alone = read_by(value, readers) and (source is value or read_by(source, [last])) and len(producer.outputs) == 1
-    if is_normalised(value):
-        own = [
-            (producer, position, inverse)
-            for position, held in enumerate(producer.inputs)
-            if position and held is not None
-        ]
-        over = own if alone else []
-    else:
-        over = takers(value, readers, inverse, kept)
+    name, last = free_name(graph, f"{value.name}{SUFFIX}"), value.producer()
+    assert last is not None  # noqa: S101 - something made it
     for node, position, factor in over:
         old = node.inputs[position]
         assert old is not None  # noqa: S101 - it is a constant
@@ -274,7 +293,7 @@ def apply(
             made.name = free_name(graph, f"{made.name}{SUFFIX}")
     if over:
         value.name = name
-        return name, True
+        return name
     node = ir.node("Mul", [value, add_constant(graph, f"{value.name}_smoothing", inverse)], name=name)
     node.meta[WHY] = "it evens the columns before they are quantized"
     made = node.outputs[0]
@@ -282,7 +301,7 @@ def apply(
     graph.insert_after(last, node)
     for reader in readers:
         reader.replace_input_with(0, made)
-    return name, False
+    return name
 
 
 def free_name(graph: ir.Graph, name: str) -> str:
