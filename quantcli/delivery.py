@@ -12,7 +12,7 @@ import numpy as np
 
 from quantcli.embedded.describe import FILE
 from quantcli.embedded.naming import check_name
-from quantcli.errors import OutputError, UsageError, VerifyError
+from quantcli.errors import OutputError, RecipeError, UsageError, VerifyError
 from quantcli.evaluation.check import SelfCheck, self_check
 from quantcli.fold import release
 from quantcli.integer.held import Held
@@ -249,13 +249,16 @@ def for_form(recipe: Recipe, form: str, strict: bool = False) -> Recipe:
         recipe: What the user wants.
         form: What is written.
         strict: Whether the first convolutions are to be integer layers, too, where float is faster.
+
+    Raises:
+        RecipeError: If it wants activations of two widths where there is one for all.
     """
     if strict:
         recipe = with_integer_start(recipe)
     if form == "qdq":
         return recipe
     if recipe.tune.widen:
-        raise UsageError(
+        raise RecipeError(
             f"[tune] widen gives some activations 16 bits, and --format {form} has one width for all",
             "leave it out, or choose --activation-dtype int16 for all",
         )
