@@ -433,16 +433,11 @@ def check_arithmetic(sidecar: Sidecar, strict: bool) -> None:
             "the target keeps less than they say",
             floors,
         )
-    if sidecar.target.multiplier.shifts is None:
+    form = sidecar.target.multiplier
+    beyond = [one.name for one in sidecar.layers if any(form.beyond(entry.shift) for entry in one.multipliers)]
+    if form.shifts is None or not beyond:
         return
-    low, high = sidecar.target.multiplier.shifts
-    beyond = [
-        layer.name
-        for layer in sidecar.layers
-        if any(not low <= n <= high for entry in layer.multipliers for n in entry.shift)
-    ]
-    if not beyond:
-        return
+    low, high = form.shifts
     told = f"{len(beyond)} layers ('{beyond[0]}' first) need a shift outside the target's {low} … {high}"
     if strict:
         raise StrictError(told, "widen [multiplier] shifts, or give M0 other bits")

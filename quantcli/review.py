@@ -110,11 +110,9 @@ def multiplier_reasons(layer: LayerEntry, target: Target, made_for: int) -> Iter
     for entry in layer.multipliers:
         if max(abs(one) for one in entry.multiplier) >= 1 << (target.multiplier.bits - 1):
             yield f"a multiplier needs more than {target.multiplier.bits} bits"
-        if target.multiplier.shifts is not None:
+        if target.multiplier.shifts is not None and (outside := target.multiplier.beyond(entry.shift)):
             low, high = target.multiplier.shifts
-            outside = [n for n in entry.shift if not low <= n <= high]
-            if outside:
-                yield f"a shift of {outside[0]} lies outside {low} … {high}"
+            yield f"a shift of {outside[0]} lies outside {low} … {high}"
 
 
 def pair_reasons(

@@ -132,17 +132,25 @@ def test_what_is_not_normalised_along_its_columns_is_left(tmp_path: Path) -> Non
     assert smooth(folded, statistics, Recipe())[2] == ()
 
 
-@pytest.mark.parametrize(("samples", "even"), [(40, 0), (400, 1)], ids=["few rows", "many"])
-def test_columns_that_are_much_alike_keep_their_room_where_few_rows_tell_of_them(
-    tmp_path: Path, samples: int, even: int
+@pytest.mark.parametrize(
+    ("samples", "residual", "even"),
+    [(40, False, 0), (400, False, 1), (400, True, 0)],
+    ids=["few rows", "many", "many, beside a residual"],
+)
+def test_columns_that_are_much_alike_are_left_so_where_evening_has_a_price(
+    tmp_path: Path, samples: int, residual: bool, even: int
 ) -> None:
-    """A column that is hardly ever above zero has its largest value in another sample than those that calibrated it."""
+    """A Mul, or the room of a column that has its largest value in another sample than those that calibrated it."""
     constants = {
         "g": np.linspace(0.7, 1.3, WIDTH, dtype=np.float32),
         "b": np.zeros(WIDTH, np.float32),
         "w": normal(WIDTH, WIDTH, seed=3, scale=0.3),
     }
-    nodes = [node("LayerNormalization", ["x", "g", "b"], ["n"]), node("MatMul", ["n", "w"], ["y"])]
+    nodes = [
+        node("LayerNormalization", ["x", "g", "b"], ["n"]),
+        node("MatMul", ["n", "w"], ["p"]),
+        node("Add", ["p", "n" if residual else "x"], ["y"]),
+    ]
     path = save(tmp_path / "m.onnx", nodes, {"x": ["N", 6, WIDTH]}, {"y": None}, constants)
     np.savez(tmp_path / "d.npz", x=normal(samples, 6, WIDTH, seed=5))
     folded, seen = fold(load(path).graph), calibrate(path, tmp_path / "d.npz")

@@ -71,7 +71,8 @@ def run(entry: Entry, folder: Path) -> dict[str, Any]:
     wishes = entry.wishes
     opening = Opening(wishes.factory, bool(wishes.trust_pickle))
     if wishes.data is None and entry.recipe.mode == "static":
-        load(Path(entry.path), opening)  # a model that is not there comes first
+        if not Path(entry.path).is_file():
+            load(Path(entry.path), opening)  # says so
         raise UsageError("the entry has no calibration data", "give data, of the model or in [defaults]")
     if entry.shard is not None:
         run = Run(shard=entry.shard)

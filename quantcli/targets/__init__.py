@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import platform
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
 from calibration.hooks.pairs import saturates
 from quantcli.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 FOLDER = Path(__file__).parent
 DEFAULT_TARGET = "ort-x86"
@@ -121,6 +124,13 @@ class MultiplierFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def rounding_of(self, operator: str) -> Rounding:
         """Return the rounding of an operator: its own, or that of all."""
         return self.by_operator.get(operator, self.rounding)
+
+    def beyond(self, shifts: Sequence[int]) -> list[int]:
+        """Return those n that the runtime's integer shift cannot do."""
+        if self.shifts is None:
+            return []
+        low, high = self.shifts
+        return [n for n in shifts if not low <= n <= high]
 
 
 class PlacementFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

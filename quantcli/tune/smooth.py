@@ -255,8 +255,8 @@ def taking_over(
     producer, last = source.producer(), value.producer()
     assert producer is not None and last is not None  # noqa: S101, PT018 - a normalisation made it
     alone = read_by(value, readers) and (source is value or read_by(source, [last])) and len(producer.outputs) == 1
-    held = [position for position, constant in enumerate(producer.inputs) if position and constant is not None]
-    return [(producer, position, inverse) for position in held] if alone else []
+    own = [position for position, held in enumerate(producer.inputs) if position and held is not None]
+    return [(producer, position, inverse) for position in own] if alone else []
 
 
 def apply(
